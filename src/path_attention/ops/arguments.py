@@ -1,6 +1,7 @@
 """What the operator accepts: one place that checks it and says, by argument name, what came and what is wanted."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
             f"first {ends[0]} and last {ends[-1]}",
             f"first 0 and last {q.shape[1]}, the length of q",
         )
-        _require(all(a <= b for a, b in zip(ends, ends[1:], strict=False)), "cu_seqlens", ends, "values that never decrease")
+        _require(all(a <= b for a, b in pairwise(ends)), "cu_seqlens", ends, "values that never decrease")
 
 
 def check_values(
@@ -143,7 +144,9 @@ def check_values(
     outside = ((norm - 1).abs() > tolerance) & (norm != 0)
     if bool(outside.any()):
         index = tuple(int(i) for i in outside.nonzero()[0])
-        raise ValueError(f"w: got length {float(norm[index])} at index {index}; wanted unit vectors (or zero, for padding)")
+        raise ValueError(
+            f"w: got length {float(norm[index])} at index {index}; wanted unit vectors (or zero, for padding)"
+        )
     if g is not None and bool((g > 0).any()):
         index = tuple(int(i) for i in (g > 0).nonzero()[0])
         raise ValueError(f"g: got {float(g[index])} at index {index}; wanted logarithms of gates, at most 0")
@@ -187,4 +190,4 @@ def sequence_bounds(cu_seqlens: Tensor | None, length: int) -> list[tuple[int, i
     if cu_seqlens is None:
         return [(0, length)]
     ends = cu_seqlens.tolist()
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))

@@ -1,8 +1,10 @@
-"""Temporary body while the dyadic engine is being written: the definition itself."""
+"""The public operator: formula, shapes, errors."""
 
+import torch
 from torch import Tensor
 
-from path_attention.ops.reference import path_attention_reference
+from path_attention.ops.arguments import check_values, validate_arguments
+from path_attention.ops.autograd import path_attention_forward
 
 
 def path_attention(
@@ -17,4 +19,53 @@ def path_attention(
     cu_seqlens: Tensor | None = None,
     check_inputs: bool = False,
 ) -> Tensor:
-    return path_attention_reference(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens).to(q.dtype)
+    """PaTH attention (arXiv 2505.16381, section 2.2): causal softmax attention whose logits see the tokens in between.
+
+    With the transition H_t = I - beta_t w_t^T w_t of token t and rows as vectors,
+
+        logit(i, j) = scale * q_i H_i H_{i-1} ... H_{j+1} k_j^T  +  sum_{s=j+1..i} g_s ,     j <= i
+        out_i       = sum_j softmax_j(logit(i, j)) v_j
+
+    The empty product (j = i) is the identity. ``g``, where given, are log forget gates (PaTH-FoX); ``scale`` never
+    multiplies them. With R reflections a token, H_t = H_{t,R} ... H_{t,1}; two make a rotation. The cost is that of one
+    causal softmax attention plus terms linear in the length, in memory too, for the forward and the backward pass.
+
+    Args:
+        q: queries (B, L, HQ, D), float64, float32, bfloat16 or float16.
+        k: keys (B, L, H, D), dtype of q. HQ is a multiple of H; query head h uses key/value head h // (HQ // H).
+        v: values (B, L, H, DV), dtype of q.
+        w: reflection directions (B, L, H, D), or (B, L, R, H, D); dtype of q or float32. Used as given: unit vectors
+            (or zero, the identity) are the caller's to provide.
+        beta: reflection strengths (B, L, H), or (B, L, R, H), in [0, 2]: 0 the identity, 1 a projection, 2 a
+            reflection; dtype of q or float32. Values outside let the products grow without bound.
+        g: log forget gates (B, L, HQ), at most 0, natural logarithm; dtype of q or float32.
+        scale: factor of the q.k part; None means D ** -0.5.
+        cu_seqlens: (N + 1,) int32 or int64, boundaries of N sequences packed into one row (B = 1), first 0, last L.
+            Equal to running each sequence alone; empty sequences are allowed.
+        check_inputs: also look at the values: NaN or infinity, beta outside [0, 2], w neither of unit length nor zero,
+            g above 0, cu_seqlens out of order. Makes the host wait for the device.
+
+    Returns:
+        (B, L, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g, each gradient in the dtype of
+        its input. Under autocast q, k and v are cast to the autocast dtype, w, beta and g are left as they are.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is wanted, before anything is computed.
+    """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (_autocast(x, dtype) for x in (q, k, v))
+        # The rest may stay float32; only the other half precision would not go with q.
+        w, beta = (_autocast(x, torch.float32) if x.dtype != dtype else x for x in (w, beta))
+        g = _autocast(g, torch.float32) if g is not None and g.dtype != dtype else g
+    arguments = validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
+    if check_inputs:
+        check_values(q, k, v, w, beta, g, cu_seqlens)
+    w, beta = arguments.reflections(w, beta)
+    out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, arguments.scale)
+    return out
+
+
+def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does it: floating tensors but float64."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

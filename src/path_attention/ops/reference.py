@@ -1,14 +1,16 @@
 """The definition of PaTH attention, token by token: the oracle of every test and benchmark.
 
-PaTH (arXiv 2505.16381, section 2.2) gives token t a transition matrix H_t = I - beta_t w_t^T w_t and scores key j for query i by
+PaTH (arXiv 2505.16381, section 2.2) gives token t a transition matrix H_t = I - beta_t w_t^T w_t and scores key j for
+query i by
 
     logit(i, j) = scale * q_i H_i H_{i-1} ... H_{j+1} k_j^T  +  sum_{s=j+1..i} g_s ,    j <= i .
 
 Nothing here uses chunks, inverses or products of matrices: transitions are applied one at a time, so an error in the
-derivation of the fast algorithm cannot hide here too. Everything is plain differentiable torch in the dtype of the inputs
-(pass float64 for an oracle); time and memory are quadratic in the length.
+derivation of the fast algorithm cannot hide here too. Everything is plain differentiable torch in the dtype of the
+inputs (pass float64 for an oracle); time and memory are quadratic in the length.
 
-Shapes: B batch, L length, HQ query heads, H key/value heads (HQ a multiple of H), D key dim, DV value dim, R reflections.
+Shapes: B batch, L length, HQ query heads, H key/value heads (HQ a multiple of H), D key dim, DV value dim,
+R reflections.
 """
 
 import torch
@@ -18,7 +20,7 @@ from path_attention.ops.arguments import sequence_bounds, validate_arguments
 
 
 def _logits_one_sequence(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, scale: float) -> Tensor:
-    """Logits (B, HQ, L, L) of whole sequences, -inf above the diagonal. q, k, w (B, H*, L, ...) with all heads expanded."""
+    """Logits (B, HQ, L, L) of whole sequences, -inf above the diagonal. q, k, w (B, HQ, L, ...): heads expanded."""
     length = q.shape[-2]
     columns: list[Tensor] = []
     moved = q[:, :, :0]  # queries i > t, each already times H_i ... H_{t+1}
@@ -49,9 +51,9 @@ def path_attention_weights(
 ) -> Tensor:
     """The attention matrix itself, (B, HQ, L, L), for people who want to look at it.
 
-    Entry (i, j) is softmax over j of the logit in the module's formula; entries with j > i, and entries that would join two
-    packed sequences, are 0. Arguments, shapes and errors are those of :func:`path_attention.path_attention` without ``v``.
-    Computed by the definition in the promoted dtype of the inputs (float32 at least): quadratic time and memory.
+    Entry (i, j) is softmax over j of the logit in the module's formula; entries with j > i, and entries that would join
+    two packed sequences, are 0. Arguments, shapes and errors are those of :func:`path_attention.path_attention` without
+    ``v``. Computed by the definition in the promoted dtype of the inputs (float32 at least): quadratic time and memory.
     """
     arguments = validate_arguments(q, k, k, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -67,6 +69,8 @@ def path_attention_weights(
     g_ = None if g is None else g.to(dtype).movedim(2, 1)
     weights = q_.new_zeros(q_.shape[0], q_.shape[1], q.shape[1], q.shape[1])
     for start, end in sequence_bounds(cu_seqlens, q.shape[1]):
+        if start == end:
+            continue
         part = slice(start, end)
         logits = _logits_one_sequence(
             q_[:, :, part],
@@ -76,9 +80,7 @@ def path_attention_weights(
             None if g_ is None else g_[:, :, part],
             arguments.scale,
         )
-        block = torch.nn.functional.pad(
-            logits.softmax(-1), (start, q.shape[1] - end, start, q.shape[1] - end)
-        )
+        block = torch.nn.functional.pad(logits.softmax(-1), (start, q.shape[1] - end, start, q.shape[1] - end))
         weights = weights + block
     return weights
 
@@ -94,7 +96,9 @@ def path_attention_reference(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """PaTH attention by its definition: the oracle. Same arguments, shapes and errors as :func:`path_attention.path_attention`.
+    """PaTH attention by its definition: the oracle.
+
+    Same arguments, shapes and errors as :func:`path_attention.path_attention`.
 
     Returns (B, L, HQ, DV) in the promoted dtype of the inputs (float32 at least), differentiable in every input.
     Quadratic in time and memory; meant for float64 checks of a few thousand tokens at most.

@@ -1,0 +1,149 @@
+"""The operator as PyTorch knows it: two torch.library operators, forward and backward, with fake and autograd rules.
+
+Saved for the backward pass: the inputs, the output and the log-sum-exp of every row; leaves and levels are computed
+again. Gradients come back in the dtype of their input straight from the dtype of the computation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from path_attention.ops import dyadic
+from path_attention.ops.arguments import sequence_bounds
+from path_attention.ops.spans import plan_spans
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, scale: float
+) -> dyadic.Problem:
+    batch, length = q.shape[:2]
+    if cu_seqlens is None:
+        lengths = (length,) * batch
+    else:
+        lengths = tuple(end - start for start, end in sequence_bounds(cu_seqlens, length))
+    plan = plan_spans(lengths, dyadic.LEAF)
+    return dyadic.Problem.pack(plan, q, k, v, w, beta, g, scale)
+
+
+@torch.library.custom_op("path_attention::forward", mutates_args=())
+def path_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out (B, L, HQ, DV) in the dtype of q and log_sum_exp (B, L, HQ) in float32 at least.
+
+    w (B, L, R, H, D) and beta (B, L, R, H); the rest as in :func:`path_attention.path_attention`.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if q.numel() == 0:
+        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+    problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
+    out, log_sum_exp = dyadic.forward(problem)
+    batch = q.shape[0]
+    out = problem.plan.unpack(out.to(q.dtype), batch).contiguous()
+    return out, problem.plan.unpack(log_sum_exp, batch).squeeze(-1).contiguous()
+
+
+@path_attention_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("path_attention::backward", mutates_args=())
+def path_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, w, beta and g; the last one empty where there is no g."""
+    empty = q.new_empty(0)
+    if q.numel() == 0:
+        # Nothing to sum over: every gradient is as empty as its input.
+        return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), empty if g is None else _empty(g)
+    problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
+    plan, batch = problem.plan, q.shape[0]
+    gradients = dyadic.backward(
+        problem,
+        plan.pack(out, out.dtype),
+        plan.pack(log_sum_exp[..., None], log_sum_exp.dtype),
+        plan.pack(d_out, out.dtype),
+    )
+
+    def tokens(x: Tensor, like: Tensor) -> Tensor:  # rows of leaves -> (B, L, heads, dim) in the dtype of the input
+        return plan.unpack(x, batch).to(like.dtype).reshape(like.shape).contiguous()
+
+    reflections = w.shape[2]
+    d_w = plan.unpack(gradients.w, batch).unflatten(-1, (reflections, -1)).transpose(2, 3)
+    d_beta = plan.unpack(gradients.beta, batch).transpose(2, 3)
+    return (
+        tokens(gradients.q.mul_(scale), q),
+        tokens(gradients.k, k),
+        tokens(gradients.v, v),
+        d_w.to(w.dtype).contiguous(),
+        d_beta.to(beta.dtype).contiguous(),
+        empty if g is None or gradients.g is None else tokens(gradients.g, g),
+    )
+
+
+@path_attention_backward.register_fake
+def _(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), q.new_empty(0) if g is None else _empty(g)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, w, beta, g, cu_seqlens, scale = inputs
+    out, log_sum_exp = output
+    ctx.save_for_backward(q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens)
+    ctx.scale = scale
+    ctx.mark_non_differentiable(log_sum_exp)  # it is for the backward pass only
+
+
+def _autograd_backward(ctx: Any, d_out: Tensor, _d_log_sum_exp: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, cu_seqlens = ctx.saved_tensors
+    g = inputs[5]
+    *gradients, d_g = path_attention_backward(d_out, *inputs, cu_seqlens, ctx.scale)
+    return *gradients, None if g is None else d_g, None, None
+
+
+torch.library.register_autograd("path_attention::forward", _autograd_backward, setup_context=_setup_context)
