@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from path_attention.ops.engines.dense import dense_backward, dense_forward
+from path_attention.ops.engines import dense
 from path_attention.ops.leaf import (
     LeafEdges,
     LeafGradients,
@@ -158,7 +158,9 @@ def _key_columns(problem: Problem, x: Tensor, gate: Tensor | None, columns: int)
 def _dense_columns(problem: Problem) -> int:
     """Columns of every operand of the dense attention: torch's kernels want one width for q, k and v."""
     dim, value_dim = problem.leaf.k.shape[-1], problem.leaf.v.shape[-1]
-    return max(dim + (0 if problem.gate is None else problem.group + 1), value_dim)
+    columns = max(dim + (0 if problem.gate is None else problem.group + 1), value_dim)
+    multiple = dense.CUDA_COLUMNS if problem.leaf.k.is_cuda else 1
+    return -(-columns // multiple) * multiple
 
 
 # --- going up the tree -----------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     for level in problem.plan.levels:
         for pairs in level:
             operands = _operands(problem, tree, values, pairs)
-            part, part_log_sum_exp = dense_forward(*operands[:3])
+            part, part_log_sum_exp = dense.select(operands.q).forward(*operands[:3])
             part_log_sum_exp = part_log_sum_exp[..., None]
             if operands.gate_q is not None:
                 part_log_sum_exp = part_log_sum_exp + operands.gate_q
@@ -399,7 +401,7 @@ def _descend(
     rows_log_sum_exp = _fold_queries(pairs.right.take(log_sum_exp))
     if operands.gate_q is not None:
         rows_log_sum_exp = rows_log_sum_exp - operands.gate_q
-    d_rows, d_keys, d_values = dense_backward(
+    d_rows, d_keys, d_values = dense.select(operands.q).backward(
         _pad_columns(_fold_queries(pairs.right.take(d_out)), columns),
         operands.q,
         operands.k,

@@ -1,17 +1,18 @@
 """Where leaves and spans stand in memory on the device: the one thing all kernels agree on.
 
 Tokens of a batch (B, L, ...) or of a packed row are one row of T = B * L tokens. Leaves of LEAF tokens are numbered
-through, sequence after sequence; a leaf's index i is counted within its sequence, where bit l of i says which sibling it
-belongs to at level l: 0 the left one, 1 the right one. The tables are made on the device without the host waiting: for
-packed batches the number of leaves is an upper bound and the leaves past the last have length 0.
+through, sequence after sequence; a leaf's index i is counted within its sequence, where bit l of i says which sibling
+it belongs to at level l: 0 the left one, 1 the right one. The tables are made on the device without the host waiting:
+for packed batches the number of leaves is an upper bound and the leaves past the last have length 0.
 
 Rows moved to the edges of level l are kept for the siblings that use them, compactly: with
 
     within(i, l) = ((i >> (l + 1)) << l) | (i & (2^l - 1))          (i with bit l taken out)
 
-a query leaf (bit l of i set) stands at slot ``query_base + within`` and a key leaf (bit l clear, a right sibling exists) at
-slot ``key_base + within`` of its level, so that a span's leaves are consecutive. A span's transition matrix stands at node
-2 * first + 2^l - 1 of its sequence's 2 * count nodes (the in-order numbering of a binary tree), first = its first leaf.
+a query leaf (bit l of i set) stands at slot ``query_base + within`` and a key leaf (bit l clear, a right sibling
+exists) at slot ``key_base + within`` of its level, so that a span's leaves are consecutive. A span's transition matrix
+stands at node 2 * first + 2^l - 1 of its sequence's 2 * count nodes (the in-order numbering of a binary tree), where
+first is its first leaf.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Tokens a leaf on CUDA: 64 rows are one warpgroup's matrix instruction and the UT transform's inverse stays in registers.
+# Tokens a leaf on CUDA: 64 rows are one warpgroup's matrix instruction, and the leaf's inverse stays in registers.
 LEAF = 64
 
 
@@ -66,7 +67,7 @@ def batch_leaf_table(batch: int, length: int, device: torch.device) -> LeafTable
 
 
 def packed_leaf_table(cu_seqlens: Tensor, length: int) -> LeafTable:
-    """The table of sequences packed into one row of ``length`` tokens by cu_seqlens (N + 1,), read on the device only."""
+    """The table of sequences packed into one row of ``length`` tokens by cu_seqlens (sequences + 1,)."""
     sequences = cu_seqlens.numel() - 1
     bound = -(-length // LEAF) + sequences  # leaves, at most: every sequence may leave one partly empty
     ends = cu_seqlens.to(torch.int64)
