@@ -231,18 +231,20 @@ def _values(problem: Problem) -> Tensor:
     return _pad_columns(problem.key_rows(problem.leaf.v).to(problem.dense_dtype), _dense_columns(problem))
 
 
-# Leaves worked on at once: bounds the B x B temporaries of the leaf stage whatever the length (some 20 of 0.5 MB each
-# in float32 at B = 64) and keeps them in cache: on 2 cores with 1 MB of L2 each, 16 to 64 leaves took the same time and
-# 128 a fifth more for the whole operator at length 4096.
-_LEAF_CHUNK = 32
+# Leaves worked on at once: bounds the B x B temporaries of the leaf stage whatever the length, some 20 of 16 KB a leaf
+# in float32 at B = 64. On a CPU they should stay in cache: on 2 cores with 1 MB of L2 each, 16 to 64 leaves took the same
+# time and 128 a fifth more for the whole operator at length 4096. A GPU wants many, to be worth a launch.
+_LEAF_CHUNK_CPU = 32
+_LEAF_CHUNK_GPU = 1024
 
 
 def _in_chunks(stage: Callable[..., Any], inputs: LeafInputs, masks: LeafMasks, *rows: Tensor) -> list[Any]:
     """The results of a leaf stage for all leaves, worked out a chunk of leaves at a time."""
     count = inputs.q.shape[0]
+    chunk_size = _LEAF_CHUNK_CPU if inputs.q.device.type == "cpu" else _LEAF_CHUNK_GPU
     whole: list[Any] = []
-    for start in range(0, count, _LEAF_CHUNK):
-        part = slice(start, start + _LEAF_CHUNK)
+    for start in range(0, count, chunk_size):
+        part = slice(start, start + chunk_size)
         chunk = inputs._replace(**{name: x[part] for name, x in inputs._asdict().items() if x is not None})
         results = stage(chunk, masks, *(x[part] for x in rows))
         if not whole:
