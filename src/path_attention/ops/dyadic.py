@@ -232,8 +232,8 @@ def _values(problem: Problem) -> Tensor:
 
 
 # Leaves worked on at once: bounds the B x B temporaries of the leaf stage whatever the length, some 20 of 16 KB a leaf
-# in float32 at B = 64. On a CPU they should stay in cache: on 2 cores with 1 MB of L2 each, 16 to 64 leaves took the same
-# time and 128 a fifth more for the whole operator at length 4096. A GPU wants many, to be worth a launch.
+# in float32 at B = 64. On a CPU they should stay in cache: on 2 cores with 1 MB of L2 each, 16 to 64 leaves took equal
+# times and 128 a fifth more for the whole operator at length 4096. A GPU wants many, to be worth a launch.
 _LEAF_CHUNK_CPU = 32
 _LEAF_CHUNK_GPU = 1024
 
