@@ -1,0 +1,294 @@
+"""Triton kernels of the linear-cost stages: leaves, the tree of products, and the rows moved to every level's edges.
+
+Notation of ops/leaf.py with one reflection a token. Y = A Z and U = A W are all that queries need of a leaf:
+
+    logits = tril(Q K^T) - X Y       q_left = Q - X U       k_right = K - Y^T W       P = I - W^T U
+
+Rows of a leaf are 64 tokens; where its sequence leaves one partly empty the rows are zeros, identity transitions.
+Matrices of spans (D x D, float32) stand at tree nodes as leaf_table.py says.
+"""
+
+import triton
+import triton.language as tl
+
+from path_attention.ops.kernels.tiles import (
+    LOG2_E,
+    dot_exact_left,
+    dot_exact_right,
+    dot_half,
+    dot_split,
+    load_rows,
+    node,
+    store_rows,
+    within,
+)
+
+ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
+BLOCKS = tl.constexpr(4)  # the leaf's inverse starts from 4 diagonal blocks
+BLOCK = tl.constexpr(16)  # of 16 x 16, found by forward substitution
+
+
+@triton.jit
+def _unit_lower_inverse(b_n, HALF: tl.constexpr):
+    """(I + n)^-1 for a strictly lower triangular n (64, 64).
+
+    Forward substitution in the four 16 x 16 diagonal blocks at once, then twice
+    (D + C)^-1 = D^-1 - D^-1 C D^-1 for the blocks below the diagonal of each pair. Powers of n, the other way to do it
+    with matrix products alone, overflow for repeated w with beta = 2.
+    """
+    o_block = tl.arange(0, BLOCKS)
+    same = o_block[:, None, None, None] == o_block[None, None, :, None]
+    b_diagonal = tl.sum(tl.where(same, tl.reshape(b_n, (BLOCKS, BLOCK, BLOCKS, BLOCK)), 0.0), axis=2)
+    o_row = tl.arange(0, BLOCK)
+    b_inverse = tl.where(o_row[None, :, None] == o_row[None, None, :], 1.0, 0.0) + tl.zeros_like(b_diagonal)
+    for i in range(1, BLOCK):
+        here = o_row[None, :, None] == i
+        b_row = tl.sum(tl.where(here, b_diagonal, 0.0), axis=1)
+        b_inverse -= tl.where(here, tl.sum(b_row[:, :, None] * b_inverse, axis=1)[:, None, :], 0.0)
+    b_x = tl.reshape(tl.where(same, b_inverse[:, :, None, :], 0.0), (ROWS, ROWS))
+    o = tl.arange(0, ROWS)
+    for size in tl.static_range(1, 3):  # pairs of 16-blocks, then the pair of 32-blocks
+        o_block = o // (BLOCK * size)
+        pair = (o_block[:, None] // 2 == o_block[None, :] // 2) & (o_block[:, None] > o_block[None, :])
+        b_c = tl.where(pair, b_n, 0.0)
+        b_x -= dot_split(dot_split(b_x, b_c, HALF), b_x, HALF)
+    return b_x
+
+
+@triton.jit
+def _leaf_matrices(b_k, b_w, b_beta, HALF: tl.constexpr):
+    """gram = W W^T, T^-1, A, Z, Y = A Z, U = A W of one leaf."""
+    o = tl.arange(0, ROWS)
+    b_gram = dot_split(b_w, tl.trans(b_w), HALF)
+    b_inverse = _unit_lower_inverse(tl.where(o[:, None] > o[None, :], b_beta[:, None] * b_gram, 0.0), HALF)
+    b_a = b_inverse * b_beta[None, :]
+    b_z = tl.where(o[:, None] > o[None, :], dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
+    return b_gram, b_inverse, b_a, b_z, dot_split(b_a, b_z, HALF), dot_split(b_a, b_w, HALF)
+
+
+@triton.jit
+def leaf_transition_kernel(
+    p_k,  # (T, H, D)
+    p_w,  # (T, H, D)
+    p_beta,  # (T, H)
+    p_g,  # (T, HQ) or None
+    p_start,
+    p_length,
+    p_y,  # out (N, H, 64, 64)
+    p_u,  # out (N, H, 64, D) float32
+    p_k_right,  # out (N, H, 64, D) float32
+    p_node,  # out (2 N, H, D, D) float32, leaf nodes
+    p_gate_node,  # out (2 N, HQ) float32, leaf nodes, or None
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Y, U, k_right and P of one leaf and key head, and the leaf's sum of each query head's log gates."""
+    i_leaf = tl.program_id(0) // H
+    i_head = tl.program_id(0) % H
+    s_rows = tl.load(p_length + i_leaf)
+    if s_rows == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    o = tl.arange(0, ROWS)
+    b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+    b_w = load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS).to(tl.float32)
+    b_beta = tl.load(p_beta + (i_row + o).to(tl.int64) * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
+    _, _, _, _, b_y, b_u = _leaf_matrices(b_k, b_w, b_beta, HALF)
+    i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS
+    store_rows(p_y + i_tile * ROWS, b_y, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
+    store_rows(p_u + i_tile * D, b_u, 0, ROWS, D, D, BLOCK_D, ROWS)
+    b_k_right = b_k.to(tl.float32) - dot_split(tl.trans(b_y), b_w, HALF)
+    store_rows(p_k_right + i_tile * D, b_k_right, 0, ROWS, D, D, BLOCK_D, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    b_identity = tl.where(o_d[:, None] == o_d[None, :], 1.0, 0.0)
+    p_matrix = p_node + ((2 * i_leaf).to(tl.int64) * H + i_head) * D * D
+    store_rows(p_matrix, b_identity - dot_split(tl.trans(b_w), b_u, HALF), 0, D, D, D, BLOCK_D, BLOCK_D)
+    if p_g is not None:
+        for i_group in range(GROUP):
+            i_query_head = i_head * GROUP + i_group
+            b_g = tl.load(p_g + (i_row + o).to(tl.int64) * H * GROUP + i_query_head, mask=o < s_rows, other=0.0)
+            tl.store(p_gate_node + (2 * i_leaf).to(tl.int64) * H * GROUP + i_query_head, tl.sum(b_g.to(tl.float32)))
+
+
+@triton.jit
+def tree_kernel(
+    p_index,
+    p_count,
+    p_node,  # (2 N, H, D, D) float32: reads level, writes level + 1
+    p_gate_node,  # (2 N, HQ) float32 or None, likewise
+    level,
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """P_parent = P_right P_left for the parents that something lies to the right of: no other is ever used."""
+    i_leaf = tl.program_id(0) // H
+    i_head = tl.program_id(0) % H
+    i_first = tl.load(p_index + i_leaf)
+    s_span = 1 << level
+    if (i_first & (2 * s_span - 1)) != 0 or i_first + 2 * s_span >= tl.load(p_count + i_leaf):
+        return
+    i_base = 2 * (i_leaf - i_first)
+    i_left = (i_base + node(i_first, level)).to(tl.int64)
+    i_right = (i_base + node(i_first + s_span, level)).to(tl.int64)
+    i_parent = (i_base + node(i_first, level + 1)).to(tl.int64)
+    b_left = load_rows(p_node + (i_left * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
+    b_right = load_rows(p_node + (i_right * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
+    p_parent = p_node + (i_parent * H + i_head) * D * D
+    store_rows(p_parent, dot_split(b_right, b_left, HALF), 0, D, D, D, BLOCK_D, BLOCK_D)
+    if p_gate_node is not None:
+        for i_group in range(GROUP):
+            i_query_head = i_head * GROUP + i_group
+            s_left = tl.load(p_gate_node + i_left * H * GROUP + i_query_head)
+            s_right = tl.load(p_gate_node + i_right * H * GROUP + i_query_head)
+            tl.store(p_gate_node + i_parent * H * GROUP + i_query_head, s_left + s_right)
+
+
+@triton.jit
+def leaf_queries_kernel(
+    p_q,  # (T, HQ, D)
+    p_k,  # (T, H, D)
+    p_v,  # (T, H, DV)
+    p_w,  # (T, H, D)
+    p_g,  # (T, HQ) or None
+    p_y,  # (N, H, 64, 64)
+    p_u,  # (N, H, 64, D) float32
+    p_node,
+    p_gate_node,
+    p_start,
+    p_length,
+    p_index,
+    p_query_base,
+    p_out,  # out (T, HQ, DV): attention within the leaf; None to leave it out
+    p_log_sum_exp,  # out (T, HQ) float32
+    p_query_rows,  # out (levels, query_slots, 64, HQ, D), times scale
+    p_gate_query,  # out (levels, query_slots, 64, HQ) float32 or None
+    scale,
+    H,
+    query_slots,
+    num_levels,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Attention within one leaf for one query head, and its queries moved to the edges of all levels that use them.
+
+    The moved row stays in float32 registers from level to level and is rounded once for each.
+    """
+    HQ = H * GROUP
+    i_leaf = tl.program_id(0) // HQ
+    i_query_head = tl.program_id(0) % HQ
+    i_head = i_query_head // GROUP
+    s_rows = tl.load(p_length + i_leaf)
+    if s_rows == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    o = tl.arange(0, ROWS)
+    i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS
+    b_q = load_rows(p_q + i_query_head * D, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS)
+    b_w = load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS).to(tl.float32)
+    b_x = tl.where(o[:, None] >= o[None, :], dot_exact_left(b_q, tl.trans(b_w), HALF), 0.0)
+    b_gate = tl.zeros((ROWS,), dtype=tl.float32)
+    if p_g is not None:
+        b_g = tl.load(p_g + (i_row + o).to(tl.int64) * HQ + i_query_head, mask=o < s_rows, other=0.0)
+        b_gate = tl.cumsum(b_g.to(tl.float32), axis=0)
+    if p_out is not None:
+        b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+        b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+        b_y = load_rows(p_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
+        b_logits = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") - dot_half(b_x, b_y, HALF)) * scale
+        b_logits += b_gate[:, None] - b_gate[None, :]
+        b_logits = tl.where(o[:, None] >= o[None, :], b_logits, float("-inf"))
+        b_max = tl.max(b_logits, axis=1)
+        b_weights = tl.exp2((b_logits - b_max[:, None]) * LOG2_E)
+        b_sum = tl.sum(b_weights, axis=1)
+        b_out = tl.dot(b_weights.to(b_v.dtype), b_v, input_precision="ieee") / b_sum[:, None]
+        store_rows(p_out + i_query_head * DV, b_out, i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS)
+        p_lse = p_log_sum_exp + (i_row + o).to(tl.int64) * HQ + i_query_head
+        tl.store(p_lse, b_max + tl.log2(b_sum) / LOG2_E, mask=o < s_rows)
+
+    b_u = load_rows(p_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
+    b_moved = (b_q.to(tl.float32) - dot_split(b_x, b_u, HALF)) * scale
+    i_index = tl.load(p_index + i_leaf)
+    i_base = tl.load(p_query_base + i_leaf)
+    for level in range(num_levels):
+        if ((i_index >> level) & 1) == 1:
+            i_slot = (level * query_slots + i_base + within(i_index, level)).to(tl.int64) * ROWS
+            store_rows(p_query_rows + i_query_head * D, b_moved, i_slot, ROWS, HQ * D, D, BLOCK_D, ROWS)
+            if p_gate_query is not None:
+                tl.store(p_gate_query + (i_slot + o) * HQ + i_query_head, b_gate)
+            if (i_index >> (level + 1)) != 0:
+                i_left = ((i_index >> level) - 1) << level
+                i_node = (2 * (i_leaf - i_index) + node(i_left, level)).to(tl.int64)
+                b_p = load_rows(p_node + (i_node * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
+                b_moved = dot_split(b_moved, b_p, HALF)
+                if p_gate_query is not None:
+                    b_gate += tl.load(p_gate_node + i_node * HQ + i_query_head)
+
+
+@triton.jit
+def key_transport_kernel(
+    p_k_right,  # (N, H, 64, D) float32
+    p_g,  # (T, HQ) or None
+    p_node,
+    p_gate_node,
+    p_start,
+    p_length,
+    p_index,
+    p_count,
+    p_key_base,
+    p_key_rows,  # out (levels, key_slots, 64, H, D)
+    p_gate_key,  # out (levels, key_slots, 64, HQ) float32 or None
+    H,
+    key_slots,
+    num_levels,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The keys of one leaf moved to the right edge of each span that has a right sibling, and the gates up to there."""
+    i_leaf = tl.program_id(0) // H
+    i_head = tl.program_id(0) % H
+    i_index = tl.load(p_index + i_leaf)
+    s_count = tl.load(p_count + i_leaf)
+    s_rows = tl.load(p_length + i_leaf)
+    if s_rows < ROWS or i_index + 1 >= s_count:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    o = tl.arange(0, ROWS)
+    o_group = tl.arange(0, BLOCK_GROUP)
+    m_group = o_group < GROUP
+    p_tile = p_k_right + (i_leaf * H + i_head).to(tl.int64) * ROWS * D
+    b_moved = load_rows(p_tile, 0, ROWS, D, D, BLOCK_D, ROWS)
+    b_gate = tl.zeros((ROWS, BLOCK_GROUP), dtype=tl.float32)
+    o_query_head = i_head * GROUP + o_group
+    if p_g is not None:
+        p_gates = p_g + (i_row + o).to(tl.int64)[:, None] * H * GROUP + o_query_head[None, :]
+        b_g = tl.load(p_gates, mask=m_group[None, :], other=0.0).to(tl.float32)
+        b_gate = tl.sum(b_g, axis=0)[None, :] - tl.cumsum(b_g, axis=0)
+    i_base = tl.load(p_key_base + i_leaf)
+    for level in range(num_levels):
+        i_right = ((i_index >> level) + 1) << level
+        if ((i_index >> level) & 1) == 0 and i_right < s_count:
+            i_slot = (level * key_slots + i_base + within(i_index, level)).to(tl.int64) * ROWS
+            store_rows(p_key_rows + i_head * D, b_moved, i_slot, ROWS, H * D, D, BLOCK_D, ROWS)
+            if p_gate_key is not None:
+                p_gates = p_gate_key + (i_slot + o)[:, None] * H * GROUP + o_query_head[None, :]
+                tl.store(p_gates, b_gate, mask=m_group[None, :])
+            if i_right + (1 << level) < s_count:
+                i_node = (2 * (i_leaf - i_index) + node(i_right, level)).to(tl.int64)
+                b_p = load_rows(p_node + (i_node * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
+                b_moved = dot_split(b_moved, tl.trans(b_p), HALF)
+                if p_gate_key is not None:
+                    p_span = p_gate_node + i_node * H * GROUP + o_query_head
+                    b_gate += tl.load(p_span, mask=m_group, other=0.0)[None, :]

@@ -1,0 +1,168 @@
+"""Launchers of the linear-cost stages: what each allocates, and in which order they run.
+
+leaf_transition -> tree, level by level -> leaf_queries and key_transport. What they write is all that the dense
+attention between siblings needs; docs/kernels.md lists the buffers with their sizes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from path_attention.ops.kernels.leaf_kernels import (
+    key_transport_kernel,
+    leaf_queries_kernel,
+    leaf_transition_kernel,
+    tree_kernel,
+)
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+
+_HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The operator's arguments as rows of tokens, contiguous: T = B * L of them. One reflection a token."""
+
+    q: Tensor  # (T, HQ, D)
+    k: Tensor  # (T, H, D)
+    v: Tensor  # (T, H, DV)
+    w: Tensor  # (T, H, D)
+    beta: Tensor  # (T, H)
+    g: Tensor | None  # (T, HQ)
+    scale: float
+
+    @property
+    def heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def query_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Compile-time arguments that all kernels of the linear stages take."""
+        dim = self.q.shape[2]
+        return {
+            "GROUP": self.query_heads // self.heads,
+            "D": dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "HALF": _HALF[self.q.dtype],
+        }
+
+    @property
+    def num_warps(self) -> int:
+        """A 64 x 128 float32 tile needs 8 warps to stay in registers; with 4 ptxas spills up to 650 bytes a thread."""
+        return 4 if self.q.shape[2] <= 64 else 8
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Rows at the edges of every level, and what the backward pass wants again of the leaves and the tree."""
+
+    query_rows: Tensor  # (levels, query_slots, 64, HQ, D) dtype of q, times scale
+    key_rows: Tensor  # (levels, key_slots, 64, H, D) dtype of k
+    gate_query: Tensor | None  # (levels, query_slots, 64, HQ) float32
+    gate_key: Tensor | None  # (levels, key_slots, 64, HQ) float32
+    nodes: Tensor  # (2 N, H, D, D) float32
+
+
+def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_sum_exp: Tensor | None) -> Levels:
+    """Run the forward linear stages; the leaves' attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ), if given."""
+    q, k, w, g = inputs.q, inputs.k, inputs.w, inputs.g
+    heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
+    leaves, levels = table.num_leaves, table.num_levels
+    constants, warps = inputs.constants, inputs.num_warps
+
+    def float32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    y = torch.empty(leaves, heads, LEAF, LEAF, dtype=q.dtype, device=q.device)
+    u, k_right = float32(leaves, heads, LEAF, dim), float32(leaves, heads, LEAF, dim)
+    nodes = float32(2 * leaves, heads, dim, dim)
+    gate_nodes = None if g is None else float32(2 * leaves, query_heads)
+    result = Levels(
+        query_rows=torch.empty(levels, table.query_slots, LEAF, query_heads, dim, dtype=q.dtype, device=q.device),
+        key_rows=torch.empty(levels, table.key_slots, LEAF, heads, dim, dtype=k.dtype, device=q.device),
+        gate_query=None if g is None else float32(levels, table.query_slots, LEAF, query_heads),
+        gate_key=None if g is None else float32(levels, table.key_slots, LEAF, query_heads),
+        nodes=nodes,
+    )
+    by_key_head = (leaves * heads,)
+    leaf_transition_kernel[by_key_head](
+        p_k=k,
+        p_w=w,
+        p_beta=inputs.beta,
+        p_g=g,
+        p_start=table.start,
+        p_length=table.length,
+        p_y=y,
+        p_u=u,
+        p_k_right=k_right,
+        p_node=nodes,
+        p_gate_node=gate_nodes,
+        H=heads,
+        **constants,
+        num_warps=warps,
+    )
+    for level in range(levels - 1):
+        tree_kernel[by_key_head](
+            p_index=table.index,
+            p_count=table.count,
+            p_node=nodes,
+            p_gate_node=gate_nodes,
+            level=level,
+            H=heads,
+            **constants,
+            num_warps=warps,
+        )
+    leaf_queries_kernel[(leaves * query_heads,)](
+        p_q=q,
+        p_k=k,
+        p_v=inputs.v,
+        p_w=w,
+        p_g=g,
+        p_y=y,
+        p_u=u,
+        p_node=nodes,
+        p_gate_node=gate_nodes,
+        p_start=table.start,
+        p_length=table.length,
+        p_index=table.index,
+        p_query_base=table.query_base,
+        p_out=out,
+        p_log_sum_exp=log_sum_exp,
+        p_query_rows=result.query_rows,
+        p_gate_query=result.gate_query,
+        scale=inputs.scale,
+        H=heads,
+        query_slots=table.query_slots,
+        num_levels=levels,
+        DV=inputs.v.shape[2],
+        BLOCK_DV=max(16, triton.next_power_of_2(inputs.v.shape[2])),
+        **constants,
+        num_warps=warps,
+    )
+    key_transport_kernel[by_key_head](
+        p_k_right=k_right,
+        p_g=g,
+        p_node=nodes,
+        p_gate_node=gate_nodes,
+        p_start=table.start,
+        p_length=table.length,
+        p_index=table.index,
+        p_count=table.count,
+        p_key_base=table.key_base,
+        p_key_rows=result.key_rows,
+        p_gate_key=result.gate_key,
+        H=heads,
+        key_slots=table.key_slots,
+        num_levels=levels,
+        BLOCK_GROUP=triton.next_power_of_2(query_heads // heads),
+        **constants,
+        num_warps=warps,
+    )
+    return result
