@@ -12,9 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from path_attention.ops.kernels.leaf_kernels import (
+    key_transport_backward_kernel,
     key_transport_kernel,
+    leaf_backward_kernel,
     leaf_queries_kernel,
     leaf_transition_kernel,
+    query_transport_backward_kernel,
+    tree_backward_kernel,
     tree_kernel,
 )
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
@@ -71,7 +75,10 @@ class Levels:
 
 
 def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_sum_exp: Tensor | None) -> Levels:
-    """Run the forward linear stages; the leaves' attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ), if given."""
+    """Run the forward linear stages.
+
+    The leaves' own attention is written to out (T, HQ, DV) and log_sum_exp (T, HQ), where they are given.
+    """
     q, k, w, g = inputs.q, inputs.k, inputs.w, inputs.g
     heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
     leaves, levels = table.num_leaves, table.num_levels
@@ -164,5 +171,127 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         BLOCK_GROUP=triton.next_power_of_2(query_heads // heads),
         **constants,
         num_warps=warps,
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class DenseGradients:
+    """What the backward of the dense attention between siblings hands to the linear stages."""
+
+    query_rows: Tensor  # like Levels.query_rows; overwritten
+    key_rows: Tensor  # like Levels.key_rows; overwritten
+    values: Tensor  # (T, H, DV) float32
+    gate: Tensor | None  # (T, HQ) float32: row sums less column sums of dS; the leaves' are added in place
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of :class:`Inputs`, each in the dtype of its input; that of g is left in :class:`DenseGradients`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    w: Tensor
+    beta: Tensor
+
+
+def leaves_and_levels_backward(
+    inputs: Inputs,
+    table: LeafTable,
+    levels: Levels,
+    dense: DenseGradients,
+    log_sum_exp: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+) -> Gradients:
+    """Run the backward linear stages: transports, the tree from its root down, the leaves.
+
+    log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
+    """
+    q, k, v, w = inputs.q, inputs.k, inputs.v, inputs.w
+    heads, query_heads, dim, leaves = inputs.heads, inputs.query_heads, q.shape[2], table.num_leaves
+    constants, warps = inputs.constants, inputs.num_warps
+    by_key_head = (leaves * heads,)
+    d_q_left = torch.empty(leaves, query_heads, LEAF, dim, dtype=q.dtype, device=q.device)
+    d_k_right = torch.empty(leaves, heads, LEAF, dim, dtype=q.dtype, device=q.device)
+    d_nodes = torch.empty_like(levels.nodes)
+    query_transport_backward_kernel[(leaves * query_heads,)](
+        p_node=levels.nodes,
+        p_length=table.length,
+        p_index=table.index,
+        p_query_base=table.query_base,
+        p_d_query_rows=dense.query_rows,
+        p_d_q_left=d_q_left,
+        H=heads,
+        query_slots=table.query_slots,
+        num_levels=table.num_levels,
+        **constants,
+        num_warps=warps,
+    )
+    key_transport_backward_kernel[by_key_head](
+        p_node=levels.nodes,
+        p_length=table.length,
+        p_index=table.index,
+        p_count=table.count,
+        p_key_base=table.key_base,
+        p_d_key_rows=dense.key_rows,
+        p_d_k_right=d_k_right,
+        H=heads,
+        key_slots=table.key_slots,
+        num_levels=table.num_levels,
+        **constants,
+        num_warps=warps,
+    )
+    for level in reversed(range(table.num_levels)):
+        tree_backward_kernel[by_key_head](
+            p_index=table.index,
+            p_count=table.count,
+            p_query_base=table.query_base,
+            p_key_base=table.key_base,
+            p_query_rows=levels.query_rows,
+            p_key_rows=levels.key_rows,
+            p_d_query_rows=dense.query_rows,
+            p_d_key_rows=dense.key_rows,
+            p_node=levels.nodes,
+            p_d_node=d_nodes,
+            level=level,
+            H=heads,
+            query_slots=table.query_slots,
+            key_slots=table.key_slots,
+            **constants,
+            num_warps=warps,
+        )
+    result = Gradients(*(torch.empty_like(x) for x in (q, k, v, w, inputs.beta)))
+    leaf_backward_kernel[by_key_head](
+        p_q=q,
+        p_k=k,
+        p_v=v,
+        p_w=w,
+        p_beta=inputs.beta,
+        p_g=inputs.g,
+        p_log_sum_exp=log_sum_exp,
+        p_delta=delta,
+        p_d_out=d_out,
+        p_d_q_left=d_q_left,
+        p_d_k_right=d_k_right,
+        p_d_node=d_nodes,
+        p_d_values=dense.values,
+        p_start=table.start,
+        p_length=table.length,
+        p_index=table.index,
+        p_count=table.count,
+        p_d_q=result.q,
+        p_d_k=result.k,
+        p_d_v=result.v,
+        p_d_w=result.w,
+        p_d_beta=result.beta,
+        p_d_gate=dense.gate,
+        scale=inputs.scale,
+        H=heads,
+        DV=v.shape[2],
+        BLOCK_DV=max(16, triton.next_power_of_2(v.shape[2])),
+        **constants,
+        num_warps=8,
     )
     return result
