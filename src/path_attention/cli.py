@@ -1,0 +1,199 @@
+"""The command ``path-attention``.
+
+Exit codes: 0 done, 1 something failed, 2 a mistake in what was asked for (one line on stderr, no traceback).
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+# Annotations stay text, so that this module can be imported, and say what is missing, where typer is not installed.
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+except ModuleNotFoundError:
+    typer = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from path_attention.training.run import Run
+
+FAILED, MISTAKE = 1, 2
+# Modules that the extra brings: where one is missing, installing the extra is the remedy.
+_EXTRA = ("accelerate", "matplotlib", "numpy", "rich", "transformers", "typer", "yaml")
+_INSTALL = "pip install 'path-attention[train]'"
+_RUNS = Path("runs")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    if typer is None:
+        sys.exit(_fail(f"the command line needs packages that are not installed: {_INSTALL}", FAILED))
+    app()()
+
+
+def app() -> Any:
+    """The typer application."""
+    application = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    application.callback(invoke_without_command=True)(_common)
+    application.command(context_settings={"allow_interspersed_args": True})(_checked(train))
+    application.command()(_checked(evaluate))
+    application.command()(_checked(recipes))
+    application.command()(_checked(demo))
+    benchmark = typer.Typer(no_args_is_help=True, help="Time and memory.")
+    benchmark.callback()(lambda: None)
+    benchmark.command("operator")(_checked(benchmark_operator))
+    application.add_typer(benchmark, name="benchmark")
+    return application
+
+
+def _common(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """PaTH attention: train by recipe, evaluate, and see the difference.
+
+    Start with: path-attention demo
+    """
+    if version:
+        print(importlib.metadata.version("path-attention"))
+        raise typer.Exit
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (see: recipes).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it: training.steps=100 mixers=\\[path] ...", metavar="KEY=VALUE"),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the run folders.")] = _RUNS,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start anew; an existing run folder is moved aside, never deleted.")
+    ] = False,
+) -> None:
+    """Train what a recipe describes; continue it where it was interrupted.
+
+    Writes runs/NAME/MIXER/: the resolved recipe, metrics.jsonl, TensorBoard logs, checkpoints, the final model and
+    its evaluation.json.
+    """
+    from path_attention.training import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    console = _console()
+    from path_attention.training.run import train as train_recipe
+
+    finished = train_recipe(loaded, runs, restart=restart, console=console)
+    _show(console, finished)
+    console.print(f"written to {runs / loaded.name}")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder: runs/NAME, or runs/NAME/MIXER for one of its models.")],
+) -> None:
+    """Evaluate a finished run's final model again and write its evaluation.json."""
+    from path_attention.training import run as runs
+
+    console = _console()
+    folders = runs.run_folders(run)
+    finished = [runs.evaluate(folder, console=console) for folder in folders]
+    _show(console, finished)
+    for one in finished:
+        console.print(f"written to {one.folder / runs.EVALUATION}")
+
+
+def recipes() -> None:
+    """List the recipes shipped with the package."""
+    from path_attention.training import load_recipe, shipped_recipes
+
+    for name in shipped_recipes():
+        print(f"{name:20} {load_recipe(name).description}")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo"),
+    runs: Annotated[Path, typer.Option(help="Folder of the run folders.")] = _RUNS,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the recipe flip_flop_demo: training.seed=1 ...", metavar="KEY=VALUE"),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start anew; an existing run folder is moved aside, never deleted.")
+    ] = False,
+) -> None:
+    """Train PaTH and RoPE on flip-flop language modelling and show the difference.
+
+    A few minutes on two CPU cores; an interrupted demo continues where it stopped.
+    """
+    from path_attention.evaluation.demo import run_demo
+
+    run_demo(out, runs, overrides or (), restart=restart, console=_console())
+
+
+def benchmark_operator(
+    lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "512,1024,2048,4096",
+    repeats: Annotated[int, typer.Option(help="Timed repetitions of each; the median is reported.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
+) -> None:
+    """Time and memory of the operator on this machine against torch's attention."""
+    from path_attention.benchmark import run_operator_benchmark
+
+    try:
+        parsed = tuple(int(length) for length in lengths.split(","))
+    except ValueError:
+        raise ValueError(f"--lengths: wanted whole numbers separated by commas, got {lengths!r}") from None
+    if repeats < 1 or min(parsed) < 1:
+        raise ValueError(f"--lengths and --repeats: wanted numbers above 0, got {lengths} and {repeats}")
+    run_operator_benchmark(lengths=parsed, repeats=repeats, out=out)
+
+
+def _checked(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its foreseeable failures turned into one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _EXTRA:
+                raise
+            code = _fail(f"{error.name} is not installed: {_INSTALL}", FAILED)
+        except (ValueError, FileNotFoundError) as error:
+            code = _fail(str(error), MISTAKE)
+        except KeyboardInterrupt:
+            code = _fail("interrupted; the same command continues where it stopped", FAILED)
+        except RuntimeError as error:
+            if type(error).__name__ != "TrainingDiverged":  # not imported: that would be half of transformers
+                raise
+            code = _fail(str(error), FAILED)
+        else:
+            return
+        raise typer.Exit(code)
+
+    return checked
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"path-attention: {message}", file=sys.stderr)
+    return code
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _show(console: Console, runs: list[Run]) -> None:
+    from path_attention.evaluation.tables import runs_table
+
+    console.print(runs_table(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Measurements as text and as tables for the terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.table import Table
+
+from path_attention.training.run import Run
+from path_attention.training.source import Measurement
+
+
+def show(measured: Measurement) -> str:
+    """A measurement with its unit and what it rests on: "40.3 % (8,060 of 20,000)", "2.104 (131,072 bytes)"."""
+    if measured.errors is None:
+        return f"{measured.value:.3f} ({measured.count:,} bytes)"
+    return f"{percent(measured.value)} ({measured.errors:,} of {measured.count:,})"
+
+
+def percent(rate: float) -> str:
+    """A rate in percent, with digits enough to tell it from 0: 0 %, 0.0001 %, 0.01 %, 40.3 %."""
+    value = 100 * rate
+    if value == 0:
+        return "0 %"
+    return f"{value:.1f} %" if value >= 1 else f"{value:.1g} %"
+
+
+def runs_table(runs: Sequence[Run], published: Mapping[str, Iterable[str]] | None = None, title: str = "") -> Table:
+    """A row a run, a column a split; ``published`` adds rows of text below, in the order of the splits."""
+    units = {m.unit for run in runs for m in run.measurements.values()}
+    table = Table(title=title or ", ".join(sorted(units)), title_justify="left")
+    table.add_column("model")
+    splits = list(runs[0].measurements)
+    for split in splits:
+        table.add_column(split.replace("_", " "), justify="right")
+    table.add_column("training", justify="right")
+    for run in runs:
+        cells = (show(run.measurements[s]) if s in run.measurements else "" for s in splits)
+        table.add_row(run.mixer, *cells, f"{run.facts['steps']} steps, {run.facts['training_seconds']:.0f} s")
+    for n, (name, row) in enumerate((published or {}).items()):
+        if n == 0:
+            table.add_section()
+        table.add_row(name, *row, "", style="dim")
+    return table

@@ -1,0 +1,124 @@
+"""Flip-flop language modelling: remember one bit through any number of distractions.
+
+Source: Liu et al., "Exposing Attention Glitches with Flip-Flop Language Modeling" (arXiv 2306.00946); used for table 1
+of the PaTH paper (arXiv 2505.16381).
+
+A sequence is T/2 pairs of an instruction and a bit. Instructions are ``w`` (write), ``r`` (read) and ``i`` (ignore):
+the first is always w, the last always r, the others are independent with P(i) = p_i and P(w) = P(r) = (1 - p_i) / 2.
+Bits after w and i are fair coins; the bit after r is the last bit written, and predicting it is the task.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from path_attention.tasks.base import IGNORED, Examples, Score, register
+
+TOKENS = ("w", "r", "i", "0", "1")
+WRITE, READ, IGNORE, ZERO, ONE = range(len(TOKENS))
+
+# Liu et al. train on FFL(0.8); the PaTH paper confirms the sparse and the dense evaluation.
+IGNORE_PROBABILITY = MappingProxyType({"in_distribution": 0.8, "sparse": 0.98, "dense": 0.1})
+
+
+@register("flip_flop")
+@dataclass(frozen=True, kw_only=True)
+class FlipFlop:
+    """The task of this module's docstring.
+
+    Args:
+        length: tokens T of a sequence, even and at least 4 (one write, one read).
+        ignore_probability: p_i of the training sequences, in [0, 1].
+        clean: True puts labels only on the bits after r; False on every token but the first ("noisy" in Liu et al.).
+
+    Raises:
+        ValueError: for a length that is odd or below 4, or a probability outside [0, 1].
+    """
+
+    length: int = 512
+    ignore_probability: float = 0.8
+    clean: bool = True
+
+    vocab_size: int = field(default=len(TOKENS), init=False)
+    tokens: tuple[str, ...] = field(default=TOKENS, init=False)
+    splits: tuple[str, ...] = field(default=("in_distribution", "sparse", "dense"), init=False)
+
+    def __post_init__(self) -> None:
+        if self.length < 4 or self.length % 2:
+            raise ValueError(f"flip_flop: length must be even and at least 4, got {self.length}")
+        if not 0 <= self.ignore_probability <= 1:
+            raise ValueError(f"flip_flop: ignore_probability must be in [0, 1], got {self.ignore_probability}")
+
+    def examples(self, seed: int, indices: Sequence[int], split: str = "train") -> Examples:
+        """Sequences number ``indices`` of a split: input_ids and labels, int64 (len(indices), T).
+
+        Sequence n depends on (seed, split, n) alone, never on its neighbours in the batch. Labels stand at the
+        position of the token they name, as Hugging Face models expect (they shift them), and are -100 elsewhere.
+        """
+        names = ("train", *self.splits)
+        if split not in names:
+            raise ValueError(f"flip_flop: split must be one of {', '.join(names)}, got {split!r}")
+        p_ignore = self.ignore_probability if split == "train" else IGNORE_PROBABILITY[split]
+        pairs = self.length // 2
+        # Philox is a counter-based generator: the key names the stream, the counter the sequence within it, so any
+        # sequence can be had without those before it. Its highest word is never reached by drawing.
+        key = (seed, names.index(split))
+        draws = np.empty((len(indices), 2, pairs))
+        for row, n in zip(draws, indices, strict=True):
+            np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, n))).random(out=row)
+        instruction = np.where(
+            draws[:, 0] < p_ignore, IGNORE, np.where(draws[:, 0] < (1 + p_ignore) / 2, WRITE, READ)
+        ).astype(np.int64)
+        instruction[:, 0], instruction[:, -1] = WRITE, READ
+        bit = (draws[:, 1] < 0.5).astype(np.int64)
+        # The pair of the last write up to each pair: a running maximum over the pairs that write.
+        last_write = np.maximum.accumulate(np.where(instruction == WRITE, np.arange(pairs), 0), axis=1)
+        bit = np.where(instruction == READ, np.take_along_axis(bit, last_write, axis=1), bit)
+        input_ids = np.stack([instruction, ZERO + bit], axis=2).reshape(len(indices), self.length)
+        labels = input_ids.copy()
+        if self.clean:
+            labels[:, ::2] = IGNORED
+            labels[:, 1::2][instruction != READ] = IGNORED
+        else:
+            labels[:, 0] = IGNORED
+        return Examples(input_ids, labels)
+
+    def oracle(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The right bit after every r, -100 elsewhere, (N, T) like ``input_ids``: a plain scan, token by token.
+
+        Raises:
+            ValueError: if a sequence reads before it writes or is not made of pairs of instruction and bit.
+        """
+        answers = np.full_like(input_ids, IGNORED)
+        for n, sequence in enumerate(input_ids.tolist()):
+            memory = None
+            for t in range(0, len(sequence), 2):
+                instruction, bit = sequence[t], sequence[t + 1]
+                if instruction not in (WRITE, READ, IGNORE) or bit not in (ZERO, ONE):
+                    raise ValueError(f"flip_flop: sequence {n} has no pair of instruction and bit at position {t}")
+                if instruction == WRITE:
+                    memory = bit
+                elif instruction == READ:
+                    if memory is None:
+                        raise ValueError(f"flip_flop: sequence {n} reads at position {t} before anything is written")
+                    answers[n, t + 1] = memory
+        return answers
+
+    def score(self, input_ids: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64]) -> Score:
+        """Reads, and those answered wrongly.
+
+        Args:
+            input_ids: (N, T).
+            predictions: (N, T), the model's likeliest next token *after* each position (argmax of its logits there).
+        """
+        reads = input_ids[:, :-1] == READ
+        wrong = reads & (predictions[:, :-1] != input_ids[:, 1:])
+        return Score(count=int(reads.sum()), errors=int(wrong.sum()))
+
+    def expected_count(self, split: str) -> float:
+        """Mean number of reads of a sequence: the last pair, and (1 - p_i) / 2 of the T/2 - 2 in the middle."""
+        p_ignore = self.ignore_probability if split == "train" else IGNORE_PROBABILITY[split]
+        return 1 + (self.length // 2 - 2) * (1 - p_ignore) / 2

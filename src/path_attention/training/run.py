@@ -1,0 +1,308 @@
+"""Run folders: train a recipe into one, take up an interrupted one, read a finished one.
+
+runs/NAME/MIXER/recipe.yaml        the recipe, every default written out
+                metrics.jsonl      losses and evaluations by step
+                checkpoint-STEP/   the last two, to resume from; transformers' own format
+                runs/              TensorBoard logs, where tensorboard is installed
+                final/             the trained model, as save_pretrained writes it
+                evaluation.json    measurements of the final model; its presence means the run is finished
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from path_attention.training import strict
+from path_attention.training.recipe import Recipe, recipe_from_mapping
+from path_attention.training.source import Measurement, Source, open_source
+
+RECIPE, FINAL, EVALUATION = "recipe.yaml", "final", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: one recipe, one mixer.
+
+    Args:
+        folder: runs/NAME/MIXER.
+        mixer: the mixer.
+        measurements: of the final model, by split.
+        facts: steps, seconds of training, number of parameters, seed, device and versions.
+    """
+
+    folder: Path
+    mixer: str
+    measurements: dict[str, Measurement]
+    facts: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """The run of a folder.
+
+        Raises:
+            FileNotFoundError: if there is no finished run.
+        """
+        file = folder / EVALUATION
+        if not file.is_file():
+            state = "interrupted; train the recipe again to finish it" if (folder / RECIPE).is_file() else "no run"
+            raise FileNotFoundError(f"{folder}: no finished run here ({state})")
+        values = json.loads(file.read_text())
+        measurements = {split: Measurement(**m) for split, m in values["measurements"].items()}
+        return cls(folder, values["mixer"], measurements, values["facts"])
+
+    def write(self) -> None:
+        """Writes evaluation.json, whole or not at all."""
+        values = {"mixer": self.mixer, "measurements": strict.plain(self.measurements), "facts": self.facts}
+        write_whole(self.folder / EVALUATION, json.dumps(values, indent=2) + "\n")
+
+
+def train(
+    recipe: Recipe, runs: Path = Path("runs"), *, restart: bool = False, console: Console | None = None
+) -> list[Run]:
+    """Trains every mixer of a recipe and evaluates it; what is finished already is not done again.
+
+    An interrupted run continues from its last checkpoint with the losses it would have had uninterrupted.
+
+    Args:
+        recipe: the recipe.
+        runs: folder of all run folders.
+        restart: move an existing runs/NAME aside (NAME.1, NAME.2, ...) and start anew.
+        console: where progress is shown; None shows nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: before anything is computed, where the recipe cannot be run or the run folder
+            holds a run of another recipe.
+        TrainingDiverged: when a loss is not finite.
+    """
+    folder = runs / recipe.name
+    if restart and folder.exists():
+        aside = next(p for n in range(1, 10**6) if not (p := runs / f"{recipe.name}.{n}").exists())
+        os.rename(folder, aside)
+        if console:
+            console.print(f"the existing run was moved to {aside}")
+    for mixer in recipe.mixers:
+        _check_same_recipe(recipe, folder / mixer)
+    source = _open(recipe, console)
+    configs = {mixer: model_config(recipe, source, mixer) for mixer in recipe.mixers}
+    finished = []
+    for mixer, config in configs.items():
+        if (folder / mixer / EVALUATION).is_file():
+            if console:
+                console.print(f"{mixer}: finished already in {folder / mixer} (--restart trains anew)")
+            finished.append(Run.read(folder / mixer))
+        else:
+            finished.append(_train_one(recipe, source, mixer, config, folder / mixer, console))
+    return finished
+
+
+def evaluate(folder: Path, *, console: Console | None = None) -> Run:
+    """Evaluates the final model of a finished run again, as its recipe says, and writes evaluation.json anew.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+    """
+    from path_attention.models import PaTHForCausalLM
+
+    before = Run.read(folder)
+    recipe = read_recipe(folder)
+    source = _open(recipe, console)
+    device = _device(recipe)
+    model = PaTHForCausalLM.from_pretrained(folder / FINAL).to(device)
+    run = dataclasses.replace(before, measurements=_measure(source, model, before.mixer, console))
+    run.write()
+    return run
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The runs in a folder: itself, or one for each mixer of the recipe that wrote it.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if (folder / RECIPE).is_file():
+        return [folder]
+    found = sorted(p.parent for p in folder.glob(f"*/{RECIPE}"))
+    if not found:
+        raise FileNotFoundError(f"{folder}: no run here (wanted runs/NAME or runs/NAME/MIXER)")
+    mixers = list(read_recipe(found[0]).mixers)
+    return sorted(found, key=lambda p: mixers.index(p.name) if p.name in mixers else len(mixers))
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe a run folder was trained by."""
+    return recipe_from_mapping(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
+
+
+def model_config(recipe: Recipe, source: Source, mixer: str) -> Any:
+    """The ``PaTHConfig`` of one of a recipe's models.
+
+    Raises:
+        ValueError: for a key of ``model`` that PaTHConfig does not have, or a value it refuses.
+    """
+    from path_attention.models import PaTHConfig
+
+    known = {f.name for f in dataclasses.fields(PaTHConfig)} - {"vocab_size", "mixer"}
+    strict.check_keys(recipe.model, known, "model")
+    values = {"max_position_embeddings": source.length, **recipe.model}
+    try:
+        return PaTHConfig(vocab_size=source.vocab_size, mixer=mixer, use_cache=False, **values)
+    except Exception as error:  # huggingface_hub's strict dataclasses have exception types of their own
+        raise ValueError(f"model: {' '.join(str(error).split())}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it there: it is the old one or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _train_one(recipe: Recipe, source: Source, mixer: str, config: Any, folder: Path, console: Console | None) -> Run:
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from path_attention.models import PaTHForCausalLM
+    from path_attention.training.trainer import RecipeTrainer, ShowProgress, last_checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RECIPE, recipe.to_yaml())
+    set_seed(recipe.training.seed)
+    model = PaTHForCausalLM(config)
+    trainer = RecipeTrainer(model, source, recipe.training, folder, console=console, title=mixer)
+    checkpoint = last_checkpoint(folder)
+    if trainer.is_world_process_zero():
+        for half_written in set(folder.glob("checkpoint-*")) - set(
+            p.parent for p in folder.glob("checkpoint-*/complete")
+        ):
+            shutil.rmtree(half_written)
+    if checkpoint is not None and console:
+        console.print(f"{mixer}: continues from {checkpoint}")
+    # A bar for every checkpoint written would tear up the one that shows the training.
+    logging.disable_progress_bar()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ShowProgress):
+                callback.close()
+    facts = {
+        "recipe": recipe.name,
+        "steps": recipe.training.steps,
+        "seed": recipe.training.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_seconds": round(trainer.metrics_file.seconds, 1),
+        **machine(trainer.args.device),
+    }
+    trainer.save_model(str(folder / FINAL))
+    run = Run(folder, mixer, _measure(source, model, mixer, console), facts)
+    if trainer.is_world_process_zero():
+        run.write()
+    return run
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run depend on besides the recipe: the kind of device, its threads, and versions."""
+    import transformers
+
+    import path_attention
+
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "path_attention": path_attention.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.training.device == "auto" and torch.accelerator.is_available():
+        current = torch.accelerator.current_accelerator()
+        assert current is not None
+        return current
+    return torch.device("cpu")
+
+
+def _open(recipe: Recipe, console: Console | None) -> Source:
+    report = _Report(console)
+    try:
+        return open_source(recipe, report("reading files"))
+    finally:
+        report.close()
+
+
+def _measure(source: Source, model: torch.nn.Module, title: str, console: Console | None) -> dict[str, Measurement]:
+    report = _Report(console, title)
+    try:
+        return source.evaluate(model, progress=report)
+    finally:
+        report.close()
+
+
+class _Report:
+    """Rows of one progress bar, made as they are asked for; nothing where there is no terminal to show it on."""
+
+    def __init__(self, console: Console | None, title: str = "") -> None:
+        self.console, self.title = console, title
+        self.bar: Any = None
+
+    def __call__(self, name: str) -> Callable[[int, int], None]:
+        row = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal row
+            if self.console is None or not self.console.is_terminal:
+                return
+            if self.bar is None:
+                from path_attention.training.trainer import progress_bar
+
+                self.bar = progress_bar(self.console)
+                self.bar.start()
+            if row is None:
+                row = self.bar.add_task(f"{self.title} {name}".strip(), total=total, note="")
+            self.bar.update(row, completed=done)
+
+        return report
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raises a ValueError if the folder was begun by a recipe that would train another model."""
+    if not (folder / RECIPE).is_file():
+        return
+    old, new = (_flat(r.to_mapping()) for r in (read_recipe(folder), recipe))
+    # Which other mixers are trained, and what the recipe says about itself, changes nothing in this run.
+    changed = [
+        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in ("mixers", "description")
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
+            "Give this one another name (name=...) or move the old one aside (--restart)."
+        )
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {path: values}
+    return {k: v for key, item in values.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
