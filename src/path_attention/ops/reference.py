@@ -26,12 +26,12 @@ def _logits_one_sequence(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, g: Tenso
     moved = q[:, :, :0]  # queries i > t, each already times H_i ... H_{t+1}
     for t in reversed(range(length)):
         moved = torch.cat([q[:, :, t : t + 1], moved], dim=2)
-        scores = (moved @ k[:, :, t, :, None]).squeeze(-1)  # (B, HQ, L - t)
+        scores = scale * (moved @ k[:, :, t, :, None]).squeeze(-1)  # (B, HQ, L - t)
         columns.append(torch.nn.functional.pad(scores, (t, 0), value=float("-inf")))
         for r in reversed(range(w.shape[-2])):  # H_t = H_{t,R} ... H_{t,1}: a row vector meets H_{t,R} first
             w_t, beta_t = w[:, :, t, r], beta[:, :, t, r, None, None]
             moved = moved - beta_t * (moved @ w_t[..., None]) * w_t[:, :, None, :]
-    logits = scale * torch.stack(columns[::-1], dim=-1)
+    logits = torch.stack(columns[::-1], dim=-1)
     if g is not None:
         total = g.cumsum(-1)
         # logit(i, j) gains g_{j+1} + ... + g_i
