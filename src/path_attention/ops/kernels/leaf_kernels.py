@@ -56,17 +56,6 @@ def _unit_lower_inverse(b_n, HALF: tl.constexpr):
 
 
 @triton.jit
-def _leaf_matrices(b_k, b_w, b_beta, HALF: tl.constexpr):
-    """gram = W W^T, T^-1, A, Z, Y = A Z, U = A W of one leaf."""
-    o = tl.arange(0, ROWS)
-    b_gram = dot_split(b_w, tl.trans(b_w), HALF)
-    b_inverse = _unit_lower_inverse(tl.where(o[:, None] > o[None, :], b_beta[:, None] * b_gram, 0.0), HALF)
-    b_a = b_inverse * b_beta[None, :]
-    b_z = tl.where(o[:, None] > o[None, :], dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
-    return b_gram, b_inverse, b_a, b_z, dot_split(b_a, b_z, HALF), dot_split(b_a, b_w, HALF)
-
-
-@triton.jit
 def leaf_transition_kernel(
     p_k,  # (T, H, D)
     p_w,  # (T, H, D)
@@ -96,7 +85,12 @@ def leaf_transition_kernel(
     b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
     b_w = load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS).to(tl.float32)
     b_beta = tl.load(p_beta + (i_row + o).to(tl.int64) * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
-    _, _, _, _, b_y, b_u = _leaf_matrices(b_k, b_w, b_beta, HALF)
+    strict = o[:, None] > o[None, :]
+    b_n = tl.where(strict, b_beta[:, None] * dot_split(b_w, tl.trans(b_w), HALF), 0.0)
+    b_a = _unit_lower_inverse(b_n, HALF) * b_beta[None, :]
+    b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
+    b_y = dot_split(b_a, b_z, HALF)
+    b_u = dot_split(b_a, b_w, HALF)
     i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS
     store_rows(p_y + i_tile * ROWS, b_y, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     store_rows(p_u + i_tile * D, b_u, 0, ROWS, D, D, BLOCK_D, ROWS)
@@ -420,57 +414,59 @@ def tree_backward_kernel(
     i_left_node = ((i_base + node(i_first, level)).to(tl.int64) * H + i_head) * D * D
     i_right_node = ((i_base + node(i_right, level)).to(tl.int64) * H + i_head) * D * D
     i_parent_node = ((i_base + node(i_first, level + 1)).to(tl.int64) * H + i_head) * D * D
-    b_d_left = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    parent_used = i_right + s_span < s_count
+    # One matrix after the other: both at once do not fit in registers at D = 128.
+    b_d = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     if i_first != 0:
         i_slot = (level * query_slots + tl.load(p_query_base + i_leaf) + within(i_right, level)).to(tl.int64) * ROWS
         for i_chunk in range(tl.minimum(s_span, s_count - i_right) * GROUP):
             i_row = i_slot + (i_chunk // GROUP) * ROWS
             o_head = (i_head * GROUP + i_chunk % GROUP) * D
             b_x = load_rows(p_query_rows + o_head, i_row, ROWS, HQ * D, D, BLOCK_D, ROWS)
-            b_d = load_rows(p_d_query_rows + o_head, i_row, ROWS, HQ * D, D, BLOCK_D, ROWS)
-            b_d_left += tl.dot(tl.trans(b_x), b_d, input_precision="ieee")
-    b_d_right = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-    if i_right + s_span < s_count:
+            b_d_x = load_rows(p_d_query_rows + o_head, i_row, ROWS, HQ * D, D, BLOCK_D, ROWS)
+            b_d = tl.dot(tl.trans(b_x), b_d_x, b_d, input_precision="ieee")
+    if parent_used:
+        b_d_parent = load_rows(p_d_node + i_parent_node, 0, D, D, D, BLOCK_D, BLOCK_D)
+        b_right = load_rows(p_node + i_right_node, 0, D, D, D, BLOCK_D, BLOCK_D)
+        b_d += dot_split(tl.trans(b_right), b_d_parent, HALF)
+    store_rows(p_d_node + i_left_node, b_d, 0, D, D, D, BLOCK_D, BLOCK_D)
+    b_d = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    if parent_used:
         i_slot = (level * key_slots + tl.load(p_key_base + i_leaf) + within(i_first, level)).to(tl.int64) * ROWS
         for i_chunk in range(s_span):
             i_row = i_slot + i_chunk * ROWS
             b_x = load_rows(p_key_rows + i_head * D, i_row, ROWS, H * D, D, BLOCK_D, ROWS)
-            b_d = load_rows(p_d_key_rows + i_head * D, i_row, ROWS, H * D, D, BLOCK_D, ROWS)
-            b_d_right += tl.dot(tl.trans(b_d), b_x, input_precision="ieee")
+            b_d_x = load_rows(p_d_key_rows + i_head * D, i_row, ROWS, H * D, D, BLOCK_D, ROWS)
+            b_d = tl.dot(tl.trans(b_d_x), b_x, b_d, input_precision="ieee")
         b_d_parent = load_rows(p_d_node + i_parent_node, 0, D, D, D, BLOCK_D, BLOCK_D)
         b_left = load_rows(p_node + i_left_node, 0, D, D, D, BLOCK_D, BLOCK_D)
-        b_d_right += dot_split(b_d_parent, tl.trans(b_left), HALF)
-        b_right = load_rows(p_node + i_right_node, 0, D, D, D, BLOCK_D, BLOCK_D)
-        b_d_left += dot_split(tl.trans(b_right), b_d_parent, HALF)
-    store_rows(p_d_node + i_left_node, b_d_left, 0, D, D, D, BLOCK_D, BLOCK_D)
+        b_d += dot_split(b_d_parent, tl.trans(b_left), HALF)
     if i_right + s_span <= s_count:
-        store_rows(p_d_node + i_right_node, b_d_right, 0, D, D, D, BLOCK_D, BLOCK_D)
+        store_rows(p_d_node + i_right_node, b_d, 0, D, D, D, BLOCK_D, BLOCK_D)
 
 
 @triton.jit
-def leaf_backward_kernel(
+def leaf_queries_backward_kernel(
     p_q,  # (T, HQ, D)
     p_k,  # (T, H, D)
     p_v,  # (T, H, DV)
     p_w,  # (T, H, D)
-    p_beta,  # (T, H)
     p_g,  # (T, HQ) or None
+    p_y,  # (N, H, 64, 64)
+    p_u,  # (N, H, 64, D) float32
     p_log_sum_exp,  # (T, HQ) float32, of the whole attention
     p_delta,  # (T, HQ) float32: rowsum(d_out * out)
     p_d_out,  # (T, HQ, DV)
     p_d_q_left,  # (N, HQ, 64, D)
-    p_d_k_right,  # (N, H, 64, D)
-    p_d_node,  # (2 N, H, D, D) float32
     p_d_values,  # (T, H, DV) float32: from the other spans
     p_start,
     p_length,
-    p_index,
-    p_count,
     p_d_q,  # out (T, HQ, D)
-    p_d_k,  # out (T, H, D)
     p_d_v,  # out (T, H, DV)
-    p_d_w,  # out (T, H, D)
-    p_d_beta,  # out (T, H)
+    p_d_y,  # out (N, H, 64, 64) float32
+    p_d_u,  # out (N, H, 64, D) float32
+    p_d_w,  # out (N, H, 64, D) float32: the queries' share
+    p_d_k,  # out (N, H, 64, D) float32: the queries' share
     p_d_gate,  # (T, HQ) float32 or None: row sums less column sums of dS; in, of the other spans; out, of all
     scale,
     H,
@@ -481,7 +477,7 @@ def leaf_backward_kernel(
     BLOCK_DV: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Gradients of one leaf and key head: the formulas of leaf_backward in ops/leaf.py, with Y = A Z and U = A W."""
+    """From logits = tril(Q K^T) - X Y and q_left = Q - X U back to the queries, the values, Y, U and X's share of w."""
     HQ = H * GROUP
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
@@ -489,19 +485,10 @@ def leaf_backward_kernel(
     if s_rows == 0:
         return
     i_row = tl.load(p_start + i_leaf)
-    i_index = tl.load(p_index + i_leaf)
-    s_count = tl.load(p_count + i_leaf)
     o = tl.arange(0, ROWS)
     m_row = o < s_rows
     causal = o[:, None] >= o[None, :]
-    strict = o[:, None] > o[None, :]
-    b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
-    b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
-    b_w = load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS).to(tl.float32)
-    p_row_beta = (i_row + o).to(tl.int64) * H + i_head
-    b_beta = tl.load(p_beta + p_row_beta, mask=m_row, other=0.0).to(tl.float32)
-    b_gram, b_inverse, b_a, b_z, b_y, b_u = _leaf_matrices(b_k, b_w, b_beta, HALF)
-
+    i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS
     b_d_y = tl.zeros((ROWS, ROWS), dtype=tl.float32)
     b_d_u = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     b_d_w = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
@@ -509,54 +496,114 @@ def leaf_backward_kernel(
     b_d_v = load_rows(p_d_values + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
-        p_row = (i_row + o).to(tl.int64) * HQ + i_query_head
+        o_row = (i_row + o).to(tl.int64) * HQ + i_query_head
         b_q = load_rows(p_q + i_query_head * D, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS)
+        b_w = load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS).to(tl.float32)
         b_x = tl.where(causal, dot_exact_left(b_q, tl.trans(b_w), HALF), 0.0)
+        b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+        b_y = load_rows(p_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
         b_logits = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") - dot_half(b_x, b_y, HALF)) * scale
         if p_g is not None:
-            b_gate = tl.cumsum(tl.load(p_g + p_row, mask=m_row, other=0.0).to(tl.float32), axis=0)
+            b_gate = tl.cumsum(tl.load(p_g + o_row, mask=m_row, other=0.0).to(tl.float32), axis=0)
             b_logits += b_gate[:, None] - b_gate[None, :]
-        b_log_sum_exp = tl.load(p_log_sum_exp + p_row, mask=m_row, other=0.0)
+        b_log_sum_exp = tl.load(p_log_sum_exp + o_row, mask=m_row, other=0.0)
         b_weights = tl.where(causal & m_row[:, None], tl.exp2((b_logits - b_log_sum_exp[:, None]) * LOG2_E), 0.0)
         b_d_out = load_rows(p_d_out + i_query_head * DV, i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS)
         b_d_v += dot_half(tl.trans(b_weights), b_d_out, HALF)
-        b_delta = tl.load(p_delta + p_row, mask=m_row, other=0.0)
+        b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
         b_d_s = b_weights * (tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
         if p_g is not None:
-            b_d_gate = tl.load(p_d_gate + p_row, mask=m_row, other=0.0) + tl.sum(b_d_s, axis=1) - tl.sum(b_d_s, axis=0)
-            tl.store(p_d_gate + p_row, b_d_gate, mask=m_row)
-        b_d_s = b_d_s * scale
-        i_tile = (i_leaf * HQ + i_query_head).to(tl.int64) * ROWS * D
-        b_d_q_left = load_rows(p_d_q_left + i_tile, 0, ROWS, D, D, BLOCK_D, ROWS).to(tl.float32) * scale
-        b_d_x = dot_half(b_d_s, tl.trans(b_y), HALF) + dot_half(b_d_q_left, tl.trans(b_u), HALF)
-        b_d_x = tl.where(causal, -b_d_x, 0.0)
+            b_d_gate = tl.load(p_d_gate + o_row, mask=m_row, other=0.0) + tl.sum(b_d_s, axis=1) - tl.sum(b_d_s, axis=0)
+            tl.store(p_d_gate + o_row, b_d_gate, mask=m_row)
+        b_d_s *= scale
+        b_d_k += dot_half(tl.trans(b_d_s), b_q, HALF)
+        p_tile = p_d_q_left + (i_leaf * HQ + i_query_head).to(tl.int64) * ROWS * D
+        b_d_q_left = load_rows(p_tile, 0, ROWS, D, D, BLOCK_D, ROWS).to(tl.float32) * scale
         b_d_y -= dot_half(tl.trans(b_x), b_d_s, HALF)
         b_d_u -= dot_half(tl.trans(b_x), b_d_q_left, HALF)
+        b_u = load_rows(p_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
+        b_d_x = dot_half(b_d_s, tl.trans(b_y), HALF) + dot_half(b_d_q_left, tl.trans(b_u), HALF)
+        b_d_x = tl.where(causal, -b_d_x, 0.0)
         b_d_w += dot_half(tl.trans(b_d_x), b_q, HALF)
-        b_d_k += dot_half(tl.trans(b_d_s), b_q, HALF)
         b_d_q = b_d_q_left + dot_half(b_d_s, b_k, HALF) + dot_half(b_d_x, b_w, HALF)
         store_rows(p_d_q + i_query_head * D, b_d_q, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS)
     store_rows(p_d_v + i_head * DV, b_d_v, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+    store_rows(p_d_y + i_tile * ROWS, b_d_y, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
+    store_rows(p_d_u + i_tile * D, b_d_u, 0, ROWS, D, D, BLOCK_D, ROWS)
+    store_rows(p_d_w + i_tile * D, b_d_w, 0, ROWS, D, D, BLOCK_D, ROWS)
+    store_rows(p_d_k + i_tile * D, b_d_k, 0, ROWS, D, D, BLOCK_D, ROWS)
 
-    if i_index + 1 < s_count:  # else neither the moved keys nor P are of use to anyone
-        i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS * D
-        b_d_k_right = load_rows(p_d_k_right + i_tile, 0, ROWS, D, D, BLOCK_D, ROWS).to(tl.float32)
-        b_d_y -= dot_half(b_w, tl.trans(b_d_k_right), HALF)
-        b_d_w -= dot_half(b_y, b_d_k_right, HALF)
+
+@triton.jit
+def leaf_transition_backward_kernel(
+    p_k,  # (T, H, D)
+    p_w,  # (T, H, D)
+    p_beta,  # (T, H)
+    p_y,  # (N, H, 64, 64)
+    p_u,  # (N, H, 64, D) float32
+    p_d_y,  # (N, H, 64, 64) float32
+    p_d_u,  # (N, H, 64, D) float32
+    p_d_w_queries,  # (N, H, 64, D) float32: the queries' share
+    p_d_k_queries,  # (N, H, 64, D) float32: the queries' share
+    p_d_k_right,  # (N, H, 64, D)
+    p_d_node,  # (2 N, H, D, D) float32
+    p_start,
+    p_length,
+    p_index,
+    p_count,
+    p_d_k,  # out (T, H, D)
+    p_d_w,  # out (T, H, D)
+    p_d_beta,  # out (T, H)
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """From Y, U, k_right = K - Y^T W and P = I - W^T U back to the keys, w and beta: leaf_backward in ops/leaf.py."""
+    i_leaf = tl.program_id(0) // H
+    i_head = tl.program_id(0) % H
+    s_rows = tl.load(p_length + i_leaf)
+    if s_rows == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    o = tl.arange(0, ROWS)
+    m_row = o < s_rows
+    strict = o[:, None] > o[None, :]
+    i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS
+    b_w = load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS).to(tl.float32)
+    b_d_y = load_rows(p_d_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
+    b_d_u = load_rows(p_d_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
+    b_d_w = load_rows(p_d_w_queries + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
+    b_d_k = load_rows(p_d_k_queries + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
+    if tl.load(p_index + i_leaf) + 1 < tl.load(p_count + i_leaf):  # else nobody uses k_right and P
+        b_d_k_right = load_rows(p_d_k_right + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS).to(tl.float32)
         b_d_k += b_d_k_right
-        p_matrix = p_d_node + ((2 * i_leaf).to(tl.int64) * H + i_head) * D * D
-        b_d_p = load_rows(p_matrix, 0, D, D, D, BLOCK_D, BLOCK_D)
+        b_d_y -= dot_half(b_w, tl.trans(b_d_k_right), HALF)
+        b_y = load_rows(p_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
+        b_d_w -= dot_half(b_y, b_d_k_right, HALF)
+        b_d_p = load_rows(p_d_node + ((2 * i_leaf).to(tl.int64) * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
         b_d_u -= dot_split(b_w, b_d_p, HALF)
+        b_u = load_rows(p_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
         b_d_w -= dot_split(b_u, tl.trans(b_d_p), HALF)
-    b_d_a = dot_split(b_d_y, tl.trans(b_z), HALF) + dot_split(b_d_u, tl.trans(b_w), HALF)
+    o_beta = (i_row + o).to(tl.int64) * H + i_head
+    b_beta = tl.load(p_beta + o_beta, mask=m_row, other=0.0).to(tl.float32)
+    b_gram = dot_split(b_w, tl.trans(b_w), HALF)
+    b_inverse = _unit_lower_inverse(tl.where(strict, b_beta[:, None] * b_gram, 0.0), HALF)
+    b_a = b_inverse * b_beta[None, :]
+    b_d_w += dot_split(tl.trans(b_a), b_d_u, HALF)
     b_d_z = tl.where(strict, dot_split(tl.trans(b_a), b_d_y, HALF), 0.0)
-    b_d_w += dot_split(tl.trans(b_a), b_d_u, HALF) + dot_exact_right(b_d_z, b_k, HALF)
     b_d_k += dot_split(tl.trans(b_d_z), b_w, HALF)
     store_rows(p_d_k + i_head * D, b_d_k, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+    b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+    b_d_w += dot_exact_right(b_d_z, b_k, HALF)
+    b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
+    b_d_a = dot_split(b_d_y, tl.trans(b_z), HALF) + dot_split(b_d_u, tl.trans(b_w), HALF)
     b_d_t = dot_split(tl.trans(b_inverse), b_d_a, HALF)
     b_d_gram = tl.where(strict, -dot_split(b_d_t, tl.trans(b_a), HALF), 0.0)
     b_d_beta = tl.sum(tl.where(o[:, None] == o[None, :], b_d_t, 0.0) + b_d_gram * b_gram, axis=1)
-    tl.store(p_d_beta + p_row_beta, b_d_beta, mask=m_row)
+    tl.store(p_d_beta + o_beta, b_d_beta, mask=m_row)
     b_d_gram *= b_beta[:, None]
     b_d_w += dot_split(b_d_gram + tl.trans(b_d_gram), b_w, HALF)
     store_rows(p_d_w + i_head * D, b_d_w, i_row, s_rows, H * D, D, BLOCK_D, ROWS)

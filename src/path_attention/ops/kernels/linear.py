@@ -14,8 +14,9 @@ from torch import Tensor
 from path_attention.ops.kernels.leaf_kernels import (
     key_transport_backward_kernel,
     key_transport_kernel,
-    leaf_backward_kernel,
+    leaf_queries_backward_kernel,
     leaf_queries_kernel,
+    leaf_transition_backward_kernel,
     leaf_transition_kernel,
     query_transport_backward_kernel,
     tree_backward_kernel,
@@ -71,6 +72,8 @@ class Levels:
     key_rows: Tensor  # (levels, key_slots, 64, H, D) dtype of k
     gate_query: Tensor | None  # (levels, query_slots, 64, HQ) float32
     gate_key: Tensor | None  # (levels, key_slots, 64, HQ) float32
+    y: Tensor  # (N, H, 64, 64) dtype of k
+    u: Tensor  # (N, H, 64, D) float32
     nodes: Tensor  # (2 N, H, D, D) float32
 
 
@@ -96,6 +99,8 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         key_rows=torch.empty(levels, table.key_slots, LEAF, heads, dim, dtype=k.dtype, device=q.device),
         gate_query=None if g is None else float32(levels, table.query_slots, LEAF, query_heads),
         gate_key=None if g is None else float32(levels, table.key_slots, LEAF, query_heads),
+        y=y,
+        u=u,
         nodes=nodes,
     )
     by_key_head = (leaves * heads,)
@@ -262,35 +267,62 @@ def leaves_and_levels_backward(
             **constants,
             num_warps=warps,
         )
+
+    def float32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
     result = Gradients(*(torch.empty_like(x) for x in (q, k, v, w, inputs.beta)))
-    leaf_backward_kernel[by_key_head](
+    d_y, d_u = float32(leaves, heads, LEAF, LEAF), float32(leaves, heads, LEAF, dim)
+    d_w, d_k = torch.empty_like(d_u), torch.empty_like(d_u)
+    leaf_queries_backward_kernel[by_key_head](
         p_q=q,
         p_k=k,
         p_v=v,
         p_w=w,
-        p_beta=inputs.beta,
         p_g=inputs.g,
+        p_y=levels.y,
+        p_u=levels.u,
         p_log_sum_exp=log_sum_exp,
         p_delta=delta,
         p_d_out=d_out,
         p_d_q_left=d_q_left,
-        p_d_k_right=d_k_right,
-        p_d_node=d_nodes,
         p_d_values=dense.values,
         p_start=table.start,
         p_length=table.length,
-        p_index=table.index,
-        p_count=table.count,
         p_d_q=result.q,
-        p_d_k=result.k,
         p_d_v=result.v,
-        p_d_w=result.w,
-        p_d_beta=result.beta,
+        p_d_y=d_y,
+        p_d_u=d_u,
+        p_d_w=d_w,
+        p_d_k=d_k,
         p_d_gate=dense.gate,
         scale=inputs.scale,
         H=heads,
         DV=v.shape[2],
         BLOCK_DV=max(16, triton.next_power_of_2(v.shape[2])),
+        **constants,
+        num_warps=8,
+    )
+    leaf_transition_backward_kernel[by_key_head](
+        p_k=k,
+        p_w=w,
+        p_beta=inputs.beta,
+        p_y=levels.y,
+        p_u=levels.u,
+        p_d_y=d_y,
+        p_d_u=d_u,
+        p_d_w_queries=d_w,
+        p_d_k_queries=d_k,
+        p_d_k_right=d_k_right,
+        p_d_node=d_nodes,
+        p_start=table.start,
+        p_length=table.length,
+        p_index=table.index,
+        p_count=table.count,
+        p_d_k=result.k,
+        p_d_w=result.w,
+        p_d_beta=result.beta,
+        H=heads,
         **constants,
         num_warps=8,
     )
