@@ -81,12 +81,12 @@ def test_bad_arguments_are_named(case: str) -> None:
 
 def test_a_batch_cannot_be_packed_too() -> None:
     batch = {name: torch.cat([x, x]) for name, x in good().items()}
-    with pytest.raises(ValueError, match="^q: got batch 2; wanted batch 1 when cu_seqlens"):
+    with pytest.raises(ValueError, match=r"^q: got batch 2; wanted batch 1 when cu_seqlens"):
         path_attention(**batch, cu_seqlens=torch.tensor([0, LENGTH]))
 
 
 def test_no_tokens_without_cu_seqlens() -> None:
-    with pytest.raises(ValueError, match="^q: got length 0; wanted at least one token"):
+    with pytest.raises(ValueError, match=r"^q: got length 0; wanted at least one token"):
         path_attention(**{name: x[:, :0] for name, x in good().items()})
 
 
