@@ -141,14 +141,14 @@ def benchmark_operator(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
 ) -> None:
     """Time and memory of the operator on this machine against torch's attention."""
-    from path_attention.benchmark import run_operator_benchmark
-
     try:
         parsed = tuple(int(length) for length in lengths.split(","))
     except ValueError:
         raise ValueError(f"--lengths: wanted whole numbers separated by commas, got {lengths!r}") from None
     if repeats < 1 or min(parsed) < 1:
         raise ValueError(f"--lengths and --repeats: wanted numbers above 0, got {lengths} and {repeats}")
+    from path_attention.benchmark import run_operator_benchmark
+
     run_operator_benchmark(lengths=parsed, repeats=repeats, out=out)
 
 

@@ -62,8 +62,8 @@ def run_demo(
     section = (
         "<h2>What the heads look at</h2>"
         f"<p>A sparse test sequence. The last <code>r</code>, at position {query}, asks for the bit written at "
-        f"position {write}; other writes came before. PaTH need not put all its weight there: a head can also answer by how "
-        "much of its weight the tokens in between let through to the writes of each bit.</p>"
+        f"position {write}; other writes came before it. To find that bit, attention must tell the last write from the "
+        "earlier ones, whatever their distance: the tokens in between decide, not how many they are.</p>"
         + plots.as_image(figure, "attention weights at a read")
     )
     report = write_report(

@@ -11,13 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from path_attention.evaluation.tables import percent
+from path_attention.evaluation.tables import NAMES, percent
 from path_attention.training.run import Run
 from path_attention.training.trainer import METRICS, read_metrics
 
 # One colour a mixer throughout; from Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"path": "#0072B2", "rope": "#D55E00", "path_fox": "#009E73", "none": "#666666"}
-NAMES = {"path": "PaTH", "path_fox": "PaTH-FoX", "rope": "RoPE", "none": "no position encoding"}
 _PUBLISHED = "#bbbbbb"
 _ALARM = "#CC79A7"
 
@@ -46,6 +45,7 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
     for axis, title in zip(axes, ("training loss", *(f"{unit}, {s.replace('_', ' ')}" for s in splits)), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        axis.set_xlim(left=0)
         axis.set_ylim(bottom=0 if unit == "error rate" else None)
         axis.spines[["top", "right"]].set_visible(False)
         if unit == "error rate" and title != "training loss":
@@ -134,7 +134,7 @@ def attention_at_read(heads: Sequence[Attention], tokens: Sequence[str], query: 
         top = 1.25 * float(weights.max())
         for axis in (whole, zoom):
             axis.axvspan(write - 0.5, write + 1.5, color=_ALARM, alpha=0.3, lw=0)
-            axis.bar(positions, weights, color=colour, width=1.0 if axis is whole else 0.8)
+            axis.bar(positions, weights, color=colour, width=0.8, edgecolor=colour, lw=0.8)
             axis.set_ylim(0, top)
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from path_attention.evaluation import plots
-from path_attention.evaluation.tables import show
+from path_attention.evaluation.tables import NAMES, show
 from path_attention.training import strict
 from path_attention.training.run import RECIPE, Run, read_recipe, write_whole
 from path_attention.training.trainer import METRICS, read_metrics
@@ -73,7 +73,7 @@ def write_report(
 
 def _results(runs: Sequence[Run], published: Mapping[str, Sequence[float]]) -> str:
     splits = list(runs[0].measurements)
-    rows = [[plots.NAMES[r.mixer], *(show(r.measurements[s]) for s in splits)] for r in runs]
+    rows = [[NAMES[r.mixer], *(show(r.measurements[s]) for s in splits)] for r in runs]
     body = _rows(rows)
     if published:
         # As printed there: its rounding is part of what it says.
@@ -90,7 +90,7 @@ def _facts(runs: Sequence[Run]) -> str:
     settings = read_recipe(runs[0].folder).training
     keys = {"parameters": "{:,}", "steps": "{:,}", "training_seconds": "{:.0f} s", "seed": "{}"}
     header = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in ("model", *keys))
-    rows = [[plots.NAMES[r.mixer], *(form.format(r.facts[key]) for key, form in keys.items())] for r in runs]
+    rows = [[NAMES[r.mixer], *(form.format(r.facts[key]) for key, form in keys.items())] for r in runs]
     first = runs[0].facts
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return (

@@ -7,6 +7,9 @@ from rich.table import Table
 from path_attention.training.run import Run
 from path_attention.training.source import Measurement
 
+# How mixers are called in tables and pictures.
+NAMES = {"path": "PaTH", "path_fox": "PaTH-FoX", "rope": "RoPE", "none": "no position encoding"}
+
 
 def show(measured: Measurement) -> str:
     """A measurement with its unit and what it rests on: "40.3 % (8,060 of 20,000)", "2.104 (131,072 bytes)"."""
@@ -34,7 +37,7 @@ def runs_table(runs: Sequence[Run], published: Mapping[str, Iterable[str]] | Non
     table.add_column("training", justify="right")
     for run in runs:
         cells = (show(run.measurements[s]) if s in run.measurements else "" for s in splits)
-        table.add_row(run.mixer, *cells, f"{run.facts['steps']} steps, {run.facts['training_seconds']:.0f} s")
+        table.add_row(NAMES[run.mixer], *cells, f"{run.facts['steps']} steps, {run.facts['training_seconds']:.0f} s")
     for n, (name, row) in enumerate((published or {}).items()):
         if n == 0:
             table.add_section()

@@ -130,8 +130,8 @@ class RecipeTrainer(Trainer):
             if name in logs and not math.isfinite(logs[name]):
                 good = last_checkpoint(self.folder)
                 raise TrainingDiverged(
-                    f"training diverged: {name} is {logs[name]} at step {self.state.global_step}; last good checkpoint: "
-                    f"{good or 'none'}. A lower learning_rate or max_grad_norm in training may help."
+                    f"training diverged: {name} is {logs[name]} at step {self.state.global_step}; last good checkpoint "
+                    f"is {good or 'none'}. A lower learning_rate or max_grad_norm in training may help."
                 )
         super().log(logs, start_time)
 

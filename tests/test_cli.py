@@ -1,0 +1,139 @@
+"""The command line: exit codes, one-line errors, and every verb in miniature."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from path_attention import cli
+from tests.training.tiny import TINY
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app(), [str(a) for a in arguments])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    return file
+
+
+def test_help_of_every_verb() -> None:
+    overview = call("--help")
+    assert overview.exit_code == 0
+    for verb in (["train"], ["evaluate"], ["recipes"], ["demo"], ["benchmark", "operator"]):
+        assert verb[0] in overview.stdout
+        result = call(*verb, "--help")
+        assert result.exit_code == 0, verb
+        assert "Usage" in result.stdout
+
+
+def test_help_does_not_import_transformers() -> None:
+    """It takes seconds, which --help has no use for."""
+    code = "import sys; from path_attention import cli; cli.app(); sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_missing_extra_is_named() -> None:
+    code = "import sys; sys.modules['typer'] = None; from path_attention.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'path-attention[train]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_package_in_a_command_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "path_attention.training.trainer", raising=False)
+    for name in [n for n in sys.modules if n.startswith("path_attention.models")]:
+        monkeypatch.delitem(sys.modules, name)
+    result = call("train", recipe, "--runs", recipe.parent / "runs")
+    assert result.exit_code == 1
+    assert "transformers is not installed: pip install 'path-attention[train]'" in result.stderr
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", call("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "nothing"], "no recipe 'nothing'"),
+        (["train", "{recipe}", "training.stesp=3"], "training.stesp: unknown key"),
+        (["train", "{recipe}", "steps"], "wanted key.sub=value"),
+        (["train", "{recipe}", "model.hiden_size=3"], "model.hiden_size: unknown key"),
+        (["evaluate", "{folder}"], "no run here"),
+        (["demo", "training.steps=x"], "training.steps: wanted a whole number"),
+        (["benchmark", "operator", "--lengths", "many"], "--lengths"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(recipe: Path, arguments: list[str], message: str) -> None:
+    filled = [a.format(recipe=recipe, folder=recipe.parent) for a in arguments]
+    result = call(*filled, *(["--runs", recipe.parent / "runs"] if arguments[0] in ("train", "demo") else []))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_unknown_verb_and_missing_argument_exit_2() -> None:
+    for arguments in (["fly"], ["train"], ["train", "a", "--fly"]):
+        assert call(*arguments).exit_code == 2
+
+
+def test_recipes_are_listed() -> None:
+    assert "flip_flop_demo" in call("recipes").stdout
+
+
+def test_train_then_evaluate(recipe: Path) -> None:
+    runs = recipe.parent / "runs"
+    result = call("train", recipe, "training.steps=5", "training.eval_every=0", "--runs", runs)
+    assert result.exit_code == 0, result.output
+    assert "PaTH" in result.stdout
+    file = runs / "tiny" / "path" / "evaluation.json"
+    numbers = json.loads(file.read_text())["measurements"]
+    assert set(numbers) == {"in_distribution", "sparse", "dense"}
+    file.write_text(file.read_text().replace('"value": ', '"value": 1'))  # so that it is seen to be written anew
+    result = call("evaluate", runs / "tiny")
+    assert result.exit_code == 0, result.output
+    assert json.loads(file.read_text())["measurements"] == numbers
+
+
+def test_byte_recipe(tmp_path: Path) -> None:
+    for n in range(4):
+        (tmp_path / f"{n}.txt").write_text("to be or not to be " * 20)
+    values = {k: v for k, v in TINY.items() if k not in ("task", "evaluation")}
+    values["data"] = {"path": str(tmp_path), "length": 16, "cache": str(tmp_path / "cache")}
+    file = tmp_path / "bytes.yaml"
+    file.write_text(yaml.safe_dump(values))
+    result = call("train", file, "training.steps=5", "training.eval_every=5", "--runs", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    measured = json.loads((tmp_path / "runs/tiny/path/evaluation.json").read_text())["measurements"]["validation"]
+    assert measured["unit"] == "bits per byte"
+    assert 0 < measured["value"] < 9  # an even guess costs 8.006
+
+
+def test_demo_in_miniature(tmp_path: Path) -> None:
+    small = ["task.length=32", "training.steps=10", "training.warmup_steps=2", "training.eval_every=5"]
+    small += ["training.save_every=10", "evaluation.answers=50", "evaluation.quick_answers=20", "model.hidden_size=16"]
+    result = call("demo", "--out", tmp_path / "demo", "--runs", tmp_path / "runs", *small)
+    assert result.exit_code == 0, result.output
+    for text in ("PaTH, paper", "40.3 %", "0.0001 %", "SBA, paper"):
+        assert text in result.stdout
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    # Self-contained: nothing is fetched from anywhere.
+    assert not re.search(r'(src|href)="(?!data:|https://arxiv.org)', page)
+    assert "<link" not in page
+    assert "<script" not in page
+    numbers = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert set(numbers["runs"]) == {"path", "rope"}
+    assert numbers["published"]["RoPE"] == [0.069, 0.403, 0.0001]

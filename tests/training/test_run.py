@@ -1,0 +1,175 @@
+"""Runs: exact resumption, what a run folder holds, what is refused, what stops a run."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from path_attention.training import source as sources
+from path_attention.training.run import EVALUATION, FINAL, RECIPE, Run, evaluate, read_recipe, run_folders, train
+from path_attention.training.trainer import METRICS, TrainingDiverged, last_checkpoint, read_metrics
+from tests.training.tiny import tiny, without_time
+
+
+class Interruption(Exception):
+    """Stands for whatever ends a process."""
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+    """Makes the training data end the run when sequence ``index`` is asked for."""
+    original = sources.TaskSource.example
+
+    def example(self: sources.TaskSource, seed: int, n: int) -> dict[str, torch.Tensor]:
+        if n == index:
+            raise Interruption
+        return original(self, seed, n)
+
+    monkeypatch.setattr(sources.TaskSource, "example", example)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run.folder / FINAL / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run."""
+    return train(tiny(), tmp_path_factory.mktemp("runs"))[0]
+
+
+# 13 steps in: past the checkpoint of step 10 and between two logged losses. 2: before any checkpoint.
+@pytest.mark.parametrize("step", [13, 2])
+def test_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4 * step)
+        with pytest.raises(Interruption):
+            train(tiny(), tmp_path)
+    assert not (tmp_path / "tiny" / "path" / EVALUATION).exists()
+    resumed = train(tiny(), tmp_path)[0]
+    assert without_time(read_metrics(resumed.folder / METRICS)) == without_time(read_metrics(finished.folder / METRICS))
+    assert resumed.measurements == finished.measurements
+    expected = weights(finished)
+    assert weights(resumed).keys() == expected.keys()
+    for name, tensor in weights(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_half_written_checkpoint_is_not_resumed_from(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4 * 13)
+        with pytest.raises(Interruption):
+            train(tiny(), tmp_path)
+    folder = tmp_path / "tiny" / "path"
+    broken = folder / "checkpoint-15"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(folder) == folder / "checkpoint-10"
+    resumed = train(tiny(), tmp_path)[0]
+    assert resumed.measurements == finished.measurements
+
+
+def test_run_folder_holds_the_recipe_the_losses_the_model_and_its_evaluation(finished: Run) -> None:
+    assert read_recipe(finished.folder) == tiny()
+    entries = read_metrics(finished.folder / METRICS)
+    assert [e["step"] for e in entries if "loss" in e] == [5, 10, 15, 20]
+    assert [e["step"] for e in entries if "eval_sparse" in e] == [10, 20]
+    assert [e["seconds"] for e in entries] == sorted(e["seconds"] for e in entries)
+    assert Run.read(finished.folder) == finished
+    assert set(finished.measurements) == {"in_distribution", "sparse", "dense"}
+    for measured in finished.measurements.values():
+        assert measured.count >= 100
+        assert measured.errors is not None
+        assert measured.value == measured.errors / measured.count
+    assert finished.facts["steps"] == 20
+    assert len(list(finished.folder.glob("checkpoint-*"))) == 2
+
+
+def test_evaluation_of_the_saved_model_gives_the_numbers_again(finished: Run) -> None:
+    before = finished.folder.joinpath(EVALUATION).read_text()
+    assert evaluate(finished.folder) == finished
+    assert finished.folder.joinpath(EVALUATION).read_text() == before
+
+
+def test_finished_run_is_not_trained_again_and_restart_moves_it_aside(tmp_path: Path) -> None:
+    recipe = tiny("training.steps=3", "training.eval_every=0")
+    first = train(recipe, tmp_path)[0]
+    stamp = (first.folder / FINAL / "model.safetensors").stat().st_mtime_ns
+    assert train(recipe, tmp_path)[0] == first
+    assert (first.folder / FINAL / "model.safetensors").stat().st_mtime_ns == stamp
+    again = train(recipe, tmp_path, restart=True)[0]
+    assert again.measurements == first.measurements
+    assert Run.read(tmp_path / "tiny.1" / "path").measurements == first.measurements
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished: Run) -> None:
+    runs = finished.folder.parent.parent
+    with pytest.raises(ValueError, match=r"another recipe: training\.seed was 0, is 1\..*--restart"):
+        train(tiny("training.seed=1"), runs)
+    # What does not change this model is no other recipe.
+    assert train(tiny("description=the same"), runs)[0] == finished
+
+
+def test_several_mixers_share_everything_but_the_mixer(tmp_path: Path) -> None:
+    runs = train(tiny("mixers=[path,rope]", "training.steps=3", "training.eval_every=0"), tmp_path)
+    assert [r.mixer for r in runs] == ["path", "rope"]
+    assert run_folders(tmp_path / "tiny") == [r.folder for r in runs]
+    assert read_recipe(runs[0].folder) == read_recipe(runs[1].folder)
+    assert {r.facts["seed"] for r in runs} == {0}
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(finished: Run, tmp_path: Path) -> None:
+    """The loss is a mean over labels, whichever micro-batch they fall into; sums in another order differ by rounding.
+
+    Only the first losses are compared: training multiplies rounding errors.
+    """
+    split = train(tiny("training.accumulation_steps=4", "training.steps=5", "training.eval_every=0"), tmp_path)[0]
+    # Another number of steps is another schedule, so the whole batches are trained for five steps too.
+    whole = train(tiny("name=whole", "training.steps=5", "training.eval_every=0"), tmp_path)[0]
+    losses = [read_metrics(r.folder / METRICS)[0]["loss"] for r in (split, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from path_attention.models import PaTHForCausalLM
+
+    original = PaTHForCausalLM.forward
+    calls = 0
+
+    @functools.wraps(original)  # the Trainer looks at the signature to see what the model takes
+    def forward(self: PaTHForCausalLM, *args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        output = original(self, *args, **kwargs)  # type: ignore[arg-type]
+        if calls > 12:
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(PaTHForCausalLM, "forward", forward)
+    with pytest.raises(TrainingDiverged, match=r"loss is nan at step 15; last good checkpoint is .*checkpoint-10"):
+        train(tiny("training.eval_every=0"), tmp_path)
+    assert not (tmp_path / "tiny" / "path" / "checkpoint-15").exists()
+
+
+def test_model_section_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.hiden_size: unknown key; did you mean hidden_size\?"):
+        train(tiny("model.hiden_size=3"), tmp_path)
+    with pytest.raises(ValueError, match="model: "):
+        train(tiny("model.hidden_size=large"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_hold_no_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no finished run here"):
+        Run.read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no run here"):
+        run_folders(tmp_path)
+    (tmp_path / RECIPE).write_text(tiny().to_yaml())
+    with pytest.raises(FileNotFoundError, match="interrupted"):
+        Run.read(tmp_path)
