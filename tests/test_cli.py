@@ -98,6 +98,7 @@ def test_train_then_evaluate(recipe: Path) -> None:
     result = call("train", recipe, "training.steps=5", "training.eval_every=0", "--runs", runs)
     assert result.exit_code == 0, result.output
     assert "PaTH" in result.stdout
+    assert (runs / "tiny" / "report.html").is_file()
     file = runs / "tiny" / "path" / "evaluation.json"
     numbers = json.loads(file.read_text())["measurements"]
     assert set(numbers) == {"in_distribution", "sparse", "dense"}

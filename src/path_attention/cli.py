@@ -79,24 +79,28 @@ def train(
 ) -> None:
     """Train what a recipe describes; continue it where it was interrupted.
 
-    Writes runs/NAME/MIXER/: the resolved recipe, metrics.jsonl, TensorBoard logs, checkpoints, the final model and
-    its evaluation.json.
+    Writes runs/NAME/report.html, and into runs/NAME/MIXER the resolved recipe, metrics.jsonl, TensorBoard logs,
+    checkpoints, the final model and its evaluation.json.
     """
     from path_attention.training import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     console = _console()
+    _quiet()
+    from path_attention.evaluation.report import write_report
     from path_attention.training.run import train as train_recipe
 
     finished = train_recipe(loaded, runs, restart=restart, console=console)
     _show(console, finished)
-    console.print(f"written to {runs / loaded.name}")
+    report = write_report(finished, runs / loaded.name, title=loaded.description or loaded.name)
+    console.print(f"report: {report}")
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder: runs/NAME, or runs/NAME/MIXER for one of its models.")],
 ) -> None:
     """Evaluate a finished run's final model again and write its evaluation.json."""
+    _quiet()
     from path_attention.training import run as runs
 
     console = _console()
@@ -130,6 +134,7 @@ def demo(
 
     A few minutes on two CPU cores; an interrupted demo continues where it stopped.
     """
+    _quiet()
     from path_attention.evaluation.demo import run_demo
 
     run_demo(out, runs, overrides or (), restart=restart, console=_console())
@@ -187,6 +192,14 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def _quiet() -> None:
+    """No bars and hints of transformers' own: they would tear up the bar that shows the training."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _show(console: Console, runs: list[Run]) -> None:

@@ -1,6 +1,7 @@
 """Runs: exact resumption, what a run folder holds, what is refused, what stops a run."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,17 @@ def test_half_written_checkpoint_is_not_resumed_from(
     assert last_checkpoint(folder) == folder / "checkpoint-10"
     resumed = train(tiny(), tmp_path)[0]
     assert resumed.measurements == finished.measurements
+
+
+def test_run_interrupted_after_its_last_step_is_only_evaluated(finished: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny" / "path"
+    shutil.copytree(finished.folder, folder)
+    (folder / EVALUATION).unlink()
+    shutil.rmtree(folder / FINAL)
+    again = train(tiny(), tmp_path)[0]
+    assert again.measurements == finished.measurements
+    assert read_metrics(folder / METRICS) == read_metrics(finished.folder / METRICS)
+    assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(again).items())
 
 
 def test_run_folder_holds_the_recipe_the_losses_the_model_and_its_evaluation(finished: Run) -> None:

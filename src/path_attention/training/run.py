@@ -162,14 +162,13 @@ def model_config(recipe: Recipe, source: Source, mixer: str) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file beside its place and renames it there: it is the old one or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def _train_one(recipe: Recipe, source: Source, mixer: str, config: Any, folder: Path, console: Console | None) -> Run:
     from transformers import set_seed
-    from transformers.utils import logging
 
     from path_attention.models import PaTHForCausalLM
     from path_attention.training.trainer import RecipeTrainer, ShowProgress, last_checkpoint
@@ -187,8 +186,6 @@ def _train_one(recipe: Recipe, source: Source, mixer: str, config: Any, folder: 
             shutil.rmtree(half_written)
     if checkpoint is not None and console:
         console.print(f"{mixer}: continues from {checkpoint}")
-    # A bar for every checkpoint written would tear up the one that shows the training.
-    logging.disable_progress_bar()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
