@@ -4,7 +4,9 @@ Saved for the backward pass: the inputs, the output and the log-sum-exp of every
 again. Gradients come back in the dtype of their input straight from the dtype of the computation.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,21 @@ from torch import Tensor
 from path_attention.ops import dyadic
 from path_attention.ops.arguments import sequence_bounds
 from path_attention.ops.spans import plan_spans
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def _out_of_autocast(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Autocast reaches into operators and would round the float32 products of leaves and transitions to half."""
+
+    @wraps(function)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _problem(
@@ -27,6 +44,7 @@ def _problem(
 
 
 @torch.library.custom_op("path_attention::forward", mutates_args=())
+@_out_of_autocast
 def path_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -67,6 +85,7 @@ def _(
 
 
 @torch.library.custom_op("path_attention::backward", mutates_args=())
+@_out_of_autocast
 def path_attention_backward(
     d_out: Tensor,
     q: Tensor,
