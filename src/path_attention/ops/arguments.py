@@ -25,98 +25,78 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def _require(condition: bool, name: str, got: object, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: got {got}; wanted {wanted}")
+def _bad(name: str, got: object, wanted: str) -> ValueError:
+    return ValueError(f"{name}: got {got}; wanted {wanted}")
+
+
+# Messages are put together only where a check fails: torch.compile follows the checks, and can, under dynamic shapes,
+# branch on a symbolic length but not print it.
 
 
 def _check_tensors(q: Tensor, others: dict[str, Tensor]) -> None:
     for name, x in {"q": q, **others}.items():
-        _require(isinstance(x, Tensor), name, type(x).__name__, "a torch.Tensor")
-        _require(x.dtype in FLOATING, name, f"dtype {x.dtype}", "float64, float32, bfloat16 or float16")
-        _require(x.device == q.device, name, f"device {x.device}", f"the device of q, {q.device}")
+        if not isinstance(x, Tensor):
+            raise _bad(name, type(x).__name__, "a torch.Tensor")
+        if x.dtype not in FLOATING:
+            raise _bad(name, f"dtype {x.dtype}", "float64, float32, bfloat16 or float16")
+        if x.device != q.device:
+            raise _bad(name, f"device {x.device}", f"the device of q, {q.device}")
     for name in ("k", "v"):
-        _require(others[name].dtype == q.dtype, name, f"dtype {others[name].dtype}", f"the dtype of q, {q.dtype}")
+        if others[name].dtype != q.dtype:
+            raise _bad(name, f"dtype {others[name].dtype}", f"the dtype of q, {q.dtype}")
     for name in ("w", "beta", "g"):
-        if name in others:
-            allowed = {q.dtype, torch.float32}
-            _require(
-                others[name].dtype in allowed,
-                name,
-                f"dtype {others[name].dtype}",
-                f"the dtype of q, {q.dtype}, or float32",
-            )
+        if name in others and others[name].dtype not in (q.dtype, torch.float32):
+            raise _bad(name, f"dtype {others[name].dtype}", f"the dtype of q, {q.dtype}, or float32")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None) -> None:
-    _require(q.dim() == 4, "q", f"shape {_shape(q)}", "4 dimensions (batch, length, query heads, head_dim)")
+    if q.dim() != 4:
+        raise _bad("q", f"shape {_shape(q)}", "4 dimensions (batch, length, query heads, head_dim)")
     batch, length, query_heads, dim = q.shape
-    _require(query_heads >= 1 and dim >= 1, "q", f"shape {_shape(q)}", "at least one head and head_dim >= 1")
-    _require(k.dim() == 4, "k", f"shape {_shape(k)}", "4 dimensions (batch, length, heads, head_dim)")
+    if query_heads < 1 or dim < 1:
+        raise _bad("q", f"shape {_shape(q)}", "at least one head and head_dim >= 1")
+    if k.dim() != 4:
+        raise _bad("k", f"shape {_shape(k)}", "4 dimensions (batch, length, heads, head_dim)")
     heads = k.shape[2]
-    _require(
-        k.shape[0] == batch and k.shape[1] == length and k.shape[3] == dim,
-        "k",
-        f"shape {_shape(k)}",
-        f"({batch}, {length}, heads, {dim}) to go with q {_shape(q)}",
-    )
-    _require(
-        heads >= 1 and query_heads % heads == 0,
-        "k",
-        f"{heads} heads",
-        f"a number of heads that divides the {query_heads} query heads of q",
-    )
-    _require(
-        v.dim() == 4 and tuple(v.shape[:3]) == (batch, length, heads) and v.shape[3] >= 1,
-        "v",
-        f"shape {_shape(v)}",
-        f"({batch}, {length}, {heads}, value_dim) to go with k {_shape(k)}",
-    )
-    plain = tuple(w.shape) == (batch, length, heads, dim)
-    several = w.dim() == 5 and (*w.shape[:2], *w.shape[3:]) == (batch, length, heads, dim) and w.shape[2] >= 1
-    _require(
-        plain or several,
-        "w",
-        f"shape {_shape(w)}",
-        f"({batch}, {length}, {heads}, {dim}), or ({batch}, {length}, R, {heads}, {dim}) for R reflections a token",
-    )
-    _require(
-        tuple(beta.shape) == tuple(w.shape[:-1]),
-        "beta",
-        f"shape {_shape(beta)}",
-        f"{tuple(w.shape[:-1])}, the shape of w without its last dimension",
-    )
-    if g is not None:
-        _require(
-            tuple(g.shape) == (batch, length, query_heads),
-            "g",
-            f"shape {_shape(g)}",
-            f"({batch}, {length}, {query_heads}): one log gate for each token and query head",
+    if (k.shape[0], k.shape[1], k.shape[3]) != (batch, length, dim):
+        raise _bad("k", f"shape {_shape(k)}", f"({batch}, {length}, heads, {dim}) to go with q {_shape(q)}")
+    if heads < 1 or query_heads % heads:
+        raise _bad("k", f"{heads} heads", f"a number of heads that divides the {query_heads} query heads of q")
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] < 1:
+        wanted = f"({batch}, {length}, {heads}, value_dim) to go with k {_shape(k)}"
+        raise _bad("v", f"shape {_shape(v)}", wanted)
+    plain = w.shape == k.shape
+    several = w.dim() == 5 and w.shape[:2] == k.shape[:2] and w.shape[3:] == k.shape[2:] and w.shape[2] >= 1
+    if not (plain or several):
+        wanted = (
+            f"({batch}, {length}, {heads}, {dim}), or ({batch}, {length}, R, {heads}, {dim}) for R reflections a token"
         )
+        raise _bad("w", f"shape {_shape(w)}", wanted)
+    if beta.shape != w.shape[:-1]:
+        raise _bad("beta", f"shape {_shape(beta)}", f"{tuple(w.shape[:-1])}, the shape of w without its last dimension")
+    if g is not None and g.shape != q.shape[:3]:
+        wanted = f"({batch}, {length}, {query_heads}): one log gate for each token and query head"
+        raise _bad("g", f"shape {_shape(g)}", wanted)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
-    _require(isinstance(cu_seqlens, Tensor), "cu_seqlens", type(cu_seqlens).__name__, "a torch.Tensor")
-    _require(
-        cu_seqlens.dtype in (torch.int32, torch.int64), "cu_seqlens", f"dtype {cu_seqlens.dtype}", "int32 or int64"
-    )
-    _require(
-        cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2,
-        "cu_seqlens",
-        f"shape {_shape(cu_seqlens)}",
-        "(number of sequences + 1,)",
-    )
-    _require(q.shape[0] == 1, "q", f"batch {q.shape[0]}", "batch 1 when cu_seqlens packs the sequences into one row")
+    if not isinstance(cu_seqlens, Tensor):
+        raise _bad("cu_seqlens", type(cu_seqlens).__name__, "a torch.Tensor")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise _bad("cu_seqlens", f"dtype {cu_seqlens.dtype}", "int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise _bad("cu_seqlens", f"shape {_shape(cu_seqlens)}", "(number of sequences + 1,)")
+    if q.shape[0] != 1:
+        raise _bad("q", f"batch {q.shape[0]}", "batch 1 when cu_seqlens packs the sequences into one row")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         # Only here: reading values from a GPU would make the host wait for it.
         ends = cu_seqlens.tolist()
-        _require(
-            ends[0] == 0 and ends[-1] == q.shape[1],
-            "cu_seqlens",
-            f"first {ends[0]} and last {ends[-1]}",
-            f"first 0 and last {q.shape[1]}, the length of q",
-        )
-        _require(all(a <= b for a, b in pairwise(ends)), "cu_seqlens", ends, "values that never decrease")
+        if ends[0] != 0 or ends[-1] != q.shape[1]:
+            raise _bad(
+                "cu_seqlens", f"first {ends[0]} and last {ends[-1]}", f"first 0 and last {q.shape[1]}, the length of q"
+            )
+        if any(a > b for a, b in pairwise(ends)):
+            raise _bad("cu_seqlens", ends, "values that never decrease")
 
 
 def check_values(
@@ -133,23 +113,21 @@ def check_values(
         bad = ~torch.isfinite(x)
         if bool(bad.any()):
             index = tuple(int(i) for i in bad.nonzero()[0])
-            raise ValueError(f"{name}: got {float(x[index])} at index {index}; wanted finite values")
+            raise _bad(name, f"{float(x[index])} at index {index}", "finite values")
     outside = (beta < 0) | (beta > 2)
     if bool(outside.any()):
         index = tuple(int(i) for i in outside.nonzero()[0])
-        raise ValueError(f"beta: got {float(beta[index])} at index {index}; wanted values in [0, 2]")
+        raise _bad("beta", f"{float(beta[index])} at index {index}", "values in [0, 2]")
     norm = torch.linalg.vector_norm(w, dim=-1, dtype=torch.promote_types(w.dtype, torch.float32))
     # A row normalised in the dtype of w misses length 1 by a few units of its last place; zero rows are padding.
     tolerance = 4 * torch.finfo(w.dtype).eps
     outside = ((norm - 1).abs() > tolerance) & (norm != 0)
     if bool(outside.any()):
         index = tuple(int(i) for i in outside.nonzero()[0])
-        raise ValueError(
-            f"w: got length {float(norm[index])} at index {index}; wanted unit vectors (or zero, for padding)"
-        )
+        raise _bad("w", f"length {float(norm[index])} at index {index}", "unit vectors (or zero, for padding)")
     if g is not None and bool((g > 0).any()):
         index = tuple(int(i) for i in (g > 0).nonzero()[0])
-        raise ValueError(f"g: got {float(g[index])} at index {index}; wanted logarithms of gates, at most 0")
+        raise _bad("g", f"{float(g[index])} at index {index}", "logarithms of gates, at most 0")
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens.cpu(), q)
 
@@ -175,13 +153,14 @@ def validate_arguments(
     _check_shapes(q, k, v, w, beta, g)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
-    else:
-        _require(q.shape[1] >= 1, "q", f"length {q.shape[1]}", "at least one token")
+    elif q.shape[1] < 1:
+        raise _bad("q", f"length {q.shape[1]}", "at least one token")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    _require(number, "scale", f"{scale!r}", "a number or None")
-    _require(abs(scale) < float("inf"), "scale", scale, "a finite number")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise _bad("scale", repr(scale), "a number or None")
+    if not abs(scale) < float("inf"):
+        raise _bad("scale", scale, "a finite number")
     return Arguments(scale=float(scale), num_reflections=w.shape[2] if w.dim() == 5 else 1)
 
 
