@@ -1,0 +1,238 @@
+"""The operator as a PyTorch operator: registration, compilation, autocast, checkpointing, layouts, what is saved."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from path_attention import path_attention
+from path_attention.ops.autograd import path_attention_backward, path_attention_forward
+from tests.ops.inputs import (
+    Inputs,
+    Shape,
+    assert_same,
+    copy_inputs,
+    make_inputs,
+    out_and_gradients,
+    output_gradient,
+)
+
+# Three leaves, the last one not full; grouped queries; DV != D. With and without what is optional.
+SHAPE = Shape(130, query_heads=4, heads=2, dim=8, value_dim=12)
+VARIANTS = {
+    "plain": (SHAPE, False, None),
+    "gate": (SHAPE, True, None),
+    "reflections, packed": (Shape(130, query_heads=4, heads=2, dim=8, reflections=2), True, (0, 50, 50, 130)),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def build(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Inputs, dict[str, Tensor]]:
+    shape, gated, ends = VARIANTS[variant]
+    options = {} if ends is None else {"cu_seqlens": torch.tensor(ends)}
+    return make_inputs(shape, gated=gated, dtype=dtype), options
+
+
+@variants
+def test_opcheck(variant: str) -> None:
+    """Schema, fake tensors, autograd registration and the dispatch under AOT, as torch.library states them."""
+    inputs, options = build(variant)
+    q, k, v, w, beta = (inputs[name] for name in ("q", "k", "v", "w", "beta"))
+    if w.dim() == 4:
+        w, beta = w.unsqueeze(2).detach().requires_grad_(True), beta.unsqueeze(2).detach().requires_grad_(True)
+    arguments = (q, k, v, w, beta, inputs.get("g"), options.get("cu_seqlens"), 0.3)
+    torch.library.opcheck(path_attention_forward, arguments)
+    out, log_sum_exp = path_attention_forward(*arguments)
+    saved = [x if x is None else x.detach() for x in (out, *arguments[:6], out, log_sum_exp, arguments[6])]
+    torch.library.opcheck(path_attention_backward, (*saved, 0.3))
+
+
+@variants
+def test_compiled_equals_eager(variant: str) -> None:
+    """One graph, forward and backward, the operator opaque in it."""
+    inputs, options = build(variant, torch.float64)
+
+    def function(**arguments: Tensor) -> Tensor:
+        return path_attention(**{**arguments, "q": arguments["q"] * 2}) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(
+        out_and_gradients(compiled, inputs, **options), out_and_gradients(function, inputs, **options), tolerance=1e-13
+    )
+
+
+def test_compiled_by_inductor() -> None:
+    inputs, _ = build("gate")
+    compiled = torch.compile(path_attention, fullgraph=True)
+    assert_same(out_and_gradients(compiled, inputs), out_and_gradients(path_attention, inputs), tolerance=1e-6)
+
+
+def test_compiled_for_any_length() -> None:
+    """Marked dynamic, the length does not compile the function again."""
+    torch._dynamo.reset()
+    frames: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        frames.append(1)
+        return graph
+
+    compiled = torch.compile(path_attention, fullgraph=True, backend=backend, dynamic=True)
+    for length in (70, 130, 65):
+        inputs = {name: x.detach() for name, x in make_inputs(Shape(length, dim=8, value_dim=8)).items()}
+        torch.testing.assert_close(compiled(**inputs), path_attention(**inputs))
+    assert len(frames) == 1
+
+
+@variants
+def test_inputs_that_are_not_contiguous(variant: str) -> None:
+    """Views of other layouts give the same result, and gradients of the views."""
+    inputs, options = build(variant, torch.float64)
+    views = {
+        "q": inputs["q"].detach().transpose(1, 2).contiguous().transpose(1, 2),  # heads before the length
+        "k": torch.cat([inputs["k"], inputs["k"]], dim=-1).detach()[..., : inputs["k"].shape[-1]],
+        "v": inputs["v"].detach().flip(1).flip(1)[:, :, :1].expand_as(inputs["v"]),  # stride 0
+        "w": inputs["w"].detach().mT.contiguous().mT,
+        "beta": inputs["beta"].detach().repeat_interleave(2, dim=1)[:, ::2],
+    }
+    if "g" in inputs:
+        views["g"] = inputs["g"].detach().transpose(0, 2).contiguous().transpose(0, 2)
+    assert not any(x.is_contiguous() for x in views.values())
+    contiguous = {name: x.contiguous() for name, x in views.items()}
+    leaves = {name: x.requires_grad_(True) for name, x in views.items()}
+    out = path_attention(**leaves, **options)
+    d_out = output_gradient(out).transpose(1, 2).contiguous().transpose(1, 2)
+    gradients = torch.autograd.grad(out, list(leaves.values()), d_out)
+    assert_same(
+        {"out": out, **dict(zip(leaves, gradients, strict=True))},
+        out_and_gradients(path_attention, contiguous, **options),
+        tolerance=1e-14,
+    )
+
+
+def test_gradients_of_an_expanded_output_gradient() -> None:
+    """out.sum() hands the backward pass a gradient of stride 0."""
+    inputs = make_inputs(SHAPE)
+    out = path_attention(**inputs)
+    summed = torch.autograd.grad(out.sum(), list(inputs.values()), retain_graph=True)
+    written = torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+    for x, y in zip(summed, written, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    """q, k and v go to the autocast dtype, w, beta and g stay float32; gradients come back in float32."""
+    inputs = make_inputs(SHAPE, gated=True, dtype=torch.float32)
+    by_hand = {name: x.to(dtype) if name in ("q", "k", "v") else x for name, x in copy_inputs(inputs).items()}
+    with torch.autocast("cpu", dtype):
+        out = path_attention(**inputs)
+    assert out.dtype == dtype
+    assert torch.equal(out, path_attention(**by_hand))
+    gradients = torch.autograd.grad(out, list(inputs.values()), output_gradient(out))
+    assert all(x.dtype == torch.float32 for x in gradients)
+
+
+def test_autocast_takes_the_other_half_dtype() -> None:
+    """Parameters kept in bfloat16 under float16 autocast: w, beta and g go by float32."""
+    inputs = make_inputs(SHAPE, gated=True, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        assert path_attention(**inputs).dtype == torch.float16
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@variants
+def test_activation_checkpointing(variant: str, use_reentrant: bool) -> None:
+    inputs, options = build(variant, torch.float64)
+
+    def checkpointed(**arguments: Tensor) -> Tensor:
+        names = list(arguments)
+
+        def function(*values: Tensor) -> Tensor:
+            return path_attention(**dict(zip(names, values, strict=True)))
+
+        return torch.utils.checkpoint.checkpoint(function, *arguments.values(), use_reentrant=use_reentrant)
+
+    # A reentrant checkpoint takes part in backward() only, not in autograd.grad().
+    leaves = copy_inputs(inputs)
+    out = checkpointed(**leaves, **options)
+    out.backward(output_gradient(out))
+    got = {"out": out.detach(), **{name: x.grad for name, x in leaves.items()}}
+    assert_same(got, out_and_gradients(path_attention, inputs, **options), tolerance=0.0)
+
+
+def test_backward_twice_gives_the_same() -> None:
+    """Nothing that is saved is written over."""
+    inputs = make_inputs(SHAPE, gated=True)
+    out = path_attention(**inputs)
+    first, second = (
+        torch.autograd.grad(out, list(inputs.values()), output_gradient(out), retain_graph=True) for _ in range(2)
+    )
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_inputs_are_left_alone() -> None:
+    inputs = make_inputs(SHAPE, gated=True)
+    before = {name: x.detach().clone() for name, x in inputs.items()}
+    out_and_gradients(path_attention, {name: x.requires_grad_(True) for name, x in inputs.items()})
+    path_attention(**inputs).sum().backward()
+    assert all(torch.equal(x.detach(), before[name]) for name, x in inputs.items())
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Differentiable once: asking for more is an error, not a wrong number."""
+    inputs = make_inputs(SHAPE)
+    out = path_attention(**inputs)
+    (d_q,) = torch.autograd.grad(out.sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(d_q.sum(), inputs["q"])
+
+
+@variants
+def test_saved_for_backward(variant: str) -> None:
+    """The inputs, the output and the log-sum-exp; nothing else, and nothing that grows faster than the length."""
+    inputs, options = build(variant, torch.bfloat16)
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = path_attention(**inputs, **options)
+    log_sum_exp_bytes = 4 * out.shape[0] * out.shape[1] * out.shape[2]
+    tensors = (*inputs.values(), *options.values(), out)
+    assert sum(saved.values()) <= sum(x.nbytes for x in tensors) + log_sum_exp_bytes
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN."""
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("gated", [False, True], ids=["no gate", "gate"])
+@pytest.mark.parametrize(
+    "shape", [Shape(65), Shape(300, batch=2), SHAPE, Shape(1, reflections=2), Shape(64 * 3 + 1, reflections=3)], ids=str
+)
+def test_memory_that_was_not_written_is_never_read(shape: Shape, gated: bool) -> None:
+    got = out_and_gradients(path_attention, make_inputs(shape, gated=gated, dtype=torch.float32))
+    assert all(torch.isfinite(x).all() for x in got.values())
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_memory_that_was_not_written_is_never_read_when_packed() -> None:
+    inputs = make_inputs(Shape(265), gated=True, dtype=torch.bfloat16)
+    got = out_and_gradients(path_attention, inputs, cu_seqlens=torch.tensor([0, 65, 65, 264, 265]))
+    assert all(torch.isfinite(x).all() for x in got.values())
