@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -191,7 +192,8 @@ def _fail(message: str, code: int) -> int:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    # Of several processes of one training (torchrun, accelerate launch) one speaks.
+    return Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _quiet() -> None:

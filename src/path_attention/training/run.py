@@ -85,6 +85,8 @@ def train(
         TrainingDiverged: when a loss is not finite.
     """
     folder = runs / recipe.name
+    if restart and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--restart: wanted one process, got several, which would all move {folder}; rename it first")
     if restart and folder.exists():
         aside = next(p for n in range(1, 10**6) if not (p := runs / f"{recipe.name}.{n}").exists())
         os.rename(folder, aside)

@@ -58,6 +58,8 @@ def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArgu
         save_steps=settings.save_every,
         # The one before the last stays until the last is whole, should writing it be interrupted.
         save_total_limit=2,
+        # Every parameter of these models takes part in every step.
+        ddp_find_unused_parameters=False,
         dataloader_num_workers=settings.workers,
         # Sequence i is made from (seed, i): the order is the data, and skipping on resume costs nothing.
         train_sampling_strategy="sequential",
