@@ -6,6 +6,7 @@ again. Gradients come back in the dtype of their input straight from the dtype o
 
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -43,6 +44,15 @@ def _problem(
     return dyadic.Problem.pack(plan, q, k, v, w, beta, g, scale)
 
 
+def _cuda_engine(q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> ModuleType | None:
+    """The Triton engine where it can serve the call. Imported late: triton is not needed on other devices."""
+    if not q.is_cuda:
+        return None
+    from path_attention.ops.engines import cuda
+
+    return cuda if cuda.unsupported_reason(q, v, w, g, cu_seqlens) is None else None
+
+
 @torch.library.custom_op("path_attention::forward", mutates_args=())
 @_out_of_autocast
 def path_attention_forward(
@@ -62,6 +72,8 @@ def path_attention_forward(
     dtype = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
         return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+    if (engine := _cuda_engine(q, v, w, g, cu_seqlens)) is not None:
+        return engine.forward(q, k, v, w, beta, scale)
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
     out, log_sum_exp = dyadic.forward(problem)
     batch = q.shape[0]
@@ -104,6 +116,8 @@ def path_attention_backward(
     if q.numel() == 0:
         # Nothing to sum over: every gradient is as empty as its input.
         return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), empty if g is None else _empty(g)
+    if (engine := _cuda_engine(q, v, w, g, cu_seqlens)) is not None:
+        return *engine.backward(d_out, q, k, v, w, beta, out, log_sum_exp, scale), empty
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
     plan, batch = problem.plan, q.shape[0]
     gradients = dyadic.backward(

@@ -63,7 +63,7 @@ def leaf_transition_kernel(
     p_g,  # (T, HQ) or None
     p_start,
     p_length,
-    p_y,  # out (N, H, 64, 64)
+    p_y,  # out (N, H, 64, 64) float32
     p_u,  # out (N, H, 64, D) float32
     p_k_right,  # out (N, H, 64, D) float32
     p_node,  # out (2 N, H, D, D) float32, leaf nodes
@@ -150,7 +150,7 @@ def leaf_queries_kernel(
     p_v,  # (T, H, DV)
     p_w,  # (T, H, D)
     p_g,  # (T, HQ) or None
-    p_y,  # (N, H, 64, 64)
+    p_y,  # (N, H, 64, 64) float32
     p_u,  # (N, H, 64, D) float32
     p_node,
     p_gate_node,
@@ -198,7 +198,7 @@ def leaf_queries_kernel(
         b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
         b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
         b_y = load_rows(p_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
-        b_logits = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") - dot_half(b_x, b_y, HALF)) * scale
+        b_logits = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") - dot_split(b_x, b_y, HALF)) * scale
         b_logits += b_gate[:, None] - b_gate[None, :]
         b_logits = tl.where(o[:, None] >= o[None, :], b_logits, float("-inf"))
         b_max = tl.max(b_logits, axis=1)
@@ -452,7 +452,7 @@ def leaf_queries_backward_kernel(
     p_v,  # (T, H, DV)
     p_w,  # (T, H, D)
     p_g,  # (T, HQ) or None
-    p_y,  # (N, H, 64, 64)
+    p_y,  # (N, H, 64, 64) float32
     p_u,  # (N, H, 64, D) float32
     p_log_sum_exp,  # (T, HQ) float32, of the whole attention
     p_delta,  # (T, HQ) float32: rowsum(d_out * out)
@@ -502,7 +502,7 @@ def leaf_queries_backward_kernel(
         b_x = tl.where(causal, dot_exact_left(b_q, tl.trans(b_w), HALF), 0.0)
         b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
         b_y = load_rows(p_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
-        b_logits = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") - dot_half(b_x, b_y, HALF)) * scale
+        b_logits = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") - dot_split(b_x, b_y, HALF)) * scale
         if p_g is not None:
             b_gate = tl.cumsum(tl.load(p_g + o_row, mask=m_row, other=0.0).to(tl.float32), axis=0)
             b_logits += b_gate[:, None] - b_gate[None, :]
@@ -520,13 +520,13 @@ def leaf_queries_backward_kernel(
         b_d_k += dot_half(tl.trans(b_d_s), b_q, HALF)
         p_tile = p_d_q_left + (i_leaf * HQ + i_query_head).to(tl.int64) * ROWS * D
         b_d_q_left = load_rows(p_tile, 0, ROWS, D, D, BLOCK_D, ROWS).to(tl.float32) * scale
-        b_d_y -= dot_half(tl.trans(b_x), b_d_s, HALF)
-        b_d_u -= dot_half(tl.trans(b_x), b_d_q_left, HALF)
+        b_d_y -= dot_split(tl.trans(b_x), b_d_s, HALF)
+        b_d_u -= dot_split(tl.trans(b_x), b_d_q_left, HALF)
         b_u = load_rows(p_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
-        b_d_x = dot_half(b_d_s, tl.trans(b_y), HALF) + dot_half(b_d_q_left, tl.trans(b_u), HALF)
+        b_d_x = dot_split(b_d_s, tl.trans(b_y), HALF) + dot_split(b_d_q_left, tl.trans(b_u), HALF)
         b_d_x = tl.where(causal, -b_d_x, 0.0)
-        b_d_w += dot_half(tl.trans(b_d_x), b_q, HALF)
-        b_d_q = b_d_q_left + dot_half(b_d_s, b_k, HALF) + dot_half(b_d_x, b_w, HALF)
+        b_d_w += dot_exact_right(tl.trans(b_d_x), b_q, HALF)
+        b_d_q = b_d_q_left + dot_half(b_d_s, b_k, HALF) + dot_split(b_d_x, b_w, HALF)
         store_rows(p_d_q + i_query_head * D, b_d_q, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS)
     store_rows(p_d_v + i_head * DV, b_d_v, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
     store_rows(p_d_y + i_tile * ROWS, b_d_y, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
@@ -540,7 +540,7 @@ def leaf_transition_backward_kernel(
     p_k,  # (T, H, D)
     p_w,  # (T, H, D)
     p_beta,  # (T, H)
-    p_y,  # (N, H, 64, 64)
+    p_y,  # (N, H, 64, 64) float32
     p_u,  # (N, H, 64, D) float32
     p_d_y,  # (N, H, 64, 64) float32
     p_d_u,  # (N, H, 64, D) float32
@@ -580,9 +580,9 @@ def leaf_transition_backward_kernel(
     if tl.load(p_index + i_leaf) + 1 < tl.load(p_count + i_leaf):  # else nobody uses k_right and P
         b_d_k_right = load_rows(p_d_k_right + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS).to(tl.float32)
         b_d_k += b_d_k_right
-        b_d_y -= dot_half(b_w, tl.trans(b_d_k_right), HALF)
+        b_d_y -= dot_split(b_w, tl.trans(b_d_k_right), HALF)
         b_y = load_rows(p_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
-        b_d_w -= dot_half(b_y, b_d_k_right, HALF)
+        b_d_w -= dot_split(b_y, b_d_k_right, HALF)
         b_d_p = load_rows(p_d_node + ((2 * i_leaf).to(tl.int64) * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
         b_d_u -= dot_split(b_w, b_d_p, HALF)
         b_u = load_rows(p_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)

@@ -48,14 +48,16 @@ class Inputs:
         return self.q.shape[1]
 
     @property
-    def constants(self) -> dict[str, object]:
-        """Compile-time arguments that all kernels of the linear stages take."""
+    def options(self) -> dict[str, object]:
+        """Compile-time arguments and launch options that all kernels of the linear stages take."""
         dim = self.q.shape[2]
         return {
             "GROUP": self.query_heads // self.heads,
             "D": dim,
             "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "HALF": _HALF[self.q.dtype],
+            # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
+            "num_stages": 1,
         }
 
     @property
@@ -72,7 +74,7 @@ class Levels:
     key_rows: Tensor  # (levels, key_slots, 64, H, D) dtype of k
     gate_query: Tensor | None  # (levels, query_slots, 64, HQ) float32
     gate_key: Tensor | None  # (levels, key_slots, 64, HQ) float32
-    y: Tensor  # (N, H, 64, 64) dtype of k
+    y: Tensor  # (N, H, 64, 64) float32
     u: Tensor  # (N, H, 64, D) float32
     nodes: Tensor  # (2 N, H, D, D) float32
 
@@ -85,12 +87,12 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
     q, k, w, g = inputs.q, inputs.k, inputs.w, inputs.g
     heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
     leaves, levels = table.num_leaves, table.num_levels
-    constants, warps = inputs.constants, inputs.num_warps
+    options, warps = inputs.options, inputs.num_warps
 
     def float32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-    y = torch.empty(leaves, heads, LEAF, LEAF, dtype=q.dtype, device=q.device)
+    y = float32(leaves, heads, LEAF, LEAF)
     u, k_right = float32(leaves, heads, LEAF, dim), float32(leaves, heads, LEAF, dim)
     nodes = float32(2 * leaves, heads, dim, dim)
     gate_nodes = None if g is None else float32(2 * leaves, query_heads)
@@ -117,7 +119,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         p_node=nodes,
         p_gate_node=gate_nodes,
         H=heads,
-        **constants,
+        **options,
         num_warps=warps,
     )
     for level in range(levels - 1):
@@ -128,7 +130,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
             p_gate_node=gate_nodes,
             level=level,
             H=heads,
-            **constants,
+            **options,
             num_warps=warps,
         )
     leaf_queries_kernel[(leaves * query_heads,)](
@@ -155,7 +157,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         num_levels=levels,
         DV=inputs.v.shape[2],
         BLOCK_DV=max(16, triton.next_power_of_2(inputs.v.shape[2])),
-        **constants,
+        **options,
         num_warps=warps,
     )
     key_transport_kernel[by_key_head](
@@ -174,7 +176,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         key_slots=table.key_slots,
         num_levels=levels,
         BLOCK_GROUP=triton.next_power_of_2(query_heads // heads),
-        **constants,
+        **options,
         num_warps=warps,
     )
     return result
@@ -216,10 +218,10 @@ def leaves_and_levels_backward(
     """
     q, k, v, w = inputs.q, inputs.k, inputs.v, inputs.w
     heads, query_heads, dim, leaves = inputs.heads, inputs.query_heads, q.shape[2], table.num_leaves
-    constants, warps = inputs.constants, inputs.num_warps
+    options, warps = inputs.options, inputs.num_warps
     by_key_head = (leaves * heads,)
-    d_q_left = torch.empty(leaves, query_heads, LEAF, dim, dtype=q.dtype, device=q.device)
-    d_k_right = torch.empty(leaves, heads, LEAF, dim, dtype=q.dtype, device=q.device)
+    d_q_left = torch.empty(leaves, query_heads, LEAF, dim, dtype=torch.float32, device=q.device)
+    d_k_right = torch.empty(leaves, heads, LEAF, dim, dtype=torch.float32, device=q.device)
     d_nodes = torch.empty_like(levels.nodes)
     query_transport_backward_kernel[(leaves * query_heads,)](
         p_node=levels.nodes,
@@ -231,7 +233,7 @@ def leaves_and_levels_backward(
         H=heads,
         query_slots=table.query_slots,
         num_levels=table.num_levels,
-        **constants,
+        **options,
         num_warps=warps,
     )
     key_transport_backward_kernel[by_key_head](
@@ -245,7 +247,7 @@ def leaves_and_levels_backward(
         H=heads,
         key_slots=table.key_slots,
         num_levels=table.num_levels,
-        **constants,
+        **options,
         num_warps=warps,
     )
     for level in reversed(range(table.num_levels)):
@@ -264,7 +266,7 @@ def leaves_and_levels_backward(
             H=heads,
             query_slots=table.query_slots,
             key_slots=table.key_slots,
-            **constants,
+            **options,
             num_warps=warps,
         )
 
@@ -300,7 +302,7 @@ def leaves_and_levels_backward(
         H=heads,
         DV=v.shape[2],
         BLOCK_DV=max(16, triton.next_power_of_2(v.shape[2])),
-        **constants,
+        **options,
         num_warps=8,
     )
     leaf_transition_backward_kernel[by_key_head](
@@ -323,7 +325,7 @@ def leaves_and_levels_backward(
         p_d_w=result.w,
         p_d_beta=result.beta,
         H=heads,
-        **constants,
+        **options,
         num_warps=8,
     )
     return result

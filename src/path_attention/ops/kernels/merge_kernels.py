@@ -1,0 +1,123 @@
+"""Triton kernels that join what separate dense attentions computed for the same rows, in one pass over memory.
+
+Used where the levels run in torch's own attention kernels: each level brings tensors of its own, handed over as tuples.
+"""
+
+import triton
+import triton.language as tl
+
+from path_attention.ops.kernels.tiles import LOG2_E, load_rows, store_rows, within
+
+ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
+
+
+@triton.jit
+def _level_log_sum_exp(p_lse, i_slot, i_query_head, HQ, level):
+    """Rows of one leaf from (spans, HQ, 64 * 2^level), the layout that torch's kernels give."""
+    o = tl.arange(0, ROWS)
+    i_span = (i_slot >> level).to(tl.int64)
+    i_row = (i_slot & ((1 << level) - 1)) * ROWS
+    return tl.load(p_lse + (i_span * HQ + i_query_head) * (ROWS << level) + i_row + o)
+
+
+@triton.jit
+def merge_kernel(
+    p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
+    p_log_sum_exp,  # (T, HQ) float32, likewise
+    parts,  # one (query_slots, 64, HQ, DV) for each level from FIRST_LEVEL on
+    parts_log_sum_exp,  # one (spans, HQ, 64 * 2^level) float32 for each
+    p_start,
+    p_length,
+    p_index,
+    p_query_base,
+    HQ,
+    FIRST_LEVEL: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """out = sum_l exp(lse_l - lse) out_l with lse = log sum_l exp(lse_l), over the leaf and its left siblings."""
+    i_leaf = tl.program_id(0) // HQ
+    i_query_head = tl.program_id(0) % HQ
+    s_rows = tl.load(p_length + i_leaf)
+    i_index = tl.load(p_index + i_leaf)
+    if s_rows == 0 or (i_index >> FIRST_LEVEL) == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    i_base = tl.load(p_query_base + i_leaf)
+    o = tl.arange(0, ROWS)
+    p_lse = p_log_sum_exp + (i_row + o).to(tl.int64) * HQ + i_query_head
+    b_own = tl.load(p_lse, mask=o < s_rows, other=0.0)
+    b_max = b_own
+    for i in tl.static_range(NUM_LEVELS):
+        level = FIRST_LEVEL + i
+        if ((i_index >> level) & 1) == 1:
+            b_lse = _level_log_sum_exp(parts_log_sum_exp[i], i_base + within(i_index, level), i_query_head, HQ, level)
+            b_max = tl.maximum(b_max, b_lse)
+    b_sum = tl.exp2((b_own - b_max) * LOG2_E)
+    b_out = load_rows(p_out + i_query_head * DV, i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS).to(tl.float32)
+    b_out *= b_sum[:, None]
+    for i in tl.static_range(NUM_LEVELS):
+        level = FIRST_LEVEL + i
+        if ((i_index >> level) & 1) == 1:
+            i_slot = i_base + within(i_index, level)
+            b_lse = _level_log_sum_exp(parts_log_sum_exp[i], i_slot, i_query_head, HQ, level)
+            b_weight = tl.exp2((b_lse - b_max) * LOG2_E)
+            b_sum += b_weight
+            p_part = parts[i] + i_query_head * DV
+            b_part = load_rows(p_part, i_slot.to(tl.int64) * ROWS, ROWS, HQ * DV, DV, BLOCK_DV, ROWS)
+            b_out += b_weight[:, None] * b_part.to(tl.float32)
+    store_rows(p_out + i_query_head * DV, b_out / b_sum[:, None], i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS)
+    tl.store(p_lse, b_max + tl.log2(b_sum) / LOG2_E, mask=o < s_rows)
+
+
+@triton.jit
+def sum_values_kernel(
+    p_d_values,  # (T, H, DV) float32: in, the levels below FIRST_LEVEL; out, all
+    parts,  # one (key_slots, 64, H, DV) for each level from FIRST_LEVEL on
+    p_start,
+    p_length,
+    p_index,
+    p_count,
+    p_key_base,
+    H,
+    FIRST_LEVEL: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Gradient of the values: the sum over the levels at which their leaf has a right sibling."""
+    i_leaf = tl.program_id(0) // H
+    i_head = tl.program_id(0) % H
+    s_rows = tl.load(p_length + i_leaf)
+    if s_rows == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    i_index = tl.load(p_index + i_leaf)
+    s_count = tl.load(p_count + i_leaf)
+    i_base = tl.load(p_key_base + i_leaf)
+    b_d = load_rows(p_d_values + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+    for i in tl.static_range(NUM_LEVELS):
+        level = FIRST_LEVEL + i
+        if ((i_index >> level) & 1) == 0 and ((i_index >> level) + 1) << level < s_count:
+            i_slot = (i_base + within(i_index, level)).to(tl.int64) * ROWS
+            b_d += load_rows(parts[i] + i_head * DV, i_slot, ROWS, H * DV, DV, BLOCK_DV, ROWS).to(tl.float32)
+    store_rows(p_d_values + i_head * DV, b_d, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+
+
+@triton.jit
+def delta_kernel(
+    p_out,  # (T, HQ, DV)
+    p_d_out,  # (T, HQ, DV)
+    p_delta,  # out (T, HQ) float32
+    s_rows,  # T * HQ
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """delta = rowsum(d_out * out)."""
+    i_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    b_out = load_rows(p_out, i_row, s_rows - i_row, DV, DV, BLOCK_DV, BLOCK_ROWS).to(tl.float32)
+    b_d_out = load_rows(p_d_out, i_row, s_rows - i_row, DV, DV, BLOCK_DV, BLOCK_ROWS).to(tl.float32)
+    o = tl.arange(0, BLOCK_ROWS)
+    tl.store(p_delta + i_row + o, tl.sum(b_out * b_d_out, axis=1), mask=o < s_rows - i_row)
