@@ -148,6 +148,14 @@ def test_accumulated_micro_batches_are_the_whole_batch(finished: Run, tmp_path: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_bfloat16_is_autocast_over_float32_weights(finished: Run, tmp_path: Path) -> None:
+    run = train(tiny("training.precision=bfloat16", "training.eval_every=0"), tmp_path)[0]
+    assert {t.dtype for t in weights(run).values()} == {torch.float32}
+    rounded, exact = (read_metrics(r.folder / METRICS)[0]["loss"] for r in (run, finished))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.05)  # a bfloat16 has 8 bits; five steps of them
+
+
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from path_attention.models import PaTHForCausalLM
 

@@ -254,29 +254,37 @@ def _measure(source: Source, model: torch.nn.Module, title: str, console: Consol
 
 
 class _Report:
-    """Rows of one progress bar, made as they are asked for; nothing where there is no terminal to show it on."""
+    """Rows of one progress bar, made as they are asked for; off a terminal, a line when each begins."""
 
     def __init__(self, console: Console | None, title: str = "") -> None:
         self.console, self.title = console, title
         self.bar: Any = None
 
     def __call__(self, name: str) -> Callable[[int, int], None]:
-        row = None
+        row: Any = None
 
         def report(done: int, total: int) -> None:
             nonlocal row
-            if self.console is None or not self.console.is_terminal:
-                return
-            if self.bar is None:
-                from path_attention.training.trainer import progress_bar
-
-                self.bar = progress_bar(self.console)
-                self.bar.start()
             if row is None:
-                row = self.bar.add_task(f"{self.title} {name}".strip(), total=total, note="")
-            self.bar.update(row, completed=done)
+                row = self._begin(f"{self.title} {name}".strip(), total)
+            if self.bar is not None:
+                self.bar.update(row, completed=done)
 
         return report
+
+    def _begin(self, title: str, total: int) -> int:
+        """A new row; its number."""
+        if self.console is None or not self.console.is_terminal:
+            if self.console is not None:
+                self.console.print(f"{title} ...")
+            return 0
+        if self.bar is None:
+            from path_attention.training.trainer import progress_bar
+
+            self.bar = progress_bar(self.console)
+            self.bar.start()
+        row: int = self.bar.add_task(title, total=total, note="")
+        return row
 
     def close(self) -> None:
         if self.bar is not None:
