@@ -129,9 +129,13 @@ def attention_at_read(heads: Sequence[Attention], tokens: Sequence[str], query: 
     positions = range(query + 1)
     near = range(max(0, write - 8), min(query, write + 10) + 1)
     writes = [t for t in positions if tokens[t] == "w"]
+    labelled = [write]  # and, going left, those with room for their two letters
+    for t in reversed(writes):
+        if labelled[-1] - t >= 0.04 * query:
+            labelled.append(t)
     for (whole, zoom), head in zip(axes, heads, strict=True):
         weights, colour = head.weights[: query + 1], COLOURS[head.mixer]
-        top = 1.25 * float(weights.max())
+        top = 1.4 * float(weights.max())
         for axis in (whole, zoom):
             axis.axvspan(write - 0.5, write + 1.5, color=_ALARM, alpha=0.3, lw=0)
             axis.bar(positions, weights, color=colour, width=0.8, edgecolor=colour, lw=0.8)
@@ -140,14 +144,15 @@ def attention_at_read(heads: Sequence[Attention], tokens: Sequence[str], query: 
             axis.tick_params(labelsize=8)
         whole.set_xlim(-2, query + 2)
         for t in writes:
-            whole.text(
-                t, top, f"w{tokens[t + 1]}", ha="center", va="top", fontsize=8, weight="bold" if t == write else None
-            )
+            whole.axvline(t, color=_ALARM, lw=0.6)
+        for t in labelled:
+            text = f"w{tokens[t + 1]}"
+            whole.text(t, top, text, ha="center", va="top", fontsize=8, weight="bold" if t == write else None)
         share = float(weights[write] + weights[write + 1])
         whole.set_ylabel(f"{NAMES[head.mixer]}\nhead {head.head + 1}", fontsize=9)
         zoom.set_xlim(near[0] - 0.6, near[-1] + 0.6)
         zoom.set_xticks(near, [tokens[t] for t in near], fontsize=8)
-        zoom.set_ylim(0, 1.25 * max(float(weights[near].max()), 1e-9))
+        zoom.set_ylim(0, 1.7 * max(float(weights[near].max()), 1e-9))
         zoom.text(
             0.99,
             0.95,
