@@ -24,31 +24,21 @@ from path_attention.ops.kernels.tiles import (
 )
 
 ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
-BLOCKS = tl.constexpr(4)  # the leaf's inverse starts from 4 diagonal blocks
-BLOCK = tl.constexpr(16)  # of 16 x 16, found by forward substitution
 
 
 @triton.jit
 def _unit_lower_inverse(b_n, HALF: tl.constexpr):
     """(I + n)^-1 for a strictly lower triangular n (64, 64).
 
-    Forward substitution in the four 16 x 16 diagonal blocks at once, then twice
-    (D + C)^-1 = D^-1 - D^-1 C D^-1 for the blocks below the diagonal of each pair. Powers of n, the other way to do it
-    with matrix products alone, overflow for repeated w with beta = 2.
+    The 2 x 2 diagonal blocks are inverted by a sign; then blocks join in pairs, (D + C)^-1 = D^-1 - D^-1 C D^-1, until
+    one is left. A product of powers of n would take as many matrix products, but for repeated w with beta = 2 its terms
+    grow to 10^18 and cancel.
     """
-    o_block = tl.arange(0, BLOCKS)
-    same = o_block[:, None, None, None] == o_block[None, None, :, None]
-    b_diagonal = tl.sum(tl.where(same, tl.reshape(b_n, (BLOCKS, BLOCK, BLOCKS, BLOCK)), 0.0), axis=2)
-    o_row = tl.arange(0, BLOCK)
-    b_inverse = tl.where(o_row[None, :, None] == o_row[None, None, :], 1.0, 0.0) + tl.zeros_like(b_diagonal)
-    for i in range(1, BLOCK):
-        here = o_row[None, :, None] == i
-        b_row = tl.sum(tl.where(here, b_diagonal, 0.0), axis=1)
-        b_inverse -= tl.where(here, tl.sum(b_row[:, :, None] * b_inverse, axis=1)[:, None, :], 0.0)
-    b_x = tl.reshape(tl.where(same, b_inverse[:, :, None, :], 0.0), (ROWS, ROWS))
     o = tl.arange(0, ROWS)
-    for size in tl.static_range(1, 3):  # pairs of 16-blocks, then the pair of 32-blocks
-        o_block = o // (BLOCK * size)
+    b_x = tl.where(o[:, None] == o[None, :], 1.0, 0.0)
+    b_x -= tl.where(o[:, None] // 2 == o[None, :] // 2, b_n, 0.0)
+    for doubling in tl.static_range(1, 6):
+        o_block = o // (1 << doubling)
         pair = (o_block[:, None] // 2 == o_block[None, :] // 2) & (o_block[:, None] > o_block[None, :])
         b_c = tl.where(pair, b_n, 0.0)
         b_x -= dot_split(dot_split(b_x, b_c, HALF), b_x, HALF)
@@ -63,6 +53,7 @@ def leaf_transition_kernel(
     p_g,  # (T, HQ) or None
     p_start,
     p_length,
+    p_inverse,  # out (N, H, 64, 64) float32: T^-1, for the backward pass; None to leave it out
     p_y,  # out (N, H, 64, 64) float32
     p_u,  # out (N, H, 64, D) float32
     p_k_right,  # out (N, H, 64, D) float32
@@ -87,11 +78,14 @@ def leaf_transition_kernel(
     b_beta = tl.load(p_beta + (i_row + o).to(tl.int64) * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
     strict = o[:, None] > o[None, :]
     b_n = tl.where(strict, b_beta[:, None] * dot_split(b_w, tl.trans(b_w), HALF), 0.0)
-    b_a = _unit_lower_inverse(b_n, HALF) * b_beta[None, :]
+    b_inverse = _unit_lower_inverse(b_n, HALF)
+    i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS
+    if p_inverse is not None:
+        store_rows(p_inverse + i_tile * ROWS, b_inverse, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
+    b_a = b_inverse * b_beta[None, :]
     b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
     b_y = dot_split(b_a, b_z, HALF)
     b_u = dot_split(b_a, b_w, HALF)
-    i_tile = (i_leaf * H + i_head).to(tl.int64) * ROWS
     store_rows(p_y + i_tile * ROWS, b_y, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     store_rows(p_u + i_tile * D, b_u, 0, ROWS, D, D, BLOCK_D, ROWS)
     b_k_right = b_k.to(tl.float32) - dot_split(tl.trans(b_y), b_w, HALF)
@@ -540,6 +534,7 @@ def leaf_transition_backward_kernel(
     p_k,  # (T, H, D)
     p_w,  # (T, H, D)
     p_beta,  # (T, H)
+    p_inverse,  # (N, H, 64, 64) float32
     p_y,  # (N, H, 64, 64) float32
     p_u,  # (N, H, 64, D) float32
     p_d_y,  # (N, H, 64, 64) float32
@@ -589,8 +584,7 @@ def leaf_transition_backward_kernel(
         b_d_w -= dot_split(b_u, tl.trans(b_d_p), HALF)
     o_beta = (i_row + o).to(tl.int64) * H + i_head
     b_beta = tl.load(p_beta + o_beta, mask=m_row, other=0.0).to(tl.float32)
-    b_gram = dot_split(b_w, tl.trans(b_w), HALF)
-    b_inverse = _unit_lower_inverse(tl.where(strict, b_beta[:, None] * b_gram, 0.0), HALF)
+    b_inverse = load_rows(p_inverse + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     b_a = b_inverse * b_beta[None, :]
     b_d_w += dot_split(tl.trans(b_a), b_d_u, HALF)
     b_d_z = tl.where(strict, dot_split(tl.trans(b_a), b_d_y, HALF), 0.0)
@@ -601,9 +595,10 @@ def leaf_transition_backward_kernel(
     b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
     b_d_a = dot_split(b_d_y, tl.trans(b_z), HALF) + dot_split(b_d_u, tl.trans(b_w), HALF)
     b_d_t = dot_split(tl.trans(b_inverse), b_d_a, HALF)
-    b_d_gram = tl.where(strict, -dot_split(b_d_t, tl.trans(b_a), HALF), 0.0)
-    b_d_beta = tl.sum(tl.where(o[:, None] == o[None, :], b_d_t, 0.0) + b_d_gram * b_gram, axis=1)
+    b_d_scaled_gram = tl.where(strict, -dot_split(b_d_t, tl.trans(b_a), HALF), 0.0)  # of D W W^T below the diagonal
+    b_scaled = dot_split(b_d_scaled_gram, b_w, HALF)
+    b_d_beta = tl.sum(tl.where(o[:, None] == o[None, :], b_d_t, 0.0), axis=1) + tl.sum(b_scaled * b_w, axis=1)
     tl.store(p_d_beta + o_beta, b_d_beta, mask=m_row)
-    b_d_gram *= b_beta[:, None]
-    b_d_w += dot_split(b_d_gram + tl.trans(b_d_gram), b_w, HALF)
+    b_d_w += b_beta[:, None] * b_scaled
+    b_d_w += dot_split(tl.trans(b_d_scaled_gram * b_beta[:, None]), b_w, HALF)
     store_rows(p_d_w + i_head * D, b_d_w, i_row, s_rows, H * D, D, BLOCK_D, ROWS)

@@ -74,6 +74,7 @@ class Levels:
     key_rows: Tensor  # (levels, key_slots, 64, H, D) dtype of k
     gate_query: Tensor | None  # (levels, query_slots, 64, HQ) float32
     gate_key: Tensor | None  # (levels, key_slots, 64, HQ) float32
+    inverse: Tensor | None  # (N, H, 64, 64) float32: T^-1 of each leaf, where the backward pass wants it
     y: Tensor  # (N, H, 64, 64) float32
     u: Tensor  # (N, H, 64, D) float32
     nodes: Tensor  # (2 N, H, D, D) float32
@@ -82,7 +83,8 @@ class Levels:
 def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_sum_exp: Tensor | None) -> Levels:
     """Run the forward linear stages.
 
-    The leaves' own attention is written to out (T, HQ, DV) and log_sum_exp (T, HQ), where they are given.
+    In the forward pass the leaves' own attention is written to out (T, HQ, DV) and log_sum_exp (T, HQ); the backward
+    pass gives None for both and gets what it needs of the leaves besides.
     """
     q, k, w, g = inputs.q, inputs.k, inputs.w, inputs.g
     heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
@@ -101,6 +103,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         key_rows=torch.empty(levels, table.key_slots, LEAF, heads, dim, dtype=k.dtype, device=q.device),
         gate_query=None if g is None else float32(levels, table.query_slots, LEAF, query_heads),
         gate_key=None if g is None else float32(levels, table.key_slots, LEAF, query_heads),
+        inverse=None if out is not None else torch.empty_like(y),
         y=y,
         u=u,
         nodes=nodes,
@@ -113,6 +116,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         p_g=g,
         p_start=table.start,
         p_length=table.length,
+        p_inverse=result.inverse,
         p_y=y,
         p_u=u,
         p_k_right=k_right,
@@ -309,6 +313,7 @@ def leaves_and_levels_backward(
         p_k=k,
         p_w=w,
         p_beta=inputs.beta,
+        p_inverse=levels.inverse,
         p_y=levels.y,
         p_u=levels.u,
         p_d_y=d_y,
