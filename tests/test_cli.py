@@ -84,6 +84,16 @@ def test_mistakes_are_one_line_and_exit_2(recipe: Path, arguments: list[str], me
     assert not (recipe.parent / "runs").exists()
 
 
+def test_benchmark_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import path_attention.benchmark
+
+    given = {}
+    monkeypatch.setattr(path_attention.benchmark, "run_operator_benchmark", lambda **options: given.update(options))
+    result = call("benchmark", "operator", "--lengths", "64,128", "--repeats", 3, "--out", tmp_path / "x.json")
+    assert result.exit_code == 0, result.output
+    assert given == {"lengths": (64, 128), "repeats": 3, "out": tmp_path / "x.json"}
+
+
 def test_unknown_verb_and_missing_argument_exit_2() -> None:
     for arguments in (["fly"], ["train"], ["train", "a", "--fly"]):
         assert call(*arguments).exit_code == 2
