@@ -356,7 +356,9 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     dtype = problem.leaf.q.dtype
     out, d_out = (x.to(problem.dense_dtype).unflatten(0, (heads, group)) for x in (out, d_out))
     log_sum_exp = log_sum_exp.unflatten(0, (heads, group))
-    tree = _Tree.grow(problem, LeafEdges(*_in_chunks(leaf_edges, problem.leaf, problem.masks)))
+    *edges, t_inverse, u, y = _in_chunks(leaf_edges, problem.leaf, problem.masks)
+    tree = _Tree.grow(problem, LeafEdges(*edges))
+    del edges
     values = _values(problem)
     climbed = _climb(problem, tree, values)
     d_q, d_k, d_product = torch.zeros_like(tree.q), torch.zeros_like(tree.k), torch.zeros_like(tree.product)
@@ -367,9 +369,8 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
         _descend(problem, climbed.pop(), values, out, log_sum_exp, d_out, d_q, d_k, d_v, d_product, d_gate)
 
     rows = [problem.leaf_rows(x) for x in (out, log_sum_exp, d_out, d_q)]
-    leaf = LeafGradients(
-        *_in_chunks(leaf_backward, problem.leaf, problem.masks, *rows, d_k.flatten(0, 1), d_product.flatten(0, 1))
-    )
+    rows += [d_k.flatten(0, 1), d_product.flatten(0, 1), t_inverse, u, y]
+    leaf = LeafGradients(*_in_chunks(leaf_backward, problem.leaf, problem.masks, *rows))
     d_v = d_v[..., : leaf.v.shape[-1]].add_(problem.key_rows(leaf.v))
     if d_gate is not None and leaf.gate is not None:
         d_gate += problem.query_rows(leaf.gate.flatten(1)[..., None])

@@ -2,13 +2,14 @@
 
 Stack the vectors w of the leaf's B * R reflections into W and put D = diag(beta). With token(s) the token of step s,
 
-    T = I + strictLower(D W W^T)          A = T^{-1} D                         (lower triangular)
+    T = I + strictLower(D W W^T)                                               (unit lower triangular)
     X = Q W^T where token(s) <= i         Z = W K^T where token(s) > j         (0 elsewhere)
+    U = T^{-1} D W                        Y = T^{-1} D Z
 
-    logits = tril(Q K^T) - X A Z          the products H_i ... H_{j+1} inside the leaf
-    q_left  = Q - X A W                   each query moved to the leaf's left edge
-    k_right = K - (A Z)^T W               each key moved to the leaf's right edge
-    P = I - W^T A W                       the whole leaf: a row x at its right edge is x P at its left edge
+    logits = tril(Q K^T) - X Y            the products H_i ... H_{j+1} inside the leaf
+    q_left  = Q - X U                     each query moved to the leaf's left edge
+    k_right = K - Y^T W                   each key moved to the leaf's right edge
+    P = I - W^T U                         the whole leaf: a row x at its right edge is x P at its left edge
 
 (arXiv 2505.16381, section 3, there for one reflection a token and in other letters; docs/math.md has the derivation.)
 Everything is float32 (float64 for float64 inputs): the leaf's share of the arithmetic is linear in the length.
@@ -59,34 +60,36 @@ class LeafEdges(NamedTuple):
     product: Tensor  # P, (M, D, D)
 
 
-class _Factors(NamedTuple):
-    gram: Tensor  # W W^T
-    t_inverse: Tensor  # T^{-1}
-    a: Tensor  # A
-    x: Tensor  # X
-    z: Tensor  # Z
-    xa: Tensor  # X A
-    az: Tensor  # A Z
+class Factors(NamedTuple):
+    """What takes a triangular inverse to make; the backward pass makes it once for its two visits to the leaves."""
+
+    t_inverse: Tensor  # T^{-1}, (M, B*R, B*R)
+    u: Tensor  # U, (M, B*R, D)
+    y: Tensor  # Y, (M, B*R, B)
 
 
-def _factors(inputs: LeafInputs, masks: LeafMasks) -> _Factors:
-    q, k, _, w, beta, _ = inputs
-    gram = w @ w.mT
+def _x_and_z(inputs: LeafInputs, masks: LeafMasks) -> tuple[Tensor, Tensor]:
+    q, k, _, w, _, _ = inputs
+    return (q @ w.mT).mul_(masks.x), (w @ k.mT).mul_(masks.z)
+
+
+def _factors(inputs: LeafInputs, z: Tensor) -> Factors:
+    w, beta = inputs.w, inputs.beta
     # solve_triangular reads the strict lower triangle only: the unit diagonal of T is implied.
     identity = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     t_inverse = torch.linalg.solve_triangular(
-        beta[..., None] * gram, identity.expand_as(gram), upper=False, unitriangular=True
+        (w @ w.mT).mul_(beta[..., None]), identity.expand(w.shape[0], -1, -1), upper=False, unitriangular=True
     )
     a = t_inverse * beta[:, None, :]
-    x = (q @ w.mT).mul_(masks.x)
-    z = (w @ k.mT).mul_(masks.z)
-    return _Factors(gram, t_inverse, a, x, z, x @ a, a @ z)
+    return Factors(t_inverse, a @ w, a @ z)
 
 
-def _weights(inputs: LeafInputs, masks: LeafMasks, f: _Factors, log_sum_exp: Tensor | None) -> tuple[Tensor, Tensor]:
+def _weights(
+    inputs: LeafInputs, masks: LeafMasks, x: Tensor, y: Tensor, log_sum_exp: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """exp(logits - log_sum_exp), 0 above the diagonal, and the log_sum_exp: the leaf's own where None is given."""
     q, k, _, _, _, gate = inputs
-    logits = torch.baddbmm(q @ k.mT, f.xa, f.z, alpha=-1)
+    logits = torch.baddbmm(q @ k.mT, x, y, alpha=-1)
     if gate is not None:
         logits += (gate[..., :, None] - gate[..., None, :]).flatten(1, 2)
     logits.masked_fill_(masks.outside, float("-inf"))
@@ -95,18 +98,20 @@ def _weights(inputs: LeafInputs, masks: LeafMasks, f: _Factors, log_sum_exp: Ten
     return logits.sub_(log_sum_exp).exp_(), log_sum_exp
 
 
-def leaf_edges(inputs: LeafInputs, masks: LeafMasks) -> LeafEdges:
-    """Rows moved to the leaf's edges, and its product."""
-    return _edges(inputs, _factors(inputs, masks))
+def leaf_edges(inputs: LeafInputs, masks: LeafMasks) -> tuple[Tensor, ...]:
+    """The fields of LeafEdges, rows moved to the leaf's edges and its product, and then those of Factors."""
+    x, z = _x_and_z(inputs, masks)
+    factors = _factors(inputs, z)
+    return *_edges(inputs, x, factors), *factors
 
 
-def _edges(inputs: LeafInputs, f: _Factors) -> LeafEdges:
+def _edges(inputs: LeafInputs, x: Tensor, f: Factors) -> LeafEdges:
     q, k, _, w, _, _ = inputs
     identity = torch.eye(w.shape[2], dtype=w.dtype, device=w.device)
     return LeafEdges(
-        q_left=torch.baddbmm(q, f.xa, w, alpha=-1),
-        k_right=torch.baddbmm(k, f.az.mT, w, alpha=-1),
-        product=identity - w.mT @ (f.a @ w),
+        q_left=torch.baddbmm(q, x, f.u, alpha=-1),
+        k_right=torch.baddbmm(k, f.y.mT, w, alpha=-1),
+        product=torch.baddbmm(identity, w.mT, f.u, alpha=-1),
     )
 
 
@@ -120,9 +125,10 @@ class LeafOutputs(NamedTuple):
 
 def leaf_forward(inputs: LeafInputs, masks: LeafMasks) -> LeafOutputs:
     """Attention within each leaf, and the edges."""
-    f = _factors(inputs, masks)
-    weights, log_sum_exp = _weights(inputs, masks, f, None)
-    return LeafOutputs(weights @ inputs.v, log_sum_exp, *_edges(inputs, f))
+    x, z = _x_and_z(inputs, masks)
+    factors = _factors(inputs, z)
+    weights, log_sum_exp = _weights(inputs, masks, x, factors.y, None)
+    return LeafOutputs(weights @ inputs.v, log_sum_exp, *_edges(inputs, x, factors))
 
 
 class LeafGradients(NamedTuple):
@@ -143,44 +149,43 @@ def leaf_backward(
     d_q_left: Tensor,
     d_k_right: Tensor,
     d_product: Tensor,
+    t_inverse: Tensor,  # the factors, as leaf_edges gives them
+    u: Tensor,
+    y: Tensor,
 ) -> LeafGradients:
-    """Gradients of :func:`leaf_forward`, its matrices computed again from the inputs.
+    """Gradients of :func:`leaf_forward`.
 
-    From d(T^{-1}) = -T^{-1} dT T^{-1}: with Y = T^{-T} dA the gradient of T is -Y A^T, and that of beta, through
-    A = T^{-1} D alone, is the diagonal of Y.
+    U and Y solve T U = D W and T Y = D Z. With G = T^{-T} dU and likewise F for Y, the gradients of D W and D Z are G
+    and F, and that of T is -(G U^T + F Y^T) below the diagonal.
     """
     q, k, v, w, beta, gate = inputs
     d_out = d_out.to(q.dtype)
     delta = (d_out * out).sum(-1, keepdim=True)
-    f = _factors(inputs, masks)
-    weights, _ = _weights(inputs, masks, f, log_sum_exp)
+    x, z = _x_and_z(inputs, masks)
+    weights, _ = _weights(inputs, masks, x, y, log_sum_exp)
     d_v = weights.mT @ d_out
     d_logits = (d_out @ v.mT).sub_(delta).mul_(weights)  # 0 above the diagonal, as weights are
 
-    # logits = Q K^T - (X A) Z,  q_left = Q - (X A) W
-    d_xa = -torch.baddbmm(d_q_left @ w.mT, d_logits, f.z.mT)
-    d_z = -(f.xa.mT @ d_logits)
-    d_w = -(f.xa.mT @ d_q_left)
-    # k_right = K - (A Z)^T W
-    d_az = -(w @ d_k_right.mT)
-    d_w.baddbmm_(f.az, d_k_right, alpha=-1)
-    d_x = (d_xa @ f.a.mT).mul_(masks.x)
-    d_a = torch.baddbmm(d_az @ f.z.mT, f.x.mT, d_xa)
-    d_z.baddbmm_(f.a.mT, d_az).mul_(masks.z)
-    # P = I - W^T A W
-    w_dp = w @ d_product
-    d_a.baddbmm_(w_dp, w.mT, alpha=-1)
-    d_w.baddbmm_(f.a.mT, w_dp, alpha=-1).baddbmm_(f.a, w @ d_product.mT, alpha=-1)
+    # logits = tril(Q K^T) - X Y,  q_left = Q - X U,  k_right = K - Y^T W,  P = I - W^T U. Every term has a minus sign:
+    # d_x, d_u, d_y and what follows from them hold the negated gradients, d_w and the results the true ones.
+    d_x = (d_logits @ y.mT).baddbmm_(d_q_left, u.mT).mul_(masks.x)
+    d_u = (x.mT @ d_q_left).baddbmm_(w, d_product)
+    d_y = (x.mT @ d_logits).baddbmm_(w, d_k_right.mT)
+    d_w = (u @ d_product.mT).baddbmm_(y, d_k_right).neg_()
 
-    y = f.t_inverse.mT @ d_a
-    d_scaled_gram = (y @ f.a.mT).neg_().tril_(-1)  # gradient of D W W^T below the diagonal
-    d_beta = y.diagonal(dim1=-2, dim2=-1) + (d_scaled_gram * f.gram).sum(-1)
-    d_gram = d_scaled_gram.mul_(beta[..., None])
-    d_w.baddbmm_(d_gram, w).baddbmm_(d_gram.mT, w)
+    # U = T^{-1} D W,  Y = T^{-1} D Z
+    d_u, d_y = t_inverse.mT @ d_u, t_inverse.mT @ d_y
+    d_t = (d_u @ u.mT).baddbmm_(d_y, y.mT).tril_(-1)
+    gram = w @ w.mT
+    d_beta = (d_t * gram).sum(-1) - (d_u * w).sum(-1) - (d_y * z).sum(-1)
+    d_gram = d_t.mul_(beta[..., None])
+    d_w.baddbmm_(d_gram, w).baddbmm_(d_gram.mT, w).addcmul_(d_u, beta[..., None], value=-1)
+    d_z = d_y.mul_(beta[..., None]).mul_(masks.z)
 
-    d_w.baddbmm_(d_x.mT, q).baddbmm_(d_z, k)
-    d_q = torch.baddbmm(d_q_left, d_logits, k).baddbmm_(d_x, w)
-    d_k = torch.baddbmm(d_k_right, d_logits.mT, q).baddbmm_(d_z.mT, w)
+    # X = Q W^T,  Z = W K^T
+    d_w.baddbmm_(d_x.mT, q, alpha=-1).baddbmm_(d_z, k, alpha=-1)
+    d_q = torch.baddbmm(d_q_left, d_logits, k).baddbmm_(d_x, w, alpha=-1)
+    d_k = torch.baddbmm(d_k_right, d_logits.mT, q).baddbmm_(d_z.mT, w, alpha=-1)
     d_gate = None
     if gate is not None:
         d_logits = d_logits.unflatten(1, gate.shape[1:])
