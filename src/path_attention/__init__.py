@@ -1,7 +1,36 @@
 """PaTH attention: position encoding by accumulated Householder transformations (arXiv 2505.16381)."""
 
+from typing import TYPE_CHECKING, Any
+
+from path_attention.layers import PaTHAttention
 from path_attention.ops import path_attention, path_attention_reference, path_attention_weights
+
+if TYPE_CHECKING:
+    from path_attention.models import PaTHConfig, PaTHForCausalLM, PaTHModel
 
 __version__ = "0.1.0"
 
-__all__ = ["path_attention", "path_attention_reference", "path_attention_weights"]
+__all__ = [
+    "PaTHAttention",
+    "PaTHConfig",
+    "PaTHForCausalLM",
+    "PaTHModel",
+    "path_attention",
+    "path_attention_reference",
+    "path_attention_weights",
+]
+
+_MODELS = ("PaTHConfig", "PaTHForCausalLM", "PaTHModel")
+
+
+def __getattr__(name: str) -> Any:
+    """The Hugging Face classes, imported on first use: the operator and the layer need torch alone."""
+    if name not in _MODELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from path_attention import models
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"path_attention.{name} needs {error.name}, which is not installed: pip install 'path-attention[models]'"
+        ) from error
+    return getattr(models, name)

@@ -1,0 +1,108 @@
+"""What all token mixers of the attention kind share: projections, padding, packing.
+
+Legend: B batch, L length, C hidden size, HQ query heads, H key/value heads, D head_dim.
+"""
+
+from torch import Tensor, nn
+
+from path_attention.layers.padding import Padding
+
+
+class Attention(nn.Module):
+    """Projections q, k, v and o around an attention that a subclass defines in :meth:`attend`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size: got {hidden_size}; wanted at least 1")
+        if num_heads < 1:
+            raise ValueError(f"num_heads: got {num_heads}; wanted at least 1")
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {num_kv_heads}; wanted a divisor of num_heads, {num_heads}")
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(
+                    f"head_dim: got None; wanted a number, because hidden_size {hidden_size} is no multiple of "
+                    f"num_heads {num_heads}"
+                )
+            head_dim = hidden_size // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim: got {head_dim}; wanted at least 1")
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Mix tokens causally.
+
+        Args:
+            hidden_states: (B, L, C).
+            attention_mask: (B, L), 1 or True for real tokens and 0 or False for padding, which is as if absent: it
+                changes no real token's output and its own output is 0.
+            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1).
+
+        Returns:
+            (B, L, C).
+
+        Raises:
+            ValueError: shapes that do not fit, or both a mask and cu_seqlens.
+        """
+        padding = self._padding(hidden_states, attention_mask, cu_seqlens)
+        if padding is not None:
+            return padding.pad(self.forward(padding.unpad(hidden_states), cu_seqlens=padding.cu_seqlens))
+        return self.o_proj(self.attend(hidden_states, cu_seqlens).flatten(2))
+
+    def attention_weights(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """The attention matrix (B, HQ, L, L) of the same call, for looking at: time and memory are quadratic in L."""
+        padding = self._padding(hidden_states, attention_mask, cu_seqlens)
+        if padding is not None:
+            return padding.pad_weights(self.weigh(padding.unpad(hidden_states), padding.cu_seqlens))
+        return self.weigh(hidden_states, cu_seqlens)
+
+    def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """(B, L, C) -> (B, L, HQ, D)."""
+        raise NotImplementedError
+
+    def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """(B, L, C) -> (B, HQ, L, L)."""
+        raise NotImplementedError
+
+    def _padding(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Padding | None:
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states: got shape {tuple(hidden_states.shape)}; wanted (batch, length, {self.hidden_size})"
+            )
+        if attention_mask is None:
+            return None
+        if cu_seqlens is not None:
+            raise ValueError("attention_mask: got one beside cu_seqlens; wanted at most one of the two")
+        return Padding.from_mask(attention_mask, *hidden_states.shape[:2])
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, L, HQ, D), k (B, L, H, D), v (B, L, H, D)."""
+        return (
+            self.q_proj(hidden_states).unflatten(2, (self.num_heads, self.head_dim)),
+            self.k_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim)),
+            self.v_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim)),
+        )

@@ -1,0 +1,137 @@
+"""The PaTH attention layer (arXiv 2505.16381, section 2.2): what makes w, beta and g out of the tokens."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from path_attention.layers.attention import Attention
+from path_attention.layers.padding import token_positions
+from path_attention.layers.short_convolution import ShortConvolution
+from path_attention.ops import path_attention, path_attention_weights
+
+# A w shorter than this is padding or next to it and stays as it is; it bounds the gradient of the norm at 0.
+NORM_EPS = 1e-6
+
+
+class PaTHInputs(NamedTuple):
+    """What the layer feeds :func:`path_attention.path_attention`."""
+
+    q: Tensor  # (B, L, HQ, D)
+    k: Tensor  # (B, L, H, D)
+    v: Tensor  # (B, L, H, D)
+    w: Tensor  # (B, L, R, H, D) float32, unit vectors
+    beta: Tensor  # (B, L, R, H) float32, in (0, 2)
+    g: Tensor | None  # (B, L, HQ) float32, at most 0
+
+
+class PaTHAttention(Attention):
+    """Attention whose position encoding is a product of Householder-like matrices made from the tokens.
+
+        w_t    = normalise(SiLU(convolve(W_up W_down x_t)))       one unit vector a reflection and key/value head
+        beta_t = 2 sigmoid(W_beta x_t + b_beta)                    in (0, 2)
+        g_t    = log sigmoid(W_gate x_t + b_gate)                  PaTH-FoX only, one a query head
+        out    = W_o path_attention(q, k, v, w, beta, g)
+
+    w, beta and g are float32 whatever the model runs in: rounding them makes the products of many transitions drift.
+
+    Args:
+        hidden_size: C.
+        num_heads: query heads, HQ.
+        num_kv_heads: key/value heads, H, a divisor of num_heads; None means num_heads.
+        head_dim: D; None means hidden_size // num_heads.
+        w_rank: rank of the projection that makes w; None means full rank (one matrix ``w_proj``), which the authors
+            use with grouped queries, where it costs little.
+        conv_size: tokens of the causal convolution over w, this one included; 0 leaves it (and its SiLU) out.
+        num_reflections: R transitions a token; one is the paper's, two can make a rotation.
+        use_forget_gate: PaTH-FoX.
+        qk_norm: RMS norm of every query and key head, in training and everywhere else.
+        bias: biases of the q, k and v projections.
+        output_bias: bias of the output projection.
+        norm_eps: epsilon of the q/k norm.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is wanted.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        w_rank: int | None = 32,
+        conv_size: int = 3,
+        num_reflections: int = 1,
+        use_forget_gate: bool = False,
+        qk_norm: bool = False,
+        bias: bool = False,
+        output_bias: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, bias=bias, output_bias=output_bias)
+        if w_rank is not None and w_rank < 1:
+            raise ValueError(f"w_rank: got {w_rank}; wanted at least 1, or None for full rank")
+        if conv_size < 0:
+            raise ValueError(f"conv_size: got {conv_size}; wanted at least 0 (0 for no convolution)")
+        if num_reflections < 1:
+            raise ValueError(f"num_reflections: got {num_reflections}; wanted at least 1")
+        self.num_reflections = num_reflections
+        transitions = num_reflections * self.num_kv_heads
+        channels = transitions * self.head_dim
+        if w_rank is None:
+            self.w_proj = nn.Linear(hidden_size, channels, bias=False)
+        else:
+            self.w_down_proj = nn.Linear(hidden_size, w_rank, bias=False)
+            self.w_up_proj = nn.Linear(w_rank, channels, bias=False)
+        self.w_rank = w_rank
+        self.w_conv = ShortConvolution(channels, conv_size) if conv_size else None
+        self.beta_proj = nn.Linear(hidden_size, transitions)
+        self.gate_proj = nn.Linear(hidden_size, num_heads) if use_forget_gate else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        nn.init.zeros_(self.beta_proj.bias)  # beta near 1 at the start: the middle of its range
+        if self.gate_proj is not None:
+            nn.init.zeros_(self.gate_proj.bias)  # as the forgetting transformer has it
+
+    def project(self, hidden_states: Tensor, cu_seqlens: Tensor | None = None) -> PaTHInputs:
+        """(B, L, C) -> what the operator takes: for attention maps, and for caches."""
+        q, k, v = self._project(hidden_states)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        shape = (self.num_reflections, self.num_kv_heads)
+        return PaTHInputs(
+            q=q,
+            k=k,
+            v=v,
+            w=self._w(hidden_states, cu_seqlens).unflatten(2, (*shape, self.head_dim)),
+            beta=2 * _float32_linear(self.beta_proj, hidden_states).sigmoid().unflatten(2, shape),
+            g=None
+            if self.gate_proj is None
+            else nn.functional.logsigmoid(_float32_linear(self.gate_proj, hidden_states)),
+        )
+
+    def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """(B, L, R * H * D) float32, every D of them a unit vector."""
+        w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
+        with torch.autocast(w.device.type, enabled=False):
+            w = w.float()
+            if self.w_conv is not None:
+                w = self.w_conv(w, token_positions(cu_seqlens, w.shape[1], w.device))
+            heads = w.float().unflatten(2, (-1, self.head_dim))
+            return nn.functional.normalize(heads, dim=-1, eps=NORM_EPS).flatten(2)
+
+    def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        inputs = self.project(hidden_states, cu_seqlens)
+        return path_attention(*inputs, cu_seqlens=cu_seqlens)
+
+    def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        q, k, _, w, beta, g = self.project(hidden_states, cu_seqlens)
+        return path_attention_weights(q, k, w, beta, g, cu_seqlens=cu_seqlens)
+
+
+def _float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in float32 whatever its weights and its input are, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())

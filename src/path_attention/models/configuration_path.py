@@ -1,0 +1,86 @@
+"""Configuration of the PaTH language model."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from path_attention.layers.mixers import build_mixer
+
+
+@strict
+class PaTHConfig(PreTrainedConfig):
+    """A Llama-like decoder whose attention is chosen by ``mixer``.
+
+    Fields that Llama has carry Llama's names and meaning. The defaults are the 760M model that the paper's 760M figures
+    most likely come from (1536 wide, 24 layers, 24 heads of 64).
+
+    Args:
+        mixer: token mixer of every layer, a name of :func:`path_attention.layers.mixer_names`: ``path``, ``path_fox``
+            (with forget gate), ``rope``, ``none`` (no position encoding), or one registered by the user.
+        w_rank: rank of the projection that makes w; None for full rank.
+        conv_size: tokens of the causal convolution over w; 0 for none.
+        num_reflections: transitions a token.
+        qk_norm: RMS norm of every query and key head.
+
+    Raises:
+        ValueError: naming the field, what was given and what is wanted.
+    """
+
+    model_type = "path_attention"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain class attribute)
+
+    vocab_size: int = 32000
+    hidden_size: int = 1536
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 24
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    use_cache: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    mixer: str = "path"
+    w_rank: int | None = 32
+    conv_size: int = 3
+    num_reflections: int = 1
+    qk_norm: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; wanted at least 1")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"head_dim: got None; wanted a number, because hidden_size {self.hidden_size} is no multiple of "
+                    f"num_attention_heads {self.num_attention_heads}"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_mixer()
+        super().__post_init__(**kwargs)
+
+    def _check_mixer(self) -> None:
+        """Build the mixer once, without memory: it knows which fields do not fit it."""
+        import torch
+
+        with torch.device("meta"):
+            build_mixer(self)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What kind of cache each layer wants. A property: transformers allows only its own names in config.json."""
+        return ["path_attention"] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """The base class knows only its own layer types."""

@@ -1,0 +1,212 @@
+"""The PaTH language model: pre-norm decoder, RMSNorm, SwiGLU, and whichever token mixer the configuration names.
+
+Modules are named as Llama's, so that a Llama checkpoint of the same shape loads into a ``rope`` model, and into any
+other but for what that mixer adds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.utils import can_return_tuple, logging
+
+from path_attention.layers.mixers import build_mixer
+from path_attention.layers.padding import Padding
+from path_attention.layers.short_convolution import ShortConvolution
+from path_attention.models.configuration_path import PaTHConfig
+
+logger = logging.get_logger(__name__)
+
+
+class PaTHMLP(nn.Module):
+    """SwiGLU: W_down (SiLU(W_gate x) * W_up x)."""
+
+    def __init__(self, config: PaTHConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class PaTHDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PaTHConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = build_mixer(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = PaTHMLP(config)
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), cu_seqlens=cu_seqlens)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class PaTHPreTrainedModel(PreTrainedModel):
+    config: PaTHConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PaTHDecoderLayer"]  # noqa: RUF012 (transformers reads plain class attributes)
+    # No attention of transformers or of a serving engine can stand in for ours: it knows nothing of w and beta.
+    _supports_sdpa = False
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # linear layers and embeddings: normal(0, initializer_range), biases 0; norms 1
+        if isinstance(module, ShortConvolution):
+            init.uniform_(module.weight, -module.bound, module.bound)
+
+
+class PaTHModel(PaTHPreTrainedModel):
+    """The decoder without its head.
+
+    A padded batch is packed into one row of its real tokens at the start and padded again at the end, so that padding
+    costs nothing and changes nothing.
+    """
+
+    def __init__(self, config: PaTHConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(PaTHDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, L), or inputs_embeds (B, L, C) instead.
+            attention_mask: (B, L), 1 for real tokens, 0 for padding.
+            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1); ``cu_seq_lens_q``, the name that
+                transformers' padding-free collators use, is taken too.
+            output_hidden_states: return the input of every layer and the output of the last.
+            output_attentions: return every layer's attention matrix: quadratic in L, for looking at.
+
+        Raises:
+            ValueError: arguments that do not go together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds; wanted exactly one")
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values: got a cache; wanted None, because this model computes without one")
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        padding = None
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            if cu_seqlens is not None:
+                raise ValueError("attention_mask: got padding beside cu_seqlens; wanted at most one of the two")
+            padding = Padding.from_mask(attention_mask, *x.shape[:2])
+            x, cu_seqlens = padding.unpad(x), padding.cu_seqlens
+
+        states: list[Tensor] = [x]
+        weights: list[Tensor] = []
+        for layer in self.layers:
+            assert isinstance(layer, PaTHDecoderLayer)
+            if output_attentions:
+                weights.append(layer.self_attn.attention_weights(layer.input_layernorm(x), cu_seqlens=cu_seqlens))
+            x = layer(x, cu_seqlens=cu_seqlens)
+            if output_hidden_states:
+                states.append(x)
+        x = states[-1] = self.norm(x)
+        if padding is not None:
+            states = [padding.pad(state) for state in states]
+            weights = [padding.pad_weights(weight) for weight in weights]
+        return BaseModelOutput(
+            last_hidden_state=states[-1],
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+        )
+
+
+class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head. Generates without a cache: every step computes the sequence again."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: PaTHConfig) -> None:
+        super().__init__(config)
+        self.model = PaTHModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Run the model; see :class:`PaTHModel` for the arguments that are not here.
+
+        Args:
+            labels: (B, L) token ids, -100 where none counts; shifted here: position t is scored on the label of t + 1.
+            logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() then makes no cache
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The whole sequence at every step."""
+        if use_cache:
+            logger.warning_once(
+                "use_cache=True: this model has no cache and computes the whole sequence at every step."
+            )
+        inputs: dict[str, Any] = {"attention_mask": attention_mask, "logits_to_keep": 1}
+        if inputs_embeds is None:
+            return inputs | {"input_ids": input_ids}
+        # generate() hands over the prompt's embeddings every time, and the tokens it has added since.
+        return inputs | {"inputs_embeds": torch.cat([inputs_embeds, self.model.embed_tokens(input_ids)], dim=1)}
