@@ -4,7 +4,7 @@ Modules are named as Llama's, so that a Llama checkpoint of the same shape loads
 other but for what that mixer adds.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +125,7 @@ class PaTHModel(PaTHPreTrainedModel):
 
         states: list[Tensor] = [x]
         weights: list[Tensor] = []
-        for layer in self.layers:
-            assert isinstance(layer, PaTHDecoderLayer)
+        for layer in cast("list[PaTHDecoderLayer]", self.layers):
             if output_attentions:
                 weights.append(layer.self_attn.attention_weights(layer.input_layernorm(x), cu_seqlens=cu_seqlens))
             x = layer(x, cu_seqlens=cu_seqlens)

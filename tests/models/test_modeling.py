@@ -1,0 +1,177 @@
+"""The Hugging Face model: loss, padding, packing, generation, saving; and Llama to check everything around PaTH."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from path_attention.layers import mixer_names
+from path_attention.models import PaTHConfig, PaTHForCausalLM, PaTHModel
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,  # large, so that greedy decoding does not hang on ties
+}
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+def model(mixer: str = "path", **fields: object) -> PaTHForCausalLM:
+    torch.manual_seed(0)
+    return PaTHForCausalLM(PaTHConfig(mixer=mixer, **SHAPE, **fields)).eval()
+
+
+def ids(batch: int = 2, length: int = 70) -> Tensor:
+    return torch.randint(1, 50, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(m: PaTHForCausalLM, x: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        x = torch.cat([x, m(x).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return x
+
+
+@pytest.fixture(params=mixer_names())
+def mixer(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_loss_is_shifted_cross_entropy() -> None:
+    m, x = model(), ids()
+    labels = x.clone()
+    labels[:, ::3] = -100
+    out = m(x, labels=labels)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_padded_batch_equals_rows_alone(mixer: str) -> None:
+    m, x = model(mixer), ids(3)
+    mask = torch.ones_like(x)
+    mask[0, :9] = 0
+    mask[1, 60:] = 0
+    out = m(x, attention_mask=mask, output_hidden_states=True)
+    torch.testing.assert_close(out.logits[0, 9:], m(x[:1, 9:]).logits[0], **CLOSE)
+    torch.testing.assert_close(out.logits[1, :60], m(x[1:2, :60]).logits[0], **CLOSE)
+    torch.testing.assert_close(out.logits[2], m(x[2:]).logits[0], **CLOSE)
+    assert [state.shape for state in out.hidden_states] == [(3, 70, 32)] * 3
+
+
+def test_packed_equals_separate(mixer: str) -> None:
+    m, x = model(mixer), ids(1)
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        packed = m(x, **{name: torch.tensor([0, 30, 70])}).logits[0]
+        torch.testing.assert_close(packed[30:], m(x[:, 30:]).logits[0], **CLOSE)
+
+
+def test_generates_without_a_cache(mixer: str) -> None:
+    m, x = model(mixer), ids(2, 5)
+    expected = greedy(m, x, 6)
+    assert torch.equal(m.generate(x, max_new_tokens=6, do_sample=False), expected)
+    assert torch.equal(m.generate(x, max_new_tokens=6, do_sample=False, use_cache=True), expected)
+    embeds = m.model.embed_tokens(x)
+    assert torch.equal(m.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False), expected[:, 5:])
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), x], 1)
+    mask = (torch.arange(8) >= 3).long().expand(2, -1)
+    out = m.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(out[:, 8:], expected[:, 5:])
+    assert m.generate(x, max_new_tokens=3, num_beams=3).shape == (2, 8)
+    assert m.generate(x, max_new_tokens=3, do_sample=True).shape == (2, 8)
+
+
+def test_beam_search_finds_at_least_the_greedy_sequence() -> None:
+    m, x = model(), ids(1, 5)
+
+    def score(y: Tensor) -> float:
+        return float(m(y).logits.detach().log_softmax(-1)[:, 4:-1].gather(2, y[:, 5:, None]).sum())
+
+    assert score(m.generate(x, max_new_tokens=4, num_beams=8, do_sample=False)) >= score(greedy(m, x, 4)) - 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saves_and_loads(mixer: str, tied: bool, tmp_path: Path) -> None:
+    m, x = model(mixer, tie_word_embeddings=tied, num_reflections=2), ids()
+    m.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, PaTHForCausalLM)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded.eval()(x).logits, m(x).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert isinstance(AutoModel.from_pretrained(tmp_path), PaTHModel)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.mixer == mixer
+    assert config.num_reflections == 2
+
+
+def test_checkpointing_gives_the_same_gradients(mixer: str) -> None:
+    m, x = model(mixer).train(), ids()
+    m(x, labels=x).loss.backward()
+    plain = [p.grad.clone() for p in m.parameters()]
+    m.zero_grad()
+    m.gradient_checkpointing_enable()
+    m(x, labels=x).loss.backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, m.parameters(), strict=True))
+
+
+def test_attention_maps(mixer: str) -> None:
+    m, x = model(mixer), ids()
+    mask = torch.ones_like(x)
+    mask[0, :9] = 0
+    maps = m(x, attention_mask=mask, output_attentions=True).attentions
+    assert [a.shape for a in maps] == [(2, 4, 70, 70)] * 2
+    sums = maps[0].sum(-1)
+    torch.testing.assert_close(sums[0, :, 9:], torch.ones(4, 61), **CLOSE)
+    assert bool((sums[0, :, :9] == 0).all())
+
+
+def test_rope_is_llama() -> None:
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-6)).eval()
+    ours = model("rope")
+    ours.load_state_dict(llama.state_dict())
+    torch.testing.assert_close(ours(ids()).logits, llama(ids()).logits, **CLOSE)
+
+
+def test_initial_values_after_loading_on_meta(tmp_path: Path) -> None:
+    """What a checkpoint lacks must be initialised, not left as it came from the allocator."""
+    model("rope").save_pretrained(tmp_path)
+    config = PaTHConfig(mixer="path_fox", **SHAPE)
+    loaded, info = PaTHForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert any("w_conv" in key for key in info["missing_keys"])
+    attention = loaded.requires_grad_(False).model.layers[0].self_attn
+    assert bool((attention.beta_proj.bias == 0).all())
+    assert float(attention.w_conv.weight.abs().max()) <= attention.w_conv.bound
+    assert float(attention.w_conv.weight.std()) > 0.1 * attention.w_conv.bound
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"mixer": "alibaba"}, "mixer: got 'alibaba'; wanted one of path, path_fox, rope, none"),
+        ({"num_attention_heads": 5}, "head_dim: got None"),
+        ({"num_key_value_heads": 3}, "num_kv_heads: got 3"),
+        ({"conv_size": -1}, "conv_size: got -1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
+        ({"mixer": "rope", "head_dim": 7}, "head_dim: got 7"),
+    ],
+)
+def test_bad_configurations_are_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PaTHConfig(**{**SHAPE, **fields})
+
+
+def test_bad_calls_are_named() -> None:
+    m, x = model(), ids()
+    with pytest.raises(ValueError, match="input_ids: got both or neither"):
+        m()
+    with pytest.raises(ValueError, match="past_key_values: got a cache"):
+        m(x, past_key_values=object())
+    with pytest.raises(ValueError, match="attention_mask: got padding beside cu_seqlens"):
+        m(x[:1], attention_mask=torch.zeros(1, 70), cu_seqlens=torch.tensor([0, 70]))
