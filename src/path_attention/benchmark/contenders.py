@@ -91,11 +91,11 @@ def _full_matrix_reason(setting: Setting) -> str | None:
 
 # The first one is what the ratios are to.
 CONTENDERS: tuple[Contender, ...] = (
-    Contender("softmax", "softmax (torch SDPA)", causal_softmax_attention, softmax_definition, _always),
+    Contender("softmax", "softmax (SDPA)", causal_softmax_attention, softmax_definition, _always),
     Contender("path", "PaTH", path_attention, path_attention_reference, _always),
     Contender(
         "path_full_matrix",
-        "PaTH, full matrices",
+        "PaTH, full matrix",
         full_matrix_path_attention,
         path_attention_reference,
         _full_matrix_reason,

@@ -120,13 +120,13 @@ def benchmark_length(setting: Setting, repeats: int) -> list[dict[str, Any]]:
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("length", "attention", "fwd ms", "ratio", "fwd+bwd ms", "ratio", "extra MiB")
+_COLUMNS = ("length", "attention", "fwd ms", "ratio", "fwd+bwd ms", "ratio", "MiB")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     title = next(x.title for x in CONTENDERS if x.name == row["contender"])
     if row["left_out"] is not None:
-        return [str(row["length"]), title, row["left_out"], "", "", "", ""]
+        return [str(row["length"]), title, "-", "-", "-", "-", "-"]
     cells = [str(row["length"]), title]
     for part in ("forward", "forward_backward"):
         cells += [f"{row[part]['median_ms']:.1f}", f"{row[f'{part}_ratio']:.2f}"]
@@ -149,10 +149,15 @@ def _print_tables(result: dict[str, Any]) -> None:
         for cells in ([*_COLUMNS], *rows):
             print("  ".join(cells))
     else:
-        table = Table(*_COLUMNS, title=title)
+        table = Table(title=title)
+        for column in _COLUMNS:
+            table.add_column(column, no_wrap=True, justify="left" if column == "attention" else "right")
         for cells in rows:
             table.add_row(*cells)
         Console().print(table)
+    left_out = {row["left_out"]: row["contender"] for row in result["rows"] if row["left_out"] is not None}
+    for reason, name in left_out.items():
+        print(f"{name}: {reason}")
     print(f"relative error against the definition in float64, length {CHECKED_LENGTH}:")
     for name, found in result["errors"].items():
         print(f"  {name}: output {found['output']:.1e}, gradients {found['gradients']:.1e}")
