@@ -25,6 +25,8 @@ from path_attention.ops.kernels.leaf_kernels import (
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+# Narrowest tile of the linear stages, in columns.
+MIN_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Inputs:
         return {
             "GROUP": self.query_heads // self.heads,
             "D": dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            # At 32 columns Triton 3.6 makes an illegal memory access of the leaf's backward kernel; 64 is safe.
+            "BLOCK_D": max(MIN_BLOCK, triton.next_power_of_2(dim)),
             "HALF": _HALF[self.q.dtype],
             # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
             "num_stages": 1,
@@ -160,7 +163,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         query_slots=table.query_slots,
         num_levels=levels,
         DV=inputs.v.shape[2],
-        BLOCK_DV=max(16, triton.next_power_of_2(inputs.v.shape[2])),
+        BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(inputs.v.shape[2])),
         **options,
         num_warps=warps,
     )
@@ -305,7 +308,7 @@ def leaves_and_levels_backward(
         scale=inputs.scale,
         H=heads,
         DV=v.shape[2],
-        BLOCK_DV=max(16, triton.next_power_of_2(v.shape[2])),
+        BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(v.shape[2])),
         **options,
         num_warps=8,
     )
