@@ -61,7 +61,7 @@ def causal_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Ten
 
 def softmax_definition(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor) -> Tensor:
     """PaTH without reflections."""
-    return path_attention_reference(q, k, v, w, torch.zeros_like(beta))
+    return path_attention_reference(q, k, v, torch.zeros_like(w).detach(), torch.zeros_like(beta).detach())
 
 
 @dataclass(frozen=True)

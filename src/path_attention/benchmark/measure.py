@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from path_attention.benchmark.contenders import Contender, Operands, Setting, contender, make_operands
+from path_attention.benchmark.contenders import Contender, Operands, Setting, make_operands
 
 
 def forward(function: Callable[..., Tensor], operands: Operands) -> Tensor:
@@ -25,19 +25,20 @@ def forward(function: Callable[..., Tensor], operands: Operands) -> Tensor:
         return function(*operands)
 
 
-def forward_backward(function: Callable[..., Tensor], operands: Operands, d_out: Tensor) -> tuple[Tensor, ...]:
-    """out and the gradients of q, k, v, w and beta, zeros where there is none."""
+def forward_backward(
+    function: Callable[..., Tensor], operands: Operands, d_out: Tensor
+) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+    """out and the gradients of q, k, v, w and beta; None where the function does not use them."""
     out = function(*operands)
-    gradients = torch.autograd.grad(out, operands, d_out, materialize_grads=True)
-    return out.detach(), *gradients
+    return out.detach(), *torch.autograd.grad(out, operands, d_out, allow_unused=True)
 
 
 # --- error -----------------------------------------------------------------------------------------------------------
 
 
 def relative_errors(of: Contender, setting: Setting) -> dict[str, float]:
-    """Frobenius norm of the difference to the definition in float64 over that of the definition, largest over the
-    gradients that are not zero."""
+    """Frobenius norm of the difference to the definition in float64 over that of the definition; of the gradients
+    that there are, the largest."""
     operands = make_operands(setting)
     exact_operands = Operands(*(x.detach().double().requires_grad_() for x in operands))
     d_out = torch.randn(*operands.q.shape[:3], operands.v.shape[-1], generator=torch.Generator().manual_seed(1))
@@ -45,7 +46,9 @@ def relative_errors(of: Contender, setting: Setting) -> dict[str, float]:
     found = forward_backward(of.function, operands, d_out)
     exact = forward_backward(of.definition, exact_operands, d_out.double())
     errors = [
-        float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True) if float(y.norm()) > 0
+        float((x.double() - y).norm() / y.norm())
+        for x, y in zip(found, exact, strict=True)
+        if x is not None and y is not None
     ]
     return {"output": errors[0], "gradients": max(errors[1:])}
 
@@ -91,8 +94,9 @@ def time_interleaved(functions: dict[str, Callable[[], object]], repeats: int, s
 
 # glibc then gives every buffer back to the system when it is freed, so that resident memory follows live tensors.
 _MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-_STATUS = Path("/proc/self/status")
-_CLEAR_PEAK = Path("/proc/self/clear_refs")
+# Where Linux tells a process its resident memory and its peak, and lets it start the peak anew.
+STATUS = Path("/proc/self/status")
+CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def peak_memory(name: str, setting: Setting) -> int | None:
@@ -100,33 +104,12 @@ def peak_memory(name: str, setting: Setting) -> int | None:
 
     None where the system does not tell (it takes Linux's /proc), or where the process did not live to tell.
     """
-    if not (_STATUS.exists() and _CLEAR_PEAK.exists()):
+    if not (STATUS.exists() and CLEAR_PEAK.exists()):
         return None
     described = {**asdict(setting), "dtype": str(setting.dtype).removeprefix("torch.")}
-    command = [sys.executable, "-m", "path_attention.benchmark.measure", name, json.dumps(described)]
+    command = [sys.executable, "-m", "path_attention.benchmark.memory_process", name, json.dumps(described)]
     done = subprocess.run(command, env={**os.environ, **_MEMORY_ENVIRONMENT}, capture_output=True, text=True)
     return int(done.stdout) if done.returncode == 0 else None
-
-
-def _resident(key: str) -> int:
-    """VmRSS, the memory held now, or VmHWM, its peak, in bytes."""
-    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(key))
-    return 1024 * int(line.split()[1])
-
-
-def _measure_peak_memory(name: str, setting: Setting) -> int:
-    function = contender(name).function
-
-    def run(operands: Operands) -> None:
-        out = function(*operands)
-        torch.autograd.grad(out, operands, torch.ones_like(out), materialize_grads=True)
-
-    run(make_operands(Setting(length=256)))  # code, thread pools and their buffers
-    operands = make_operands(setting)
-    _CLEAR_PEAK.write_text("5")  # sets VmHWM back to VmRSS
-    before = _resident("VmRSS")
-    run(operands)
-    return _resident("VmHWM") - before
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
@@ -172,8 +155,3 @@ def _commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    print(_measure_peak_memory(sys.argv[1], Setting(**{**given, "dtype": getattr(torch, given["dtype"])})))

@@ -23,7 +23,7 @@ from path_attention.benchmark.measure import (
     time_interleaved,
 )
 
-LENGTHS = (1024, 4096, 16384)
+LENGTHS = (1024, 4096, 8192, 16384)
 # Five leaves of 64 tokens and an odd end: every kind of step, and the definition still takes well under a second.
 CHECKED_LENGTH = 300
 # A float32 PaTH may have this many times the error of float32 softmax attention against float64 before it counts as
