@@ -22,7 +22,7 @@ def test_two_processes_share_the_batch_of_one(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
     changes = ["training.steps=5", "training.log_every=1", "training.eval_every=5"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "path_attention.cli", "train", str(file), *changes, "--runs", str(tmp_path / "two")]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
