@@ -118,8 +118,8 @@ def evaluate(folder: Path, *, console: Console | None = None) -> Run:
     before = Run.read(folder)
     recipe = read_recipe(folder)
     source = _open(recipe, console)
-    device = _device(recipe)
-    model = PaTHForCausalLM.from_pretrained(folder / FINAL).to(device)
+    model: torch.nn.Module = PaTHForCausalLM.from_pretrained(folder / FINAL)
+    model.to(_device(recipe))
     run = dataclasses.replace(before, measurements=_measure(source, model, before.mixer, console))
     run.write()
     return run
