@@ -85,7 +85,7 @@ def time_interleaved(functions: dict[str, Callable[[], object]], repeats: int, s
     taken = {name: [x] if x >= seconds_each else [] for name, x in first.items()}
     for repeat in range(repeats):
         for name, function in functions.items():
-            if repeat == 0 and not taken[name] or (repeat + 1) * first[name] < seconds_each:
+            if (repeat == 0 and not taken[name]) or (repeat + 1) * first[name] < seconds_each:
                 taken[name].append(seconds(function))
     return {name: Times.of(x) for name, x in taken.items()}
 
