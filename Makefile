@@ -22,8 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train PaTH and RoPE on flip-flop language modelling and show the difference
 	$(BIN)/path-attention demo
 
+# One thread a worker: two workers of two threads each wait for one another more than they compute.
 test: $(INSTALLED)  ## the whole test suite on a CPU
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not gpu'
 
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
