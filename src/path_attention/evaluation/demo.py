@@ -62,9 +62,9 @@ def run_demo(
     section = (
         "<h2>What the heads look at</h2>"
         f"<p>A sparse test sequence. The last <code>r</code>, at position {query}, asks for the bit written at "
-        f"position {write}; other writes came before it. To find that bit, attention must tell the last write from the "
-        "earlier ones, whatever their distance: the tokens in between decide, not how many they are.</p>"
-        + plots.as_image(figure, "attention weights at a read")
+        f"position {write}; other writes came before it and no other read after it. To find that bit, attention must "
+        "tell the last write from the earlier ones, whatever their distance: the tokens in between decide, not their "
+        "number.</p>" + plots.as_image(figure, "attention weights at a read")
     )
     report = write_report(
         finished,
@@ -94,26 +94,28 @@ def _caution(runs: Sequence[Run]) -> str:
 
 
 def _telling_sequence(task: FlipFlop, seed: int) -> tuple[npt.NDArray[np.int64], int, int]:
-    """A sparse sequence, its last read and that read's write: far away, with the other bit written before.
+    """A sparse sequence, its last read and that read's write.
 
-    "Far" is a third of the sequence. Where none of the first thousand is like that (short sequences), the one with the
-    farthest write is taken.
+    Wanted: the other bit was written before; no read in between, whose answer would be a copy of the bit; the write a
+    third to two thirds of the sequence away. Of the first thousand sequences, the one that has most of this in that
+    order, and of those the one with the farthest write.
     """
-    best: tuple[tuple[bool, int], int, int] | None = None
-    sequences = task.examples(seed, range(1000), "sparse").input_ids
     query = task.length - 2
-    for n, sequence in enumerate(sequences):
+    sequences = task.examples(seed, range(1000), "sparse").input_ids
+
+    def telling(sequence: npt.NDArray[np.int64]) -> tuple[bool, bool, bool, int]:
         writes = np.flatnonzero(sequence == WRITE)
         bits = sequence[writes + 1]
         distance = int(query - writes[-1])
-        contradicted = bool((bits != bits[-1]).any())
-        if contradicted and task.length / 3 <= distance <= task.length * 2 / 3 and len(writes) >= 4:
-            return sequence, query, int(writes[-1])
-        if best is None or (contradicted, distance) > best[0]:
-            best = ((contradicted, distance), n, int(writes[-1]))
-    assert best is not None
-    assert sequences[best[1]][query] == READ
-    return sequences[best[1]], query, best[2]
+        return (
+            bool((bits != bits[-1]).any()),
+            bool(np.flatnonzero(sequence[:query] == READ).max(initial=0) < writes[-1]),
+            task.length / 3 <= distance <= task.length * 2 / 3,
+            distance,
+        )
+
+    best = max(sequences, key=telling)
+    return best, query, int(np.flatnonzero(best == WRITE)[-1])
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def _facts(runs: Sequence[Run]) -> str:
         f"<table><thead><tr>{header}</tr></thead>{_rows(rows)}</table>"
         f"<p>All models saw the same {settings.steps * settings.batch_size:,} training sequences in the same order. "
         f"Times include the evaluations while training. "
-        f"Machine: {html.escape(first['device'])}, {first['threads']} threads; {html.escape(versions)}.</p>"
+        f"Machine: {html.escape(first['device'])}, threads: {first['threads']}; {html.escape(versions)}.</p>"
     )
 
 

@@ -36,8 +36,9 @@ def runs_table(runs: Sequence[Run], published: Mapping[str, Iterable[str]] | Non
         table.add_column(split.replace("_", " "), justify="right")
     table.add_column("training", justify="right")
     for run in runs:
-        cells = (show(run.measurements[s]) if s in run.measurements else "" for s in splits)
-        table.add_row(NAMES[run.mixer], *cells, f"{run.facts['steps']} steps, {run.facts['training_seconds']:.0f} s")
+        # On two lines, what a number rests on below it: four columns fit a terminal of 80 characters.
+        cells = (show(run.measurements[s]).replace(" (", "\n(") if s in run.measurements else "" for s in splits)
+        table.add_row(NAMES[run.mixer], *cells, f"{run.facts['steps']} steps\n{run.facts['training_seconds']:.0f} s")
     for n, (name, row) in enumerate((published or {}).items()):
         if n == 0:
             table.add_section()
