@@ -85,8 +85,8 @@ def run_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors of 16 sequences x 64 dimensions are too small to share: on two cores, two threads spent their time waiting
-    for one another and took several times as long a step as one."""
+    """Tensors of 16 sequences x 64 dimensions are too small to share: on two cores, two threads waited for one another
+    and took several times as long a step as one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
