@@ -34,9 +34,10 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
         for axis, key in zip(axes, ("loss", *(f"eval_{s}" for s in splits)), strict=True):
             points = [(e["step"], e[key]) for e in entries if key in e]
             split = key.removeprefix("eval_")
-            if split in run.measurements:
-                points = [p for p in points if p[0] != run.facts["steps"]]
-                points.append((run.facts["steps"], run.measurements[split].value))
+            if split != key and not points:
+                # Only where nothing was measured on the way: the final measurement is on more data, and is no point
+                # of the same curve.
+                points = [(run.facts["steps"], run.measurements[split].value)]
             steps, values = zip(*points, strict=True)
             axis.plot(
                 steps, values, color=COLOURS[run.mixer], label=NAMES[run.mixer], marker="." if split != key else ""
