@@ -4,8 +4,9 @@ Saved for the backward pass: the inputs, the output and the log-sum-exp of every
 again. Gradients come back in the dtype of their input straight from the dtype of the computation.
 """
 
+import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -50,7 +51,20 @@ def _cuda_engine(q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: 
         return None
     from path_attention.ops.engines import cuda
 
-    return cuda if cuda.unsupported_reason(q, v, w, g, cu_seqlens) is None else None
+    reason = cuda.unsupported_reason(q, v, w, g, cu_seqlens)
+    if reason is None:
+        return cuda
+    _warn_of_slow_engine(reason)
+    return None
+
+
+@cache  # once for each reason
+def _warn_of_slow_engine(reason: str) -> None:
+    warnings.warn(
+        f"path_attention: {reason}. The torch engine serves this call: exact, but many times slower on a GPU than the "
+        "Triton engine.",
+        stacklevel=2,
+    )
 
 
 @torch.library.custom_op("path_attention::forward", mutates_args=())
