@@ -1,0 +1,565 @@
+"""Triton kernels of the attention between sibling spans: all levels in one kernel, without a partial result in memory.
+
+Query leaf i attends at every level l whose bit is set in i to the whole left sibling, 2^l leaves:
+
+    S = Q_l K_l^T + gates      P = exp(S - log_sum_exp)      out += P V
+
+    dV += P^T dO      dS = P (dO V^T - delta)      dQ_l = dS K_l      dK_l = dS^T Q_l
+
+The siblings of a leaf are all leaves to its left, each once, and so are the tokens whose rows of V it needs; the rows
+of Q and K are another set at every level. A program takes LEAVES neighbouring leaves, the first at an even index if
+there are two: from level 1 on both have the same siblings and their rows are consecutive. At level 0 the left one of
+the two is the sibling, and the rows that take no part get a bias of minus infinity.
+
+Exponents are kept in base 2, biases included. leaf_table.py says where rows stand. What a loop reads comes by a tensor
+descriptor (t_) where the launcher could make one, else by pointers (p_): descriptors need no addresses in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from path_attention.ops.kernels.tiles import LOG2_E, within
+
+LEAF = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
+
+
+@triton.constexpr_function
+def block_of(dim):
+    """Columns of a tile that holds rows of dim: a power of two, as Triton wants it, that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def _leaf_and_head(num_leaves, num_heads, SECTION: tl.constexpr):
+    """Programs in sections of SECTION heads, whose keys and values fit the L2 cache; leaf by leaf within a section."""
+    i = tl.program_id(0)
+    i_section = i // (SECTION * num_leaves)
+    s_heads = tl.minimum(SECTION, num_heads - i_section * SECTION)
+    i -= i_section * SECTION * num_leaves
+    return i // s_heads, i_section * SECTION + i % s_heads
+
+
+@triton.jit
+def _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES: tl.constexpr):
+    """Tokens in the program's leaves; 0 if another program has them or there are none."""
+    s_rows = tl.load(p_length + i_leaf)
+    if LEAVES == 2:
+        s_rows += tl.load(p_length + i_leaf + 1, mask=i_index + 1 < s_count, other=0)
+        s_rows = tl.where(i_index % 2 == 0, s_rows, 0)
+    return s_rows
+
+
+@triton.jit
+def _tile(p_x, i_row, row_stride, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers to rows i_row .. i_row + ROWS. Only the first needs 64 bits: a tile itself is small."""
+    p_first = p_x + tl.cast(i_row, tl.int64) * row_stride
+    return p_first + (tl.arange(0, ROWS)[:, None] * row_stride + tl.arange(0, block_of(DIM))[None, :])
+
+
+@triton.jit
+def _mask(m_row, DIM: tl.constexpr):
+    """Mask of a tile of rows of DIM."""
+    if block_of(DIM) == DIM:
+        return m_row[:, None]
+    else:
+        return m_row[:, None] & (tl.arange(0, block_of(DIM)) < DIM)[None, :]
+
+
+@triton.jit
+def _load(p_x, i_row, m_row, row_stride, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, block_of(DIM)) from row i_row on, zeros where m_row is false and past column DIM."""
+    return tl.load(_tile(p_x, i_row, row_stride, DIM, ROWS), mask=_mask(m_row, DIM), other=0.0)
+
+
+@triton.jit
+def _store(p_x, b_x, i_row, m_row, row_stride, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """The opposite of _load, in the type of p_x."""
+    p = _tile(p_x, i_row, row_stride, DIM, ROWS)
+    tl.store(p, b_x.to(p_x.dtype.element_ty), mask=_mask(m_row, DIM))
+
+
+@triton.jit
+def _stream(t_x, p_x, i_row, i_column, row_stride, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """A tile in a loop: rows i_row .. i_row + ROWS, all of which exist, of the head that starts at i_column.
+
+    A descriptor gives the next head's columns past DIM: the other factor of every product has zeros there, or the
+    product's columns are not stored.
+    """
+    if t_x is not None:
+        return t_x.load([i_row, i_column])
+    elif block_of(DIM) == DIM:
+        return tl.load(_tile(p_x + i_column, i_row, row_stride, DIM, ROWS))
+    else:
+        m_column = (tl.arange(0, block_of(DIM)) < DIM)[None, :]
+        return tl.load(_tile(p_x + i_column, i_row, row_stride, DIM, ROWS), mask=m_column, other=0.0)
+
+
+@triton.jit
+def _head_rows(p_x, i_row, row_stride, ROWS: tl.constexpr):
+    """Pointers to one number for each of ROWS rows."""
+    return p_x + tl.cast(i_row, tl.int64) * row_stride + tl.arange(0, ROWS) * row_stride
+
+
+@triton.jit
+def _bias(m_row, p_gate, i_row, row_stride, ROWS: tl.constexpr):
+    """What is added to the logits of each row in base 2: its gate, if there are gates; minus infinity outside m_row."""
+    b_bias = tl.where(m_row, 0.0, float("-inf"))
+    if p_gate is not None:
+        b_bias += tl.load(_head_rows(p_gate, i_row, row_stride, ROWS), mask=m_row, other=0.0) * LOG2_E
+    return b_bias
+
+
+@triton.jit
+def _scaled(b_s, p_gate_key, i_key, row_stride, KEYS: tl.constexpr):
+    """Logits of KEYS keys in base 2, with the keys' gates."""
+    b_s *= LOG2_E
+    if p_gate_key is not None:
+        b_s += tl.load(_head_rows(p_gate_key, i_key, row_stride, KEYS))[None, :] * LOG2_E
+    return b_s
+
+
+@triton.jit
+def _online_softmax(b_s, b_bias, b_max, b_sum):
+    """One step: the weights of b_s, what the sums so far are multiplied by, and the new maximum and sum.
+
+    The bias of a row is taken off its maximum instead of being added to all its logits.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_s, axis=1) + b_bias)
+    b_p = tl.exp2(b_s - (b_new - b_bias)[:, None])
+    b_decay = tl.exp2(b_max - b_new)
+    return b_p, b_decay, b_new, b_sum * b_decay + tl.sum(b_p, axis=1)
+
+
+@triton.jit
+def _attend(
+    b_q,
+    b_bias,
+    b_max,
+    b_sum,
+    b_acc,
+    t_key_rows,
+    t_values,
+    p_key_rows,
+    p_values,
+    p_gate_key,
+    i_key,  # first of s_keys rows of the keys and their gates
+    i_value,  # first of s_keys rows of the values
+    s_keys,
+    i_head,
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Online softmax over the keys of one sibling. The logits run one tile ahead, under the softmax of the last."""
+    b_k = _stream(t_key_rows, p_key_rows, i_key, i_head * D, H * D, D, KEYS)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    for _ in tl.range(0, s_keys - KEYS, KEYS, num_stages=STAGES):
+        b_k = _stream(t_key_rows, p_key_rows, i_key + KEYS, i_head * D, H * D, D, KEYS)
+        b_s_next = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s = _scaled(b_s, p_gate_key, i_key, H * GROUP, KEYS)
+        b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
+        b_acc *= b_decay[:, None]
+        b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_s = b_s_next
+        i_key += KEYS
+        i_value += KEYS
+    b_s = _scaled(b_s, p_gate_key, i_key, H * GROUP, KEYS)
+    b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
+    b_acc *= b_decay[:, None]
+    b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
+def dense_forward_kernel(
+    t_key_rows,  # descriptors in tiles of KEYS rows, or None
+    t_values,
+    p_query_rows,  # (levels, query_slots, 64, HQ, D)
+    p_key_rows,  # (levels, key_slots, 64, H, D)
+    p_values,  # (T, H, DV)
+    p_gate_query,  # (levels, query_slots, 64, HQ) float32 or None
+    p_gate_key,  # (levels, key_slots, 64, HQ) float32 or None
+    p_start,
+    p_length,
+    p_index,
+    p_count,
+    p_query_base,
+    p_key_base,
+    p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
+    p_log_sum_exp,  # (T, HQ) float32, likewise
+    num_leaves,
+    num_levels,
+    query_slots,
+    key_slots,
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    LEAVES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SECTION: tl.constexpr,
+):
+    """Rows of LEAVES leaves and one query head: the leaves' own softmax goes on over all their left siblings."""
+    ROWS: tl.constexpr = LEAVES * LEAF
+    HQ = H * GROUP
+    i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, SECTION)
+    i_leaf = num_leaves - 1 - i_turn  # the last leaves have the most keys: they come first
+    i_index = tl.load(p_index + i_leaf)
+    s_count = tl.load(p_count + i_leaf)
+    s_rows = _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES)
+    i_last = i_index + LEAVES - 1
+    if s_rows == 0 or i_last == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    i_query_base = tl.load(p_query_base + i_leaf)
+    i_key_base = tl.load(p_key_base + i_leaf)
+    i_head = i_query_head // GROUP
+    p_query_rows += i_query_head * D
+    p_out += i_query_head * DV
+    if p_gate_query is not None:
+        p_gate_query += i_query_head
+        p_gate_key += i_query_head
+    o = tl.arange(0, ROWS)
+    m_row = o < s_rows
+    p_lse = _head_rows(p_log_sum_exp + i_query_head, i_row, HQ, ROWS)
+    b_max = tl.load(p_lse, mask=m_row, other=0.0) * LOG2_E
+    b_sum = tl.full((ROWS,), 1.0, tl.float32)
+    b_acc = _load(p_out, i_row, m_row, HQ * DV, DV, ROWS).to(tl.float32)
+    if (i_last & 1) == 1 and i_last < s_count:
+        i_query = (i_query_base + within(i_last, 0) - (LEAVES - 1)) * LEAF
+        i_key = (i_key_base + within(i_last - 1, 0)) * LEAF
+        m_right = m_row & (o >= ROWS - LEAF)
+        b_q = _load(p_query_rows, i_query, m_right, HQ * D, D, ROWS)
+        b_bias = _bias(m_right, p_gate_query, i_query, HQ, ROWS)
+        b_max, b_sum, b_acc = _attend(
+            b_q, b_bias, b_max, b_sum, b_acc, None, None, p_key_rows, p_values, p_gate_key, i_key,
+            i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
+        )  # fmt: skip
+    for level in range(1, num_levels):
+        if ((i_index >> level) & 1) == 1:
+            i_first = ((i_index >> level) - 1) << level
+            i_query = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
+            i_key = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
+            b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
+            b_bias = _bias(m_row, p_gate_query, i_query, HQ, ROWS)
+            b_max, b_sum, b_acc = _attend(
+                b_q, b_bias, b_max, b_sum, b_acc, t_key_rows, t_values, p_key_rows, p_values, p_gate_key, i_key,
+                i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
+            )  # fmt: skip
+    _store(p_out, b_acc / b_sum[:, None], i_row, m_row, HQ * DV, DV, ROWS)
+    tl.store(p_lse, (b_max + tl.log2(b_sum)) / LOG2_E, mask=m_row)
+
+
+@triton.jit
+def _query_gradients(
+    b_q,
+    b_d_out,
+    b_shift,  # a row's bias less its log-sum-exp, base 2
+    b_delta,
+    b_row_sum,
+    t_key_rows,
+    t_values,
+    p_key_rows,
+    p_values,
+    p_gate_key,
+    i_key,  # first of s_keys rows of the keys and their gates
+    i_value,  # first of s_keys rows of the values
+    s_keys,
+    i_head,
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dQ = dS K over the keys of one sibling; the sum of dS over them is added to b_row_sum, for gates."""
+    b_d_q = tl.zeros_like(b_q).to(tl.float32)
+    for i in tl.range(0, s_keys, KEYS, num_stages=STAGES):
+        b_k = _stream(t_key_rows, p_key_rows, i_key + i, i_head * D, H * D, D, KEYS)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_v = _stream(t_values, p_values, i_value + i, i_head * DV, H * DV, DV, KEYS)
+        b_d_p = tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee")
+        b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS) + b_shift[:, None])
+        b_d_s = b_p * (b_d_p - b_delta[:, None])
+        if p_gate_key is not None:
+            b_row_sum += tl.sum(b_d_s, axis=1)
+        b_d_q = tl.dot(b_d_s.to(b_k.dtype), b_k, b_d_q, input_precision="ieee")
+    return b_d_q, b_row_sum
+
+
+@triton.jit
+def dense_backward_queries_kernel(
+    t_key_rows,  # descriptors in tiles of KEYS rows, or None
+    t_values,
+    p_query_rows,
+    p_key_rows,
+    p_values,
+    p_gate_query,
+    p_gate_key,
+    p_start,
+    p_length,
+    p_index,
+    p_count,
+    p_query_base,
+    p_key_base,
+    p_d_out,  # (T, HQ, DV)
+    p_log_sum_exp,  # (T, HQ) float32
+    p_delta,  # (T, HQ) float32: rowsum(d_out * out)
+    p_d_query_rows,  # out, like p_query_rows
+    p_gate_row,  # out (T, HQ) float32: row sums of dS over all levels; None without gates
+    num_leaves,
+    num_levels,
+    query_slots,
+    key_slots,
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    LEAVES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SECTION: tl.constexpr,
+):
+    """Gradients of the queries of LEAVES leaves and one query head, at every level that they stand at."""
+    ROWS: tl.constexpr = LEAVES * LEAF
+    HQ = H * GROUP
+    i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, SECTION)
+    i_leaf = num_leaves - 1 - i_turn  # the last leaves have the most keys: they come first
+    i_index = tl.load(p_index + i_leaf)
+    s_count = tl.load(p_count + i_leaf)
+    s_rows = _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES)
+    if s_rows == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    i_query_base = tl.load(p_query_base + i_leaf)
+    i_key_base = tl.load(p_key_base + i_leaf)
+    i_last = i_index + LEAVES - 1
+    i_head = i_query_head // GROUP
+    p_query_rows += i_query_head * D
+    p_d_query_rows += i_query_head * D
+    if p_gate_query is not None:
+        p_gate_query += i_query_head
+        p_gate_key += i_query_head
+    o = tl.arange(0, ROWS)
+    m_row = o < s_rows
+    m_slot = o < tl.cdiv(s_rows, LEAF) * LEAF  # rows past a sequence's end belong to its last slot: they get zeros
+    b_lse = tl.load(_head_rows(p_log_sum_exp + i_query_head, i_row, HQ, ROWS), mask=m_row, other=0.0) * LOG2_E
+    b_delta = tl.load(_head_rows(p_delta + i_query_head, i_row, HQ, ROWS), mask=m_row, other=0.0)
+    b_d_out = _load(p_d_out + i_query_head * DV, i_row, m_row, HQ * DV, DV, ROWS)
+    b_row_sum = tl.zeros((ROWS,), tl.float32)
+    if (i_last & 1) == 1 and i_last < s_count:
+        i_query = (i_query_base + within(i_last, 0) - (LEAVES - 1)) * LEAF
+        i_key = (i_key_base + within(i_last - 1, 0)) * LEAF
+        m_right = o >= ROWS - LEAF
+        b_q = _load(p_query_rows, i_query, m_row & m_right, HQ * D, D, ROWS)
+        b_shift = _bias(m_row & m_right, p_gate_query, i_query, HQ, ROWS) - b_lse
+        b_d_q, b_row_sum = _query_gradients(
+            b_q, b_d_out, b_shift, b_delta, b_row_sum, None, None, p_key_rows, p_values, p_gate_key, i_key,
+            i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
+        )  # fmt: skip
+        _store(p_d_query_rows, b_d_q, i_query, m_slot & m_right, HQ * D, D, ROWS)
+    for level in range(1, num_levels):
+        if ((i_index >> level) & 1) == 1:
+            i_first = ((i_index >> level) - 1) << level
+            i_query = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
+            i_key = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
+            b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
+            b_shift = _bias(m_row, p_gate_query, i_query, HQ, ROWS) - b_lse
+            b_d_q, b_row_sum = _query_gradients(
+                b_q, b_d_out, b_shift, b_delta, b_row_sum, t_key_rows, t_values, p_key_rows, p_values, p_gate_key,
+                i_key, i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
+            )  # fmt: skip
+            _store(p_d_query_rows, b_d_q, i_query, m_slot, HQ * D, D, ROWS)
+    if p_gate_row is not None:
+        tl.store(_head_rows(p_gate_row + i_query_head, i_row, HQ, ROWS), b_row_sum, mask=m_row)
+
+
+@triton.jit
+def _key_gradients(
+    b_k,
+    b_v,
+    b_bias,  # of the keys, base 2, or None
+    b_d_k,
+    b_d_v,
+    b_column_sum,
+    t_query_rows,
+    t_d_out,
+    p_query_rows,
+    p_gate_query,
+    p_d_out,
+    p_log_sum_exp,
+    p_delta,
+    i_query,  # first of s_rows rows of the queries and their gates
+    i_row,  # first of s_rows tokens
+    s_rows,
+    i_query_head,
+    HQ,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dK += dS^T Q and dV += P^T dO over one sibling's queries of one head, and b_column_sum likewise, for gates.
+
+    A tile of queries is one leaf's slot, so that all its rows were written, those past the sequence's end too.
+    """
+    ROWS: tl.constexpr = LEAF
+    for i in tl.range(0, s_rows, ROWS, num_stages=STAGES):
+        b_q = _stream(t_query_rows, p_query_rows, i_query + i, i_query_head * D, HQ * D, D, ROWS)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        m_row = i + tl.arange(0, ROWS) < s_rows
+        b_lse = tl.load(_head_rows(p_log_sum_exp, i_row + i, HQ, ROWS), mask=m_row, other=0.0) * LOG2_E
+        b_shift = _bias(m_row, p_gate_query, i_query + i, HQ, ROWS) - b_lse
+        b_s = b_s * LOG2_E + b_shift[None, :]
+        if b_bias is not None:
+            b_s += b_bias[:, None]
+        b_p = tl.exp2(b_s)
+        if t_d_out is None:
+            b_d_out = _load(p_d_out + i_query_head * DV, i_row + i, m_row, HQ * DV, DV, ROWS)
+        else:
+            b_d_out = t_d_out.load([i_row + i, i_query_head * DV])
+        b_d_p = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
+        b_d_v = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v, input_precision="ieee")
+        b_delta = tl.load(_head_rows(p_delta, i_row + i, HQ, ROWS), mask=m_row, other=0.0)
+        b_d_s = b_p * (b_d_p - b_delta[None, :])
+        if p_gate_query is not None:
+            b_column_sum += tl.sum(b_d_s, axis=1)
+        b_d_k = tl.dot(b_d_s.to(b_q.dtype), b_q, b_d_k, input_precision="ieee")
+    return b_d_k, b_d_v, b_column_sum
+
+
+@triton.jit
+def _key_level(
+    b_v,
+    b_d_v,
+    m_key,  # rows that are keys at this level; all of them unless MASK_KEYS
+    t_query_rows,
+    t_d_out,
+    p_query_rows,
+    p_key_rows,
+    p_gate_query,
+    p_gate_key,
+    p_d_out,
+    p_log_sum_exp,
+    p_delta,
+    p_d_key_rows,
+    p_gate_column,  # at the program's first row
+    i_key,
+    i_query,
+    i_row,
+    s_rows,
+    i_head,
+    H,
+    MASK_KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One level of dense_backward_keys_kernel: dK of all query heads of the group is stored, dV goes on to the next."""
+    HQ = H * GROUP
+    b_k = _load(p_key_rows + i_head * D, i_key, m_key, H * D, D, KEYS)
+    b_d_k = tl.zeros((KEYS, block_of(D)), tl.float32)
+    for i_group in range(GROUP):
+        i_query_head = i_head * GROUP + i_group
+        b_bias = None
+        p_gate = None
+        if p_gate_key is not None:
+            b_bias = _bias(m_key, p_gate_key + i_query_head, i_key, HQ, KEYS)
+            p_gate = p_gate_query + i_query_head
+        elif MASK_KEYS:
+            b_bias = _bias(m_key, None, i_key, HQ, KEYS)
+        b_d_k, b_d_v, b_column_sum = _key_gradients(
+            b_k, b_v, b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), t_query_rows, t_d_out, p_query_rows, p_gate,
+            p_d_out, p_log_sum_exp + i_query_head, p_delta + i_query_head, i_query, i_row, s_rows, i_query_head, HQ,
+            D, DV, STAGES
+        )  # fmt: skip
+        if p_gate_column is not None:
+            # Only this program writes here; the barrier shows each of its threads what another wrote a level ago.
+            tl.debug_barrier()
+            p_column = _head_rows(p_gate_column + i_query_head, 0, HQ, KEYS)
+            tl.store(p_column, tl.load(p_column, mask=m_key, other=0.0) + b_column_sum, mask=m_key)
+    _store(p_d_key_rows + i_head * D, b_d_k, i_key, m_key, H * D, D, KEYS)
+    return b_d_v
+
+
+@triton.jit
+def dense_backward_keys_kernel(
+    t_query_rows,  # descriptors in tiles of LEAF rows, or None
+    t_d_out,
+    p_query_rows,
+    p_key_rows,
+    p_values,
+    p_gate_query,
+    p_gate_key,
+    p_start,
+    p_length,
+    p_index,
+    p_count,
+    p_query_base,
+    p_key_base,
+    p_d_out,  # (T, HQ, DV)
+    p_log_sum_exp,  # (T, HQ) float32
+    p_delta,  # (T, HQ) float32: rowsum(d_out * out)
+    p_d_key_rows,  # out, like p_key_rows
+    p_d_values,  # out (T, H, DV) float32: sum over all levels
+    p_gate_column,  # out (T, HQ) float32: column sums of dS over all levels; None without gates
+    num_leaves,
+    num_levels,
+    query_slots,
+    key_slots,
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    LEAVES: tl.constexpr,
+    STAGES: tl.constexpr,
+    SECTION: tl.constexpr,
+):
+    """Gradients of the keys of LEAVES leaves and one key head at every level that they stand at, and of the values."""
+    KEYS: tl.constexpr = LEAVES * LEAF
+    i_leaf, i_head = _leaf_and_head(num_leaves, H, SECTION)  # the first leaves, with the most queries, come first
+    i_index = tl.load(p_index + i_leaf)
+    s_count = tl.load(p_count + i_leaf)
+    s_own = _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES)
+    if s_own == 0:
+        return
+    i_row = tl.load(p_start + i_leaf)
+    i_query_base = tl.load(p_query_base + i_leaf)
+    i_key_base = tl.load(p_key_base + i_leaf)
+    o = tl.arange(0, KEYS)
+    m_own = o < s_own
+    b_v = _load(p_values + i_head * DV, i_row, m_own, H * DV, DV, KEYS)
+    b_d_v = tl.zeros((KEYS, block_of(DV)), tl.float32)
+    if p_gate_column is not None:
+        p_gate_column += tl.cast(i_row, tl.int64) * H * GROUP
+        for i_group in range(GROUP):
+            p_column = _head_rows(p_gate_column + i_head * GROUP + i_group, 0, H * GROUP, KEYS)
+            tl.store(p_column, tl.zeros((KEYS,), tl.float32), mask=m_own)
+    if (i_index & 1) == 0 and i_index + 1 < s_count:
+        b_d_v = _key_level(
+            b_v, b_d_v, o < LEAF, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_gate_query, p_gate_key, p_d_out,
+            p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, (i_key_base + within(i_index, 0)) * LEAF,
+            (i_query_base + within(i_index + 1, 0)) * LEAF, i_row + LEAF, tl.load(p_length + i_leaf + 1), i_head, H,
+            LEAVES == 2, GROUP, D, DV, KEYS, STAGES
+        )  # fmt: skip
+    for level in range(1, num_levels):
+        i_first = ((i_index >> level) + 1) << level  # of the right sibling, which the sequence's end may cut short
+        if ((i_index >> level) & 1) == 0 and i_first < s_count:
+            s_more = tl.minimum(1 << level, s_count - i_first) - 1  # leaves before its last, all of them full
+            s_rows = s_more * LEAF + tl.load(p_length + i_leaf - i_index + i_first + s_more)
+            i_key = (level * key_slots + i_key_base + within(i_index, level)) * LEAF
+            i_query = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
+            b_d_v = _key_level(
+                b_v, b_d_v, m_own, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_gate_query, p_gate_key, p_d_out,
+                p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_key, i_query, i_row + (i_first - i_index) * LEAF,
+                s_rows, i_head, H, False, GROUP, D, DV, KEYS, STAGES
+            )  # fmt: skip
+    _store(p_d_values + i_head * DV, b_d_v, i_row, m_own, H * DV, DV, KEYS)
