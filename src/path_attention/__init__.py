@@ -27,10 +27,6 @@ def __getattr__(name: str) -> Any:
     """The Hugging Face classes, imported on first use: the operator and the layer need torch alone."""
     if name not in _MODELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from path_attention import models
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"path_attention.{name} needs {error.name}, which is not installed: pip install 'path-attention[models]'"
-        ) from error
+    from path_attention import models
+
     return getattr(models, name)

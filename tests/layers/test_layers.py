@@ -39,8 +39,8 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# What the float64 layer still does in float32: the angles of rope, and w, beta and g of path.
-CLOSE = {"rtol": 0, "atol": 1e-5}
+# Of float64; only the angles of rope are float32, and they are the same on both sides of every comparison.
+CLOSE = {"rtol": 0, "atol": 1e-12}
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -131,7 +131,7 @@ def test_attention_weights_are_those_of_the_output(name: str) -> None:
     mask = torch.ones(2, 70)
     mask[1, :20] = 0
     for options in ({}, {"attention_mask": mask}):
-        weights = layer.attention_weights(x, **options).double()
+        weights = layer.attention_weights(x, **options)
         v = layer.v_proj(x).unflatten(2, (KV_HEADS, -1)).repeat_interleave(HEADS // KV_HEADS, dim=2)
         expected = layer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
         torch.testing.assert_close(layer(x, **options), expected, **CLOSE)
@@ -160,6 +160,32 @@ def test_path_keeps_its_transitions_in_float32() -> None:
     assert inputs.q.dtype == torch.bfloat16
     assert {inputs.w.dtype, inputs.beta.dtype, inputs.g.dtype} == {torch.float32}
     torch.testing.assert_close(inputs.w.norm(dim=-1), torch.ones(2, 5, 1, HEADS))
+
+
+def test_projections_are_called_as_modules() -> None:
+    """Adapters and quantized layers stand in for a projection and have no plain weight, or not the whole of it."""
+    torch.manual_seed(0)
+    layer, x = PaTHAttention(HIDDEN, HEADS, use_forget_gate=True), torch.randn(2, 5, HIDDEN)
+    expected = layer(x)
+    for name, module in list(layer.named_children()):
+        if isinstance(module, torch.nn.Linear):
+            setattr(layer, name, torch.nn.Sequential(module))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+def test_norm_of_queries_and_keys_serves_every_mixer(name: str) -> None:
+    """Scaling the projections changes nothing then, but for the epsilon in the norm."""
+    layer, x = mixer(name, qk_norm=True), tokens(2, 70)
+    expected = layer(x)
+    with torch.no_grad():
+        layer.q_proj.weight *= 100
+        layer.k_proj.weight *= 100
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-4)
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        layer = layer.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert layer(x.to(dtype)).dtype == torch.bfloat16
+            assert {y.dtype for y in layer._project(x.to(dtype))} == {torch.bfloat16}
 
 
 def test_zero_tokens_have_finite_gradients() -> None:
@@ -213,3 +239,11 @@ def test_bad_calls_are_named(name: str) -> None:
         layer(x, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="attention_mask: got one beside cu_seqlens"):
         layer(x[:1], attention_mask=torch.ones(1, 5), cu_seqlens=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="cu_seqlens: got one beside a batch of 2"):
+        layer(x, cu_seqlens=torch.tensor([0, 5]))
+    for ends in ([0, 3], [1, 5], [0, 4, 2, 5]):
+        with pytest.raises(ValueError, match=r"cu_seqlens: got .*; wanted 0 to 5"):
+            layer(x[:1], cu_seqlens=torch.tensor(ends))
+    for wrong in (torch.tensor([0.0, 5.0]), torch.tensor([[0, 5]]), torch.tensor([0])):
+        with pytest.raises(ValueError, match="cu_seqlens: got shape"):
+            layer(x[:1], cu_seqlens=wrong)

@@ -1,11 +1,20 @@
 """The Hugging Face model: loss, padding, packing, generation, saving; and Llama to check everything around PaTH."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from path_attention.layers import mixer_names
 from path_attention.models import PaTHConfig, PaTHForCausalLM, PaTHModel
@@ -70,6 +79,22 @@ def test_packed_equals_separate(mixer: str) -> None:
         torch.testing.assert_close(packed[30:], m(x[:, 30:]).logits[0], **CLOSE)
 
 
+@pytest.mark.parametrize("flash_arguments", [False, True])
+def test_padding_free_batches_of_transformers(mixer: str, flash_arguments: bool) -> None:
+    m, x = model(mixer), ids(1)[0].tolist()
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_arguments)(
+        [{"input_ids": part} for part in (x[:1], x[1:30], x[30:])]
+    )
+    packed = m(**batch).logits[0, 30:]
+    torch.testing.assert_close(packed, m(torch.tensor([x[30:]])).logits[0], **CLOSE)
+
+
+def test_plain_positions_change_nothing(mixer: str) -> None:
+    m, x = model(mixer), ids(1)
+    for positions in (torch.arange(70)[None], torch.arange(5, 75)[None]):
+        assert torch.equal(m(x, position_ids=positions).logits, m(x).logits)
+
+
 def test_generates_without_a_cache(mixer: str) -> None:
     m, x = model(mixer), ids(2, 5)
     expected = greedy(m, x, 6)
@@ -77,12 +102,21 @@ def test_generates_without_a_cache(mixer: str) -> None:
     assert torch.equal(m.generate(x, max_new_tokens=6, do_sample=False, use_cache=True), expected)
     embeds = m.model.embed_tokens(x)
     assert torch.equal(m.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False), expected[:, 5:])
+    both = m.generate(x, inputs_embeds=embeds, max_new_tokens=6, do_sample=False)
+    assert torch.equal(both[:, -6:], expected[:, 5:])
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), x], 1)
     mask = (torch.arange(8) >= 3).long().expand(2, -1)
     out = m.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
     assert torch.equal(out[:, 8:], expected[:, 5:])
     assert m.generate(x, max_new_tokens=3, num_beams=3).shape == (2, 8)
     assert m.generate(x, max_new_tokens=3, do_sample=True).shape == (2, 8)
+
+
+def test_generate_returns_maps_and_states(mixer: str) -> None:
+    wanted = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    out = model(mixer).generate(ids(2, 5), max_new_tokens=2, do_sample=False, **wanted)
+    assert [step[0].shape for step in out.attentions] == [(2, 4, 5, 5), (2, 4, 6, 6)]
+    assert [step[0].shape for step in out.hidden_states] == [(2, 5, 32), (2, 6, 32)]
 
 
 def test_beam_search_finds_at_least_the_greedy_sequence() -> None:
@@ -131,12 +165,40 @@ def test_attention_maps(mixer: str) -> None:
     assert bool((sums[0, :, :9] == 0).all())
 
 
-def test_rope_is_llama() -> None:
+def test_rope_is_llama(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-6)).eval()
-    ours = model("rope")
-    ours.load_state_dict(llama.state_dict())
-    torch.testing.assert_close(ours(ids()).logits, llama(ids()).logits, **CLOSE)
+    theta = {"rope_type": "default", "rope_theta": 100.0}
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5, rope_parameters=theta)).eval()
+    llama.save_pretrained(tmp_path)
+    config = PaTHConfig(**{**llama.config.to_dict(), "mixer": "rope"})
+    ours, info = PaTHForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(ours.eval()(ids()).logits, llama(ids()).logits, **CLOSE)
+
+
+def test_half_precision_is_near_float32(mixer: str) -> None:
+    m, x = model(mixer), ids()
+    exact = m(x).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = m(x).logits
+    for logits in (autocast, m.bfloat16()(x).logits):
+        # Two layers of about ten roundings each, of half a unit of the last place.
+        assert (logits - exact).norm() / exact.norm() < 20 * torch.finfo(torch.bfloat16).eps / 2
+
+
+def test_no_engine_may_swap_the_attention() -> None:
+    """With another attention on q, k and v the model would run, and be wrong without a word."""
+    assert not PaTHForCausalLM._supports_attention_backend
+    assert not PaTHForCausalLM._can_set_attn_implementation()
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        PaTHForCausalLM._from_config(PaTHConfig(**SHAPE), attn_implementation="sdpa")
+
+
+def test_without_transformers_the_extra_is_named() -> None:
+    for statement in ("from path_attention import PaTHConfig", "import path_attention.models"):
+        code = f"import sys; sys.modules['transformers'] = None; import path_attention; {statement}"
+        result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+        assert "pip install 'path-attention[models]'" in result.stderr
 
 
 def test_initial_values_after_loading_on_meta(tmp_path: Path) -> None:
@@ -160,6 +222,10 @@ def test_initial_values_after_loading_on_meta(tmp_path: Path) -> None:
         ({"conv_size": -1}, "conv_size: got -1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
         ({"mixer": "rope", "head_dim": 7}, "head_dim: got 7"),
+        ({"mixer": "rope", "rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: got rope_type 'llama3'"),
+        ({"mixer": "rope", "rope_scaling": {"type": "linear"}}, "rope_parameters: got rope_type 'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias: got True"),
     ],
 )
 def test_bad_configurations_are_named(fields: dict[str, object], message: str) -> None:
@@ -173,5 +239,8 @@ def test_bad_calls_are_named() -> None:
         m()
     with pytest.raises(ValueError, match="past_key_values: got a cache"):
         m(x, past_key_values=object())
+    for shape in ((2, 71), (2, 1, 70, 70)):
+        with pytest.raises(ValueError, match="attention_mask: got shape"):
+            m(x, attention_mask=torch.ones(shape))
     with pytest.raises(ValueError, match="attention_mask: got padding beside cu_seqlens"):
         m(x[:1], attention_mask=torch.zeros(1, 70), cu_seqlens=torch.tensor([0, 70]))

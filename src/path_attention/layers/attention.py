@@ -5,11 +5,35 @@ Legend: B batch, L length, C hidden size, HQ query heads, H key/value heads, D h
 
 from torch import Tensor, nn
 
-from path_attention.layers.padding import Padding
+from path_attention.layers.padding import Padding, sequence_boundaries
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """RMS norm in the dtype of its input, also where its weight has another, as under autocast: torch's fused kernel,
+    which sums in float32, takes but one dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Projections q, k, v and o around an attention that a subclass defines in :meth:`attend`."""
+    """Projections q, k, v and o around an attention that a subclass defines in :meth:`attend`.
+
+    Args:
+        hidden_size: C.
+        num_heads: query heads, HQ.
+        num_kv_heads: key/value heads, H, a divisor of num_heads; None means num_heads.
+        head_dim: D; None means hidden_size // num_heads.
+        qk_norm: RMS norm of every query and key head, in training and everywhere else.
+        bias: biases of the q, k and v projections.
+        output_bias: bias of the output projection.
+        norm_eps: epsilon of the q/k norm.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is wanted.
+    """
 
     def __init__(
         self,
@@ -18,8 +42,10 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
+        qk_norm: bool = False,
         bias: bool = False,
         output_bias: bool = False,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -46,6 +72,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
+        self.q_norm = HeadRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = HeadRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -56,17 +84,19 @@ class Attention(nn.Module):
             hidden_states: (B, L, C).
             attention_mask: (B, L), 1 or True for real tokens and 0 or False for padding, which is as if absent: it
                 changes no real token's output and its own output is 0.
-            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1).
+            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1), first 0, last L. On the host it
+                spares a wait for the device.
 
         Returns:
             (B, L, C).
 
         Raises:
-            ValueError: shapes that do not fit, or both a mask and cu_seqlens.
+            ValueError: shapes or boundaries that do not fit, or both a mask and cu_seqlens.
         """
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad(self.forward(padding.unpad(hidden_states), cu_seqlens=padding.cu_seqlens))
+        cu_seqlens = sequence_boundaries(cu_seqlens, *hidden_states.shape[:2])
         return self.o_proj(self.attend(hidden_states, cu_seqlens).flatten(2))
 
     def attention_weights(
@@ -76,7 +106,7 @@ class Attention(nn.Module):
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad_weights(self.weigh(padding.unpad(hidden_states), padding.cu_seqlens))
-        return self.weigh(hidden_states, cu_seqlens)
+        return self.weigh(hidden_states, sequence_boundaries(cu_seqlens, *hidden_states.shape[:2]))
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, L, HQ, D)."""
@@ -100,9 +130,10 @@ class Attention(nn.Module):
         return Padding.from_mask(attention_mask, *hidden_states.shape[:2])
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, L, HQ, D), k (B, L, H, D), v (B, L, H, D)."""
-        return (
-            self.q_proj(hidden_states).unflatten(2, (self.num_heads, self.head_dim)),
-            self.k_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim)),
-            self.v_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim)),
-        )
+        """q (B, L, HQ, D), k (B, L, H, D), v (B, L, H, D), of one dtype."""
+        q = self.q_proj(hidden_states).unflatten(2, (self.num_heads, self.head_dim))
+        k = self.k_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v

@@ -48,6 +48,8 @@ def _shared(config: Any) -> dict[str, Any]:
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
+        "qk_norm": config.qk_norm,
+        "norm_eps": config.rms_norm_eps,
         "bias": config.attention_bias,
         "output_bias": config.attention_bias,
     }
@@ -60,8 +62,6 @@ def _path(config: Any, use_forget_gate: bool) -> PaTHAttention:
         conv_size=config.conv_size,
         num_reflections=config.num_reflections,
         use_forget_gate=use_forget_gate,
-        qk_norm=config.qk_norm,
-        norm_eps=config.rms_norm_eps,
     )
 
 

@@ -5,6 +5,7 @@ may be masked altogether. Whoever needs the tokens of a padded batch unpads once
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Padding:
     batch: int
     length: int
     indices: Tensor  # (T,) of the real tokens among batch * length
-    cu_seqlens: Tensor  # (batch + 1,) int32: boundaries of the rows in the packed one
+    cu_seqlens: Tensor  # (batch + 1,) int32 on the host: boundaries of the rows in the packed one
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor, batch: int, length: int) -> "Padding":
@@ -32,7 +33,7 @@ class Padding:
                 "one entry for each token"
             )
         real = attention_mask != 0
-        ends = real.sum(1).cumsum(0).to(torch.int32)
+        ends = real.sum(1).cumsum(0).to("cpu", torch.int32)
         return cls(batch, length, real.flatten().nonzero().squeeze(1), torch.nn.functional.pad(ends, (1, 0)))
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -51,6 +52,28 @@ class Padding:
         padded = padded.index_copy(2, self.indices, rows).unflatten(2, (self.batch, self.length))
         own = torch.arange(self.batch, device=rows.device)
         return padded[own, :, own].movedim(-1, 1)
+
+
+def sequence_boundaries(cu_seqlens: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """``cu_seqlens`` on the host, where attention reads it in every layer, once it is known to fit (batch, length).
+
+    Raises:
+        ValueError: it does not.
+    """
+    if cu_seqlens is None:
+        return None
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: got one beside a batch of {batch}; wanted all sequences packed into one row")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: got shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
+            "wanted (number of sequences + 1,) of int32 or int64"
+        )
+    cu_seqlens = cu_seqlens.cpu()
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"cu_seqlens: got {ends}; wanted 0 to {length}, the length, in values that never decrease")
+    return cu_seqlens
 
 
 def token_positions(cu_seqlens: Tensor | None, length: int, device: torch.device) -> Tensor:

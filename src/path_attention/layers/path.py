@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from path_attention.layers.attention import Attention
 from path_attention.layers.padding import token_positions
@@ -20,9 +21,9 @@ class PaTHInputs(NamedTuple):
     q: Tensor  # (B, L, HQ, D)
     k: Tensor  # (B, L, H, D)
     v: Tensor  # (B, L, H, D)
-    w: Tensor  # (B, L, R, H, D) float32, unit vectors
-    beta: Tensor  # (B, L, R, H) float32, in (0, 2)
-    g: Tensor | None  # (B, L, HQ) float32, at most 0
+    w: Tensor  # (B, L, R, H, D) float32 at least, unit vectors
+    beta: Tensor  # (B, L, R, H) float32 at least, in (0, 2)
+    g: Tensor | None  # (B, L, HQ) float32 at least, at most 0
 
 
 class PaTHAttention(Attention):
@@ -33,7 +34,8 @@ class PaTHAttention(Attention):
         g_t    = log sigmoid(W_gate x_t + b_gate)                  PaTH-FoX only, one a query head
         out    = W_o path_attention(q, k, v, w, beta, g)
 
-    w, beta and g are float32 whatever the model runs in: rounding them makes the products of many transitions drift.
+    w, beta and g are float32 at least, whatever the model runs in: rounding them makes the products of many transitions
+    drift.
 
     Args:
         hidden_size: C.
@@ -70,7 +72,16 @@ class PaTHAttention(Attention):
         output_bias: bool = False,
         norm_eps: float = 1e-6,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, bias=bias, output_bias=output_bias)
+        super().__init__(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qk_norm=qk_norm,
+            bias=bias,
+            output_bias=output_bias,
+            norm_eps=norm_eps,
+        )
         if w_rank is not None and w_rank < 1:
             raise ValueError(f"w_rank: got {w_rank}; wanted at least 1, or None for full rank")
         if conv_size < 0:
@@ -89,8 +100,6 @@ class PaTHAttention(Attention):
         self.w_conv = ShortConvolution(channels, conv_size) if conv_size else None
         self.beta_proj = nn.Linear(hidden_size, transitions)
         self.gate_proj = nn.Linear(hidden_size, num_heads) if use_forget_gate else None
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         nn.init.zeros_(self.beta_proj.bias)  # beta near 1 at the start: the middle of its range
         if self.gate_proj is not None:
             nn.init.zeros_(self.gate_proj.bias)  # as the forgetting transformer has it
@@ -98,29 +107,20 @@ class PaTHAttention(Attention):
     def project(self, hidden_states: Tensor, cu_seqlens: Tensor | None = None) -> PaTHInputs:
         """(B, L, C) -> what the operator takes: for attention maps, and for caches."""
         q, k, v = self._project(hidden_states)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         shape = (self.num_reflections, self.num_kv_heads)
-        return PaTHInputs(
-            q=q,
-            k=k,
-            v=v,
-            w=self._w(hidden_states, cu_seqlens).unflatten(2, (*shape, self.head_dim)),
-            beta=2 * _float32_linear(self.beta_proj, hidden_states).sigmoid().unflatten(2, shape),
-            g=None
-            if self.gate_proj is None
-            else nn.functional.logsigmoid(_float32_linear(self.gate_proj, hidden_states)),
-        )
+        w = self._w(hidden_states, cu_seqlens).unflatten(2, (*shape, self.head_dim))
+        beta = 2 * at_least_float32(self.beta_proj(hidden_states)).sigmoid().unflatten(2, shape)
+        g = None if self.gate_proj is None else F.logsigmoid(at_least_float32(self.gate_proj(hidden_states)))
+        return PaTHInputs(q, k, v, w, beta, g)
 
     def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """(B, L, R * H * D) float32, every D of them a unit vector."""
+        """(B, L, R * H * D) float32 at least, every D of them a unit vector."""
         w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
         with torch.autocast(w.device.type, enabled=False):
-            w = w.float()
+            w = at_least_float32(w)
             if self.w_conv is not None:
                 w = self.w_conv(w, token_positions(cu_seqlens, w.shape[1], w.device))
-            heads = w.float().unflatten(2, (-1, self.head_dim))
-            return nn.functional.normalize(heads, dim=-1, eps=NORM_EPS).flatten(2)
+            return F.normalize(w.unflatten(2, (-1, self.head_dim)), dim=-1, eps=NORM_EPS).flatten(2)
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         inputs = self.project(hidden_states, cu_seqlens)
@@ -131,7 +131,6 @@ class PaTHAttention(Attention):
         return path_attention_weights(q, k, w, beta, g, cu_seqlens=cu_seqlens)
 
 
-def _float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in float32 whatever its weights and its input are, under autocast too."""
-    with torch.autocast(x.device.type, enabled=False):
-        return nn.functional.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -25,10 +25,21 @@ class SoftmaxAttention(Attention):
         head_dim: int | None = None,
         *,
         rope_theta: float | None = None,
+        qk_norm: bool = False,
         bias: bool = False,
         output_bias: bool = False,
+        norm_eps: float = 1e-6,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, bias=bias, output_bias=output_bias)
+        super().__init__(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qk_norm=qk_norm,
+            bias=bias,
+            output_bias=output_bias,
+            norm_eps=norm_eps,
+        )
         if rope_theta is not None:
             if rope_theta <= 0:
                 raise ValueError(f"rope_theta: got {rope_theta}; wanted a positive number, or None")
@@ -54,7 +65,8 @@ class SoftmaxAttention(Attention):
         if cu_seqlens is not None:
             first = torch.arange(length, device=q.device) - token_positions(cu_seqlens, length, q.device)
             visible &= first[:, None] == first[None, :]
-        logits = q.float() @ k.float().mT * self.head_dim**-0.5
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        logits = q.to(dtype) @ k.to(dtype).mT * self.head_dim**-0.5
         return logits.masked_fill(~visible, float("-inf")).softmax(-1)
 
     def _rotated(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,12 @@
 """Hugging Face models. Importing this package registers them with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"path_attention.models needs {error.name}, which is not installed: pip install 'path-attention[models]'",
+        name=error.name,
+    ) from error
 
 from path_attention.models.configuration_path import PaTHConfig
 from path_attention.models.modeling_path import PaTHForCausalLM, PaTHModel, PaTHPreTrainedModel

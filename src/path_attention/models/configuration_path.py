@@ -22,6 +22,7 @@ class PaTHConfig(PreTrainedConfig):
         conv_size: tokens of the causal convolution over w; 0 for none.
         num_reflections: transitions a token.
         qk_norm: RMS norm of every query and key head.
+        rope_theta: base of the rotary encoding of ``rope``; ``rope_parameters``, where Llama has it, is read too.
 
     Raises:
         ValueError: naming the field, what was given and what is wanted.
@@ -55,6 +56,7 @@ class PaTHConfig(PreTrainedConfig):
     qk_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._take_from_llama(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -69,6 +71,17 @@ class PaTHConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check_mixer()
         super().__post_init__(**kwargs)
+
+    def _take_from_llama(self, kwargs: dict[str, Any]) -> None:
+        """What a Llama configuration says in other words, and what it may say that these models cannot do."""
+        rope = dict(kwargs.pop("rope_parameters", None) or {}) | dict(kwargs.pop("rope_scaling", None) or {})
+        self.rope_theta = float(rope.get("rope_theta", self.rope_theta))
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if self.mixer == "rope" and rope_type != "default":
+            raise ValueError(f"rope_parameters: got rope_type {rope_type!r}; wanted 'default'")
+        for name, value in (("hidden_act", "silu"), ("mlp_bias", False)):
+            if kwargs.get(name, value) != value:
+                raise ValueError(f"{name}: got {kwargs[name]!r}; wanted {value!r}, all that these models have")
 
     def _check_mixer(self) -> None:
         """Build the mixer once, without memory: it knows which fields do not fit it."""

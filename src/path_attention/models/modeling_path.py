@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from path_attention.layers.mixers import build_mixer
-from path_attention.layers.padding import Padding
+from path_attention.layers.padding import Padding, sequence_boundaries
 from path_attention.layers.short_convolution import ShortConvolution
 from path_attention.models.configuration_path import PaTHConfig
 
@@ -59,6 +59,10 @@ class PaTHPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = False
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return False  # transformers guesses it from the source text, and serving engines trust the guess
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # linear layers and embeddings: normal(0, initializer_range), biases 0; norms 1
@@ -86,19 +90,25 @@ class PaTHModel(PaTHPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: None = None,
         inputs_embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPast:
         """Run the decoder.
 
         Args:
             input_ids: (B, L), or inputs_embeds (B, L, C) instead.
             attention_mask: (B, L), 1 for real tokens, 0 for padding.
-            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1); ``cu_seq_lens_q``, the name that
-                transformers' padding-free collators use, is taken too.
+            position_ids: counted anew here, but for one thing: without mask or boundaries, each 0 in a single row
+                starts a packed sequence, as transformers' padding-free collators mean it.
+            past_key_values: None; there is no cache.
+            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1).
+            cu_seq_lens_q: the same, by the name that transformers' padding-free collators use.
             output_hidden_states: return the input of every layer and the output of the last.
             output_attentions: return every layer's attention matrix: quadratic in L, for looking at.
 
@@ -107,20 +117,24 @@ class PaTHModel(PaTHPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds; wanted exactly one")
-        if kwargs.get("past_key_values") is not None:
+        if past_key_values is not None:
             raise ValueError("past_key_values: got a cache; wanted None, because this model computes without one")
-        if cu_seqlens is None:
-            cu_seqlens = kwargs.get("cu_seq_lens_q")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        padding = None
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
+        if cu_seqlens is None:
+            cu_seqlens = cu_seq_lens_q
+        if cu_seqlens is None and attention_mask is None and position_ids is not None and len(x) == 1:
+            cu_seqlens = _restarts(position_ids)
+        cu_seqlens = sequence_boundaries(cu_seqlens, *x.shape[:2])
+        padding = None if attention_mask is None else Padding.from_mask(attention_mask, *x.shape[:2])
+        if padding is not None and len(padding.indices) == x.shape[0] * x.shape[1]:
+            padding = None  # nothing is masked
+        if padding is not None:
             if cu_seqlens is not None:
                 raise ValueError("attention_mask: got padding beside cu_seqlens; wanted at most one of the two")
-            padding = Padding.from_mask(attention_mask, *x.shape[:2])
             x, cu_seqlens = padding.unpad(x), padding.cu_seqlens
 
         states: list[Tensor] = [x]
@@ -135,7 +149,7 @@ class PaTHModel(PaTHPreTrainedModel):
         if padding is not None:
             states = [padding.pad(state) for state in states]
             weights = [padding.pad_weights(weight) for weight in weights]
-        return BaseModelOutput(
+        return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(weights) if output_attentions else None,
@@ -159,23 +173,30 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Run the model; see :class:`PaTHModel` for the arguments that are not here.
 
         Args:
-            labels: (B, L) token ids, -100 where none counts; shifted here: position t is scored on the label of t + 1.
+            labels: (B, L) token ids, -100 where none counts, as at the first token of a packed sequence; shifted here:
+                position t is scored on the label of t + 1.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -183,7 +204,7 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutput(
+        return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
@@ -204,8 +225,22 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             logger.warning_once(
                 "use_cache=True: this model has no cache and computes the whole sequence at every step."
             )
-        inputs: dict[str, Any] = {"attention_mask": attention_mask, "logits_to_keep": 1}
+        passed_on = ("past_key_values", "output_attentions", "output_hidden_states")
+        inputs = {name: kwargs[name] for name in passed_on if name in kwargs}
+        inputs |= {"attention_mask": attention_mask, "logits_to_keep": 1}
         if inputs_embeds is None:
             return inputs | {"input_ids": input_ids}
-        # generate() hands over the prompt's embeddings every time, and the tokens it has added since.
-        return inputs | {"inputs_embeds": torch.cat([inputs_embeds, self.model.embed_tokens(input_ids)], dim=1)}
+        # generate() hands over the prompt's embeddings every time, and the tokens it has added since, perhaps after the
+        # prompt's tokens. The mask, or without one the positions, cover the prompt and the added tokens.
+        covered = kwargs["position_ids"] if attention_mask is None else attention_mask
+        added = covered.shape[-1] - inputs_embeds.shape[1]
+        new = self.model.embed_tokens(input_ids[:, input_ids.shape[1] - added :])
+        return inputs | {"inputs_embeds": torch.cat([inputs_embeds, new], dim=1)}
+
+
+def _restarts(position_ids: Tensor) -> Tensor | None:
+    """(L,) or (1, L) positions -> the boundaries of the sequences packed there, None if it is one."""
+    restarts = (position_ids.flatten().cpu() == 0)[1:].nonzero().squeeze(1) + 1
+    if not len(restarts):
+        return None
+    return torch.cat([torch.tensor([0]), restarts, torch.tensor([position_ids.numel()])])
