@@ -344,6 +344,7 @@ def dense_backward_queries_kernel(
     i_head = i_query_head // GROUP
     p_query_rows += i_query_head * D
     p_d_query_rows += i_query_head * D
+    p_d_out += i_query_head * DV
     if p_gate_query is not None:
         p_gate_query += i_query_head
         p_gate_key += i_query_head
@@ -352,7 +353,6 @@ def dense_backward_queries_kernel(
     m_slot = o < tl.cdiv(s_rows, LEAF) * LEAF  # rows past a sequence's end belong to its last slot: they get zeros
     b_lse = tl.load(_head_rows(p_log_sum_exp + i_query_head, i_row, HQ, ROWS), mask=m_row, other=0.0) * LOG2_E
     b_delta = tl.load(_head_rows(p_delta + i_query_head, i_row, HQ, ROWS), mask=m_row, other=0.0)
-    b_d_out = _load(p_d_out + i_query_head * DV, i_row, m_row, HQ * DV, DV, ROWS)
     b_row_sum = tl.zeros((ROWS,), tl.float32)
     if (i_last & 1) == 1 and i_last < s_count:
         i_query = (i_query_base + within(i_last, 0) - (LEAVES - 1)) * LEAF
@@ -360,6 +360,7 @@ def dense_backward_queries_kernel(
         m_right = o >= ROWS - LEAF
         b_q = _load(p_query_rows, i_query, m_row & m_right, HQ * D, D, ROWS)
         b_shift = _bias(m_row & m_right, p_gate_query, i_query, HQ, ROWS) - b_lse
+        b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)
         b_d_q, b_row_sum = _query_gradients(
             b_q, b_d_out, b_shift, b_delta, b_row_sum, None, None, p_key_rows, p_values, p_gate_key, i_key,
             i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
@@ -372,6 +373,7 @@ def dense_backward_queries_kernel(
             i_key = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
             b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
             b_shift = _bias(m_row, p_gate_query, i_query, HQ, ROWS) - b_lse
+            b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)  # again, not to hold it in registers
             b_d_q, b_row_sum = _query_gradients(
                 b_q, b_d_out, b_shift, b_delta, b_row_sum, t_key_rows, t_values, p_key_rows, p_values, p_gate_key,
                 i_key, i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
@@ -379,6 +381,56 @@ def dense_backward_queries_kernel(
             _store(p_d_query_rows, b_d_q, i_query, m_slot, HQ * D, D, ROWS)
     if p_gate_row is not None:
         tl.store(_head_rows(p_gate_row + i_query_head, i_row, HQ, ROWS), b_row_sum, mask=m_row)
+
+
+@triton.jit
+def _key_step(
+    b_k,
+    b_v,
+    b_bias,
+    b_d_k,
+    b_d_v,
+    b_column_sum,
+    t_query_rows,
+    t_d_out,
+    p_query_rows,
+    p_gate_query,
+    p_d_out,
+    p_log_sum_exp,
+    p_delta,
+    i_query,
+    i_row,
+    s_rows,  # of the tile that exist, or None if all do: a mask would take a third more instructions
+    i_query_head,
+    HQ,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """One tile of _key_gradients: a leaf's slot of queries, whose rows past the sequence's end get no weight."""
+    b_q = _stream(t_query_rows, p_query_rows, i_query, i_query_head * D, HQ * D, D, LEAF)
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+    if s_rows is None:
+        b_shift = tl.load(_head_rows(p_log_sum_exp, i_row, HQ, LEAF)) * -LOG2_E
+        b_delta = tl.load(_head_rows(p_delta, i_row, HQ, LEAF))
+        b_d_out = _stream(t_d_out, p_d_out, i_row, i_query_head * DV, HQ * DV, DV, LEAF)
+    else:
+        m_row = tl.arange(0, LEAF) < s_rows
+        b_shift = tl.load(_head_rows(p_log_sum_exp, i_row, HQ, LEAF), mask=m_row, other=float("inf")) * -LOG2_E
+        b_delta = tl.load(_head_rows(p_delta, i_row, HQ, LEAF), mask=m_row, other=0.0)
+        b_d_out = _load(p_d_out + i_query_head * DV, i_row, m_row, HQ * DV, DV, LEAF)
+    if p_gate_query is not None:
+        b_shift += tl.load(_head_rows(p_gate_query, i_query, HQ, LEAF)) * LOG2_E
+    b_s = b_s * LOG2_E + b_shift[None, :]
+    if b_bias is not None:
+        b_s += b_bias[:, None]
+    b_p = tl.exp2(b_s)
+    b_d_p = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
+    b_d_v = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v, input_precision="ieee")
+    b_d_s = b_p * (b_d_p - b_delta[None, :])
+    if p_gate_query is not None:
+        b_column_sum += tl.sum(b_d_s, axis=1)
+    b_d_k = tl.dot(b_d_s.to(b_q.dtype), b_q, b_d_k, input_precision="ieee")
+    return b_d_k, b_d_v, b_column_sum
 
 
 @triton.jit
@@ -405,54 +457,42 @@ def _key_gradients(
     DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dK += dS^T Q and dV += P^T dO over one sibling's queries of one head, and b_column_sum likewise, for gates.
-
-    A tile of queries is one leaf's slot, so that all its rows were written, those past the sequence's end too.
-    """
-    ROWS: tl.constexpr = LEAF
-    for i in tl.range(0, s_rows, ROWS, num_stages=STAGES):
-        b_q = _stream(t_query_rows, p_query_rows, i_query + i, i_query_head * D, HQ * D, D, ROWS)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        m_row = i + tl.arange(0, ROWS) < s_rows
-        b_lse = tl.load(_head_rows(p_log_sum_exp, i_row + i, HQ, ROWS), mask=m_row, other=0.0) * LOG2_E
-        b_shift = _bias(m_row, p_gate_query, i_query + i, HQ, ROWS) - b_lse
-        b_s = b_s * LOG2_E + b_shift[None, :]
-        if b_bias is not None:
-            b_s += b_bias[:, None]
-        b_p = tl.exp2(b_s)
-        if t_d_out is None:
-            b_d_out = _load(p_d_out + i_query_head * DV, i_row + i, m_row, HQ * DV, DV, ROWS)
-        else:
-            b_d_out = t_d_out.load([i_row + i, i_query_head * DV])
-        b_d_p = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
-        b_d_v = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v, input_precision="ieee")
-        b_delta = tl.load(_head_rows(p_delta, i_row + i, HQ, ROWS), mask=m_row, other=0.0)
-        b_d_s = b_p * (b_d_p - b_delta[None, :])
-        if p_gate_query is not None:
-            b_column_sum += tl.sum(b_d_s, axis=1)
-        b_d_k = tl.dot(b_d_s.to(b_q.dtype), b_q, b_d_k, input_precision="ieee")
+    """dK += dS^T Q and dV += P^T dO over one sibling's queries of one head, and b_column_sum likewise, for gates."""
+    s_full = s_rows // LEAF * LEAF
+    for i in tl.range(0, s_full, LEAF, num_stages=STAGES):
+        b_d_k, b_d_v, b_column_sum = _key_step(
+            b_k, b_v, b_bias, b_d_k, b_d_v, b_column_sum, t_query_rows, t_d_out, p_query_rows, p_gate_query, p_d_out,
+            p_log_sum_exp, p_delta, i_query + i, i_row + i, None, i_query_head, HQ, D, DV
+        )  # fmt: skip
+    if s_full < s_rows:
+        b_d_k, b_d_v, b_column_sum = _key_step(
+            b_k, b_v, b_bias, b_d_k, b_d_v, b_column_sum, t_query_rows, t_d_out, p_query_rows, p_gate_query, p_d_out,
+            p_log_sum_exp, p_delta, i_query + s_full, i_row + s_full, s_rows - s_full, i_query_head, HQ, D, DV
+        )  # fmt: skip
     return b_d_k, b_d_v, b_column_sum
 
 
 @triton.jit
 def _key_level(
-    b_v,
     b_d_v,
+    m_own,  # rows that are keys at any level
     m_key,  # rows that are keys at this level; all of them unless MASK_KEYS
     t_query_rows,
     t_d_out,
     p_query_rows,
     p_key_rows,
+    p_values,
     p_gate_query,
     p_gate_key,
     p_d_out,
     p_log_sum_exp,
     p_delta,
     p_d_key_rows,
-    p_gate_column,  # at the program's first row
+    p_gate_column,
+    i_own,  # first token of the keys
     i_key,
     i_query,
-    i_row,
+    i_row,  # first token of the queries
     s_rows,
     i_head,
     H,
@@ -466,6 +506,7 @@ def _key_level(
     """One level of dense_backward_keys_kernel: dK of all query heads of the group is stored, dV goes on to the next."""
     HQ = H * GROUP
     b_k = _load(p_key_rows + i_head * D, i_key, m_key, H * D, D, KEYS)
+    b_v = _load(p_values + i_head * DV, i_own, m_own, H * DV, DV, KEYS)  # again, not to hold it in registers
     b_d_k = tl.zeros((KEYS, block_of(D)), tl.float32)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
@@ -484,7 +525,7 @@ def _key_level(
         if p_gate_column is not None:
             # Only this program writes here; the barrier shows each of its threads what another wrote a level ago.
             tl.debug_barrier()
-            p_column = _head_rows(p_gate_column + i_query_head, 0, HQ, KEYS)
+            p_column = _head_rows(p_gate_column + i_query_head, i_own, HQ, KEYS)
             tl.store(p_column, tl.load(p_column, mask=m_key, other=0.0) + b_column_sum, mask=m_key)
     _store(p_d_key_rows + i_head * D, b_d_k, i_key, m_key, H * D, D, KEYS)
     return b_d_v
@@ -536,21 +577,20 @@ def dense_backward_keys_kernel(
     i_key_base = tl.load(p_key_base + i_leaf)
     o = tl.arange(0, KEYS)
     m_own = o < s_own
-    b_v = _load(p_values + i_head * DV, i_row, m_own, H * DV, DV, KEYS)
     b_d_v = tl.zeros((KEYS, block_of(DV)), tl.float32)
     if p_gate_column is not None:
-        p_gate_column += tl.cast(i_row, tl.int64) * H * GROUP
         for i_group in range(GROUP):
-            p_column = _head_rows(p_gate_column + i_head * GROUP + i_group, 0, H * GROUP, KEYS)
+            p_column = _head_rows(p_gate_column + i_head * GROUP + i_group, i_row, H * GROUP, KEYS)
             tl.store(p_column, tl.zeros((KEYS,), tl.float32), mask=m_own)
-    if (i_index & 1) == 0 and i_index + 1 < s_count:
-        b_d_v = _key_level(
-            b_v, b_d_v, o < LEAF, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_gate_query, p_gate_key, p_d_out,
-            p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, (i_key_base + within(i_index, 0)) * LEAF,
-            (i_query_base + within(i_index + 1, 0)) * LEAF, i_row + LEAF, tl.load(p_length + i_leaf + 1), i_head, H,
-            LEAVES == 2, GROUP, D, DV, KEYS, STAGES
-        )  # fmt: skip
-    for level in range(1, num_levels):
+    if LEAVES == 2:  # noqa: SIM102 (LEAVES is known when the kernel is compiled, the rest is not)
+        if i_index + 1 < s_count:
+            b_d_v = _key_level(
+                b_d_v, m_own, o < LEAF, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,
+                p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row,
+                (i_key_base + within(i_index, 0)) * LEAF, (i_query_base + within(i_index + 1, 0)) * LEAF, i_row + LEAF,
+                tl.load(p_length + i_leaf + 1), i_head, H, True, GROUP, D, DV, KEYS, STAGES
+            )  # fmt: skip
+    for level in range(LEAVES - 1, num_levels):
         i_first = ((i_index >> level) + 1) << level  # of the right sibling, which the sequence's end may cut short
         if ((i_index >> level) & 1) == 0 and i_first < s_count:
             s_more = tl.minimum(1 << level, s_count - i_first) - 1  # leaves before its last, all of them full
@@ -558,8 +598,8 @@ def dense_backward_keys_kernel(
             i_key = (level * key_slots + i_key_base + within(i_index, level)) * LEAF
             i_query = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
             b_d_v = _key_level(
-                b_v, b_d_v, m_own, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_gate_query, p_gate_key, p_d_out,
-                p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_key, i_query, i_row + (i_first - i_index) * LEAF,
-                s_rows, i_head, H, False, GROUP, D, DV, KEYS, STAGES
+                b_d_v, m_own, m_own, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,
+                p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row, i_key, i_query,
+                i_row + (i_first - i_index) * LEAF, s_rows, i_head, H, False, GROUP, D, DV, KEYS, STAGES
             )  # fmt: skip
     _store(p_d_values + i_head * DV, b_d_v, i_row, m_own, H * DV, DV, KEYS)
