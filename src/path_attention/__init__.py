@@ -3,7 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from path_attention.layers import PaTHAttention
-from path_attention.ops import path_attention, path_attention_reference, path_attention_weights
+from path_attention.ops import (
+    path_attention,
+    path_attention_reference,
+    path_attention_weights,
+    unsupported_reason,
+)
 
 if TYPE_CHECKING:
     from path_attention.models import PaTHConfig, PaTHForCausalLM, PaTHModel
@@ -18,6 +23,7 @@ __all__ = [
     "path_attention",
     "path_attention_reference",
     "path_attention_weights",
+    "unsupported_reason",
 ]
 
 _MODELS = ("PaTHConfig", "PaTHForCausalLM", "PaTHModel")

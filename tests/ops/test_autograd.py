@@ -41,11 +41,11 @@ def test_opcheck(variant: str) -> None:
     q, k, v, w, beta = (inputs[name] for name in ("q", "k", "v", "w", "beta"))
     if w.dim() == 4:
         w, beta = w.unsqueeze(2).detach().requires_grad_(True), beta.unsqueeze(2).detach().requires_grad_(True)
-    arguments = (q, k, v, w, beta, inputs.get("g"), options.get("cu_seqlens"), 0.3)
+    arguments = (q, k, v, w, beta, inputs.get("g"), options.get("cu_seqlens"), 0.3, "auto")
     torch.library.opcheck(path_attention_forward, arguments)
     out, log_sum_exp = path_attention_forward(*arguments)
     saved = [x if x is None else x.detach() for x in (out, *arguments[:6], out, log_sum_exp, arguments[6])]
-    torch.library.opcheck(path_attention_backward, (*saved, 0.3))
+    torch.library.opcheck(path_attention_backward, (*saved, 0.3, "auto"))
 
 
 @variants

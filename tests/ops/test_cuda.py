@@ -1,4 +1,6 @@
-"""The operator on a GPU: every route a call can take there, against the definition in float64.
+"""The operator on a GPU: every route a call can take there, against the torch backend in float64.
+
+That one is held to the definition by test_path_attention.py, and is some hundred times faster than its loop over tokens.
 
 The tolerance is derived from torch's own causal softmax attention in the same dtype on the same q, k and v: PaTH moves
 its rows and rounds them once more, which costs up to 1.5 times that error in the output and, through one more product,
@@ -9,16 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from path_attention import path_attention, path_attention_reference
+from path_attention import path_attention, unsupported_reason
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from path_attention.ops.engines import cuda  # noqa: E402 (needs triton, which only a CUDA build of torch brings)
-
-# (batch, length, query heads, key heads, head_dim): lengths the Triton engine serves, head dims with and without masks.
-SERVED = [
+# (batch, length, query heads, key heads, head_dim): whole trees of spans, head dims with and without masks.
+WHOLE_TREES = [
     (1, 64, 1, 1, 64),
     (2, 128, 2, 2, 64),
     (2, 1024, 4, 2, 128),
@@ -27,13 +27,23 @@ SERVED = [
     (1, 512, 2, 2, 16),
     (1, 4096, 2, 2, 64),
 ]
-# What it does not serve runs in the torch engine.
-REST = [
-    {"shape": (1, 1000, 2, 2, 64)},
+# What only our own kernel between siblings takes.
+TRITON_ONLY = [
+    {"shape": (3, 1000, 2, 2, 64)},
     {"shape": (1, 600, 4, 2, 64), "gate": True},
+    {"shape": (1, 2048, 8, 1, 128), "gate": True},
+    {"shape": (1, 1300, 2, 2, 128)},
+    {"shape": (2, 700, 4, 2, 96), "value_dim": 64, "gate": True},
+    {"shape": (1, 700, 2, 2, 80), "value_dim": 24},
+    {"shape": (1, 400, 2, 1, 18), "value_dim": 22, "gate": True},
     {"shape": (1, 700, 4, 2, 64), "ends": [0, 5, 5, 300, 700]},
+    {"shape": (1, 3000, 2, 2, 128), "ends": [0, 1, 1100, 1100, 1101, 2100, 3000, 3000], "gate": True},
+]
+# What runs in the torch backend.
+TORCH_ONLY = [
     {"shape": (1, 300, 2, 2, 40), "value_dim": 24, "reflections": 2},
     {"shape": (1, 512, 2, 2, 256)},
+    {"shape": (1, 300, 2, 2, 256), "reflections": 2, "gate": True},
 ]
 BETAS = {"uniform": (0.0, 2.0), "near 2": (1.9, 2.0), "2": (2.0, 2.0)}
 
@@ -76,10 +86,10 @@ def softmax_errors(inputs: list[Tensor | None], d_out: Tensor) -> tuple[float, f
     return error(out.detach(), expected.detach()), gradients
 
 
-def check(inputs: list[Tensor | None], cu_seqlens: Tensor | None = None) -> None:
+def check(inputs: list[Tensor | None], cu_seqlens: Tensor | None = None, backend: str | None = None) -> None:
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-    out = path_attention(*inputs, cu_seqlens=cu_seqlens)
-    expected = path_attention_reference(*exact, cu_seqlens=cu_seqlens)
+    out = path_attention(*inputs, cu_seqlens=cu_seqlens, backend=backend)
+    expected = path_attention(*exact, cu_seqlens=cu_seqlens, backend="torch")
     d_out = torch.randn_like(out)
     out.backward(d_out)
     expected.backward(d_out.double())
@@ -93,48 +103,135 @@ def check(inputs: list[Tensor | None], cu_seqlens: Tensor | None = None) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("shape", SERVED, ids=str)
-def test_triton_engine(shape: tuple[int, ...], beta: str, dtype: torch.dtype) -> None:
-    inputs = make(shape, dtype, beta)
-    q, _, v, w, _, g = inputs
-    assert cuda.unsupported_reason(q, v, w, g, None) is None
-    check(inputs)
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("shape", WHOLE_TREES, ids=str)
+def test_whole_trees(shape: tuple[int, ...], backend: str, beta: str, dtype: torch.dtype) -> None:
+    check(make(shape, dtype, beta), backend=backend)
 
 
-@pytest.mark.parametrize("case", REST, ids=str)
-def test_the_rest_runs_in_the_torch_engine(case: dict) -> None:
+def case_inputs(case: dict) -> tuple[list[Tensor | None], Tensor | None]:
     case = dict(case)
     ends = case.pop("ends", None)
-    inputs = make(case.pop("shape"), torch.bfloat16, **case)
-    cu_seqlens = None if ends is None else torch.tensor(ends, device="cuda")
-    q, _, v, w, _, g = inputs
-    assert cuda.unsupported_reason(q, v, w, g, cu_seqlens) is not None
+    return make(case.pop("shape"), torch.bfloat16, **case), None if ends is None else torch.tensor(ends)
+
+
+@pytest.mark.parametrize("bounds", ["cpu", "cuda"])
+@pytest.mark.parametrize("case", TRITON_ONLY, ids=str)
+def test_fused_kernel_alone(case: dict, bounds: str) -> None:
+    if bounds == "cuda" and "ends" not in case:
+        pytest.skip("no boundaries")
+    inputs, cu_seqlens = case_inputs(case)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(bounds)
+    assert unsupported_reason("triton", *inputs, cu_seqlens=cu_seqlens) is None
+    assert unsupported_reason("sdpa", *inputs, cu_seqlens=cu_seqlens) is not None
     check(inputs, cu_seqlens)
 
 
-def test_nothing_unwritten_is_read() -> None:
-    """Fresh memory filled with NaN leaves no trace."""
+@pytest.mark.parametrize("case", TORCH_ONLY, ids=str)
+def test_the_rest_runs_in_the_torch_backend(case: dict) -> None:
+    inputs, cu_seqlens = case_inputs(case)
+    reason = unsupported_reason("triton", *inputs, cu_seqlens=cu_seqlens)
+    assert reason is not None
+    with pytest.raises(ValueError, match="backend: got 'triton'"):
+        path_attention(*inputs, backend="triton")
+    check(inputs, cu_seqlens)
+
+
+def test_one_token_gives_its_value() -> None:
+    inputs = make((2, 1, 4, 2, 64), torch.bfloat16, gate=True)
+    out, d_q, d_k, d_v, *rest = gradients(inputs)
+    assert torch.equal(out, inputs[2].repeat_interleave(2, 2))
+    assert torch.equal(d_v, torch.full_like(d_v, 2))
+    assert all(float(x.abs().max()) <= 1e-2 for x in (d_q, d_k, *rest))
+
+
+def gradients(inputs: list[Tensor | None], **options: object) -> list[Tensor]:
+    given = [x for x in inputs if x is not None]
+    out = path_attention(*inputs, **options)
+    return [out.detach(), *torch.autograd.grad(out, given, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("backend", [None, "triton", "sdpa"])
+def test_deterministic_where_asked(backend: str | None) -> None:
+    """Bit by bit, ten runs; 64 sequences on as many heads keep every multiprocessor busy."""
+    inputs = make((16, 1024, 8, 4, 64), torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients(inputs, backend=backend)
+        for _ in range(10):
+            assert all(torch.equal(x, y) for x, y in zip(first, gradients(inputs, backend=backend), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_host_never_waits(packed: bool) -> None:
+    inputs = make((1, 1024, 2, 2, 64), torch.bfloat16, gate=packed)
+    cu_seqlens = torch.tensor([0, 300, 1024], device="cuda", dtype=torch.int32) if packed else None
+    gradients(inputs, cu_seqlens=cu_seqlens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(inputs, cu_seqlens=cu_seqlens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_cuda_graph(backend: str) -> None:
+    """Captured once, replayed on other values."""
     inputs = make((1, 1024, 4, 2, 64), torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(inputs, backend=backend)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(inputs, backend=backend)
+    with torch.no_grad():
+        inputs[0].mul_(0.5)
+        inputs[4].mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y in zip(captured, gradients(inputs, backend=backend), strict=True):
+        assert error(x, y.double()) <= 1e-2  # the order of sums may differ
+
+
+def test_more_programs_than_a_grid_dimension() -> None:
+    """B * H past 65535: grids are one-dimensional."""
+    inputs = make((2100, 65, 32, 32, 16), torch.bfloat16)
+    out = path_attention(*inputs)
+    last = [None if x is None else x[-1:].detach() for x in inputs]
+    expected = path_attention(*[None if x is None else x.double() for x in last], backend="torch")
+    assert error(out[-1:].detach(), expected) < 4e-3
+
+
+@pytest.mark.parametrize("case", [{"shape": (1, 1024, 4, 2, 64)}, *TRITON_ONLY], ids=str)
+def test_nothing_unwritten_is_read(case: dict) -> None:
+    """Fresh memory filled with NaN leaves no trace."""
+    inputs, cu_seqlens = case_inputs(case)
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         torch.utils.deterministic.fill_uninitialized_memory = True
-        path_attention(*inputs).sum().backward()
+        path_attention(*inputs, cu_seqlens=cu_seqlens).sum().backward()
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(False)
     assert all(bool(torch.isfinite(x.grad).all()) for x in inputs if x is not None)
 
 
-def test_finite_at_131072_tokens_with_beta_2() -> None:
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_finite_at_131072_tokens_with_beta_2(backend: str) -> None:
     inputs = make((1, 131072, 1, 1, 64), torch.bfloat16, "2")
-    out = path_attention(*inputs)
+    out = path_attention(*inputs, backend=backend)
     out.sum().backward()
     assert bool(torch.isfinite(out).all())
     assert all(bool(torch.isfinite(x.grad).all()) for x in inputs if x is not None)
 
 
-def test_compiles_without_breaks() -> None:
-    inputs = make((1, 256, 2, 2, 64), torch.bfloat16)
+@pytest.mark.parametrize("gate", [False, True])
+def test_compiles_without_breaks(gate: bool) -> None:
+    inputs = make((1, 256, 2, 2, 64), torch.bfloat16, gate=gate)
     compiled = torch.compile(lambda *x: path_attention(*x), fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), path_attention(*inputs), rtol=0, atol=0)

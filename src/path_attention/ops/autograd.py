@@ -7,7 +7,6 @@ again. Gradients come back in the dtype of their input straight from the dtype o
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
-from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from path_attention.ops import dyadic
 from path_attention.ops.arguments import sequence_bounds
+from path_attention.ops.backends import AUTO, Backend, choose, reason_against
 from path_attention.ops.spans import plan_spans
 
 Given = ParamSpec("Given")
@@ -45,24 +45,28 @@ def _problem(
     return dyadic.Problem.pack(plan, q, k, v, w, beta, g, scale)
 
 
-def _cuda_engine(q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> ModuleType | None:
-    """The Triton engine where it can serve the call. Imported late: triton is not needed on other devices."""
-    if not q.is_cuda:
-        return None
-    from path_attention.ops.engines import cuda
-
-    reason = cuda.unsupported_reason(q, v, w, g, cu_seqlens)
-    if reason is None:
-        return cuda
-    _warn_of_slow_engine(reason)
-    return None
+def _serve(
+    backend: str,
+    q: Tensor,
+    v: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    is_backward: bool,
+) -> Backend:
+    """The backend for one direction of a call. Says once where a GPU is left to the torch engine unasked."""
+    chosen = choose(backend, q, v, w, g, cu_seqlens, is_backward=is_backward)
+    if chosen == "torch" and backend == AUTO and q.is_cuda:
+        _warn_of_slow_engine(str(reason_against("triton", q, v, w, g, cu_seqlens)))
+    return chosen
 
 
 @cache  # once for each reason
 def _warn_of_slow_engine(reason: str) -> None:
     warnings.warn(
-        f"path_attention: {reason}. The torch engine serves this call: exact, but many times slower on a GPU than the "
-        "Triton engine.",
+        f"path_attention: {reason}. The torch backend serves this call: exact, but many times slower on a GPU than the "
+        "Triton kernels.",
         stacklevel=2,
     )
 
@@ -78,16 +82,21 @@ def path_attention_forward(
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, HQ, DV) in the dtype of q and log_sum_exp (B, L, HQ) in float32 at least.
 
-    w (B, L, R, H, D) and beta (B, L, R, H); the rest as in :func:`path_attention.path_attention`.
+    w (B, L, R, H, D) and beta (B, L, R, H); backend one of BACKENDS or AUTO; the rest as in
+    :func:`path_attention.path_attention`.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
         return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
-    if (engine := _cuda_engine(q, v, w, g, cu_seqlens)) is not None:
-        return engine.forward(q, k, v, w, beta, scale)
+    chosen = _serve(backend, q, v, w, g, cu_seqlens, is_backward=False)
+    if chosen != "torch":
+        from path_attention.ops.engines import cuda  # triton is not needed on other devices
+
+        return cuda.forward(chosen, q, k, v, w, beta, g, cu_seqlens, scale)
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
     out, log_sum_exp = dyadic.forward(problem)
     batch = q.shape[0]
@@ -105,6 +114,7 @@ def _(
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
@@ -124,14 +134,20 @@ def path_attention_backward(
     log_sum_exp: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, w, beta and g; the last one empty where there is no g."""
     empty = q.new_empty(0)
     if q.numel() == 0:
         # Nothing to sum over: every gradient is as empty as its input.
         return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), empty if g is None else _empty(g)
-    if (engine := _cuda_engine(q, v, w, g, cu_seqlens)) is not None:
-        return *engine.backward(d_out, q, k, v, w, beta, out, log_sum_exp, scale), empty
+    chosen = _serve(backend, q, v, w, g, cu_seqlens, is_backward=True)
+    if chosen != "torch":
+        from path_attention.ops.engines import cuda
+
+        inputs = (q, k, v, w, beta, g)
+        found = cuda.backward(chosen, d_out, *inputs, out, log_sum_exp, cu_seqlens, scale)
+        return *found[:5], empty if found[5] is None else found[5]
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
     plan, batch = problem.plan, q.shape[0]
     gradients = dyadic.backward(
@@ -170,6 +186,7 @@ def _(
     log_sum_exp: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), q.new_empty(0) if g is None else _empty(g)
 
@@ -179,18 +196,17 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, w, beta, g, cu_seqlens, scale = inputs
+    q, k, v, w, beta, g, cu_seqlens, ctx.scale, ctx.backend = inputs
     out, log_sum_exp = output
     ctx.save_for_backward(q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens)
-    ctx.scale = scale
     ctx.mark_non_differentiable(log_sum_exp)  # it is for the backward pass only
 
 
 def _autograd_backward(ctx: Any, d_out: Tensor, _d_log_sum_exp: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, cu_seqlens = ctx.saved_tensors
     g = inputs[5]
-    *gradients, d_g = path_attention_backward(d_out, *inputs, cu_seqlens, ctx.scale)
-    return *gradients, None if g is None else d_g, None, None
+    *gradients, d_g = path_attention_backward(d_out, *inputs, cu_seqlens, ctx.scale, ctx.backend)
+    return *gradients, None if g is None else d_g, None, None, None
 
 
 torch.library.register_autograd("path_attention::forward", _autograd_backward, setup_context=_setup_context)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from path_attention.ops.arguments import check_values, validate_arguments
 from path_attention.ops.autograd import path_attention_forward
+from path_attention.ops.backends import AUTO, BACKENDS, Backend, reason_against
 
 
 def path_attention(
@@ -18,6 +19,7 @@ def path_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     check_inputs: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor:
     """PaTH attention (arXiv 2505.16381, section 2.2): causal softmax attention whose logits see the tokens in between.
 
@@ -44,6 +46,10 @@ def path_attention(
             Equal to running each sequence alone; empty sequences are allowed.
         check_inputs: also look at the values: NaN or infinity, beta outside [0, 2], w neither of unit length nor zero,
             g above 0, cu_seqlens out of order. Makes the host wait for the device.
+        backend: what computes it. "torch" runs anywhere; "triton" is our CUDA kernels; "sdpa" is those with torch's
+            attention kernel (cuDNN or FlashAttention) between spans. None takes the fastest that can serve the call;
+            :func:`unsupported_reason` says why one cannot. Under torch.use_deterministic_algorithms gradients are equal
+            bit by bit from run to run: "sdpa" and None then leave the backward pass to "triton".
 
     Returns:
         (B, L, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g, each gradient in the dtype of
@@ -62,8 +68,36 @@ def path_attention(
     if check_inputs:
         check_values(q, k, v, w, beta, g, cu_seqlens)
     w, beta = arguments.reflections(w, beta)
-    out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, arguments.scale)
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: got {backend!r}; wanted one of {', '.join(BACKENDS)}, or None")
+        if (reason := reason_against(backend, q, v, w, g, cu_seqlens)) is not None:
+            raise ValueError(f"backend: got {backend!r}, which cannot serve this call: {reason}")
+    out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, arguments.scale, backend or AUTO)
     return out
+
+
+def unsupported_reason(
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> str | None:
+    """Why ``backend`` cannot serve :func:`path_attention` of these arguments; None if it can.
+
+    Raises:
+        ValueError: naming the argument, as path_attention does.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; wanted one of {', '.join(BACKENDS)}")
+    arguments = validate_arguments(q, k, v, w, beta, g, scale=None, cu_seqlens=cu_seqlens)
+    w, _ = arguments.reflections(w, beta)
+    return reason_against(backend, q, v, w, g, cu_seqlens)
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

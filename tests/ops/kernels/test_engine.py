@@ -1,4 +1,4 @@
-"""The whole CUDA engine in Triton's interpreter, float32, with torch's CPU attention kernel between the siblings."""
+"""The whole CUDA engine in Triton's interpreter, float32: both ways of computing the attention between siblings."""
 
 import os
 
@@ -14,28 +14,73 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from path_attention.ops.engines import cuda
 
-# One leaf (no levels), two and three levels, grouped queries, a batch.
-SHAPES = [(2, 64, 1, 1, 16), (2, 256, 2, 2, 16), (1, 512, 4, 2, 16)]
+# One leaf (no levels), two and three levels, grouped queries, a batch: (batch, length, query heads, key heads, dim).
+WHOLE_TREES = [(2, 64, 1, 1, 16), (2, 256, 2, 2, 16), (1, 512, 4, 2, 16)]
+# What only the fused kernel takes.
+REST = {
+    "odd lengths": {"shape": (2, 333, 2, 1, 16)},
+    "one token": {"shape": (2, 1, 2, 2, 16), "gate": True},
+    "gates": {"shape": (2, 300, 4, 2, 16), "gate": True},
+    "padded columns": {"shape": (1, 200, 1, 1, 18), "value_dim": 23, "gate": True},
+    "packed": {"shape": (1, 470, 2, 2, 16), "ends": [0, 0, 65, 66, 300, 300, 470, 470], "gate": True},
+    "packed, one sequence": {"shape": (1, 130, 1, 1, 16), "ends": [0, 130]},
+}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_engine_equals_the_definition(shape: tuple[int, ...]) -> None:
+def check(
+    siblings_by: cuda.Siblings,
+    shape: tuple[int, ...],
+    value_dim: int | None = None,
+    gate: bool = False,
+    ends: list[int] | None = None,
+) -> None:
     batch, length, query_heads, heads, dim = shape
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(batch, length, *size, generator=generator)
 
-    q, k, v = normal(query_heads, dim), normal(heads, dim), normal(heads, dim)
+    q, k, v = normal(query_heads, dim), normal(heads, dim), normal(heads, value_dim or dim)
     w = torch.nn.functional.normalize(normal(1, heads, dim), dim=-1)
     beta = 2 * torch.rand(batch, length, 1, heads, generator=generator)
-    exact = [x.double().requires_grad_() for x in (q, k, v, w, beta)]
-    expected = path_attention_reference(*exact)
-    d_out = normal(query_heads, dim)
+    g = torch.nn.functional.logsigmoid(normal(query_heads)) if gate else None
+    cu_seqlens = None if ends is None else torch.tensor(ends)
+    inputs = (q, k, v, w, beta, g)
+    exact = [None if x is None else x.double().requires_grad_() for x in inputs]
+    expected = path_attention_reference(*exact, cu_seqlens=cu_seqlens)
+    d_out = normal(query_heads, value_dim or dim)
     expected.backward(d_out.double())
     scale = dim**-0.5
-    out, log_sum_exp = cuda.forward(q, k, v, w, beta, scale)
-    gradients = cuda.backward(d_out, q, k, v, w, beta, out, log_sum_exp, scale)
-    for x, y in zip((out, *gradients), [expected.detach(), *(e.grad for e in exact)], strict=True):
+    out, log_sum_exp = cuda.forward(siblings_by, *inputs, cu_seqlens, scale)
+    gradients = cuda.backward(siblings_by, d_out, *inputs, out, log_sum_exp, cu_seqlens, scale)
+    results = [(out, expected.detach())]
+    for x, y in zip(gradients, exact, strict=True):
+        if x is not None and y is not None:
+            results.append((x, torch.zeros_like(y) if y.grad is None else y.grad))  # None: w of a single token
+    assert len(results) == (7 if gate else 6)
+    for x, y in results:
         assert x.shape == y.shape
-        assert (x.double() - y).norm() <= 3e-6 * y.norm()  # float32: some hundred roundings of 6e-8 in a row
+        # float32: some hundred roundings of 6e-8 in a row; one token has gradients that cancel to nothing.
+        assert (x.double() - y).norm() <= 3e-6 * y.norm() + 1e-6
+
+
+@pytest.mark.parametrize("siblings_by", ["triton", "sdpa"])
+@pytest.mark.parametrize("shape", WHOLE_TREES, ids=str)
+def test_engine_equals_the_definition(siblings_by: cuda.Siblings, shape: tuple[int, ...]) -> None:
+    check(siblings_by, shape)
+
+
+@pytest.mark.parametrize("case", REST.values(), ids=REST.keys())
+def test_fused_kernel_takes_the_rest(case: dict) -> None:
+    check("triton", **case)
+
+
+def test_leaf_table_from_the_host_is_exact() -> None:
+    """Sizes by the longest sequence and the leaves that are there, the rest as from boundaries on the device."""
+    from path_attention.ops.kernels.leaf_table import packed_leaf_table
+
+    table = packed_leaf_table(torch.tensor([0, 10, 10, 200, 300]), 300, torch.device("cpu"))
+    assert table.num_leaves == 1 + 3 + 2
+    assert table.num_levels == 2
+    assert table.length.tolist() == [10, 64, 64, 62, 64, 36]
+    assert table.start.tolist() == [0, 10, 74, 138, 200, 264]

@@ -147,7 +147,9 @@ def test_linear_stages_equal_the_definition(case: dict) -> None:
     d_out = normal(heads * group, v.shape[-1])
     expected.backward(d_out.double())
 
-    table = batch_leaf_table(batch, length, q.device) if ends is None else packed_leaf_table(cu_seqlens, length)
+    table = (
+        batch_leaf_table(batch, length, q.device) if ends is None else packed_leaf_table(cu_seqlens, length, q.device)
+    )
     rows = [None if x is None else x.flatten(0, 1).contiguous() for x in (q, k, v, w, beta, g)]
     inputs = linear.Inputs(*rows, scale=dim**-0.5)
     _, out, log_sum_exp = attend(inputs, table)

@@ -52,16 +52,17 @@ class Launches:
     backward_keys: Launch
 
 
+# By widest row; the fastest of those tried on one H200 at 2 x 8192 tokens of 2048 channels (docs/kernels.md).
 _LAUNCHES = {
     64: Launches(
-        forward=Launch(1, 128, 4, 2),
-        backward_queries=Launch(1, 64, 4, 2),
-        backward_keys=Launch(1, LEAF, 4, 2),
+        forward=Launch(1, 64, 4, 3),
+        backward_queries=Launch(1, 64, 4, 3),
+        backward_keys=Launch(1, LEAF, 4, 3),
     ),
     128: Launches(
-        forward=Launch(2, 128, 8, 2),
+        forward=Launch(1, 64, 4, 2),
         backward_queries=Launch(1, 64, 4, 2),
-        backward_keys=Launch(2, LEAF, 8, 2),
+        backward_keys=Launch(1, LEAF, 4, 2),
     ),
     256: Launches(
         forward=Launch(1, 64, 8, 2),
@@ -69,11 +70,19 @@ _LAUNCHES = {
         backward_keys=Launch(1, LEAF, 8, 1),
     ),
 }
+# With gates a tile's keys bring a number each, loaded and added: fewer, larger tiles.
+_LAUNCHES_WITH_GATES = _LAUNCHES | {
+    64: Launches(
+        forward=Launch(1, 128, 4, 2),
+        backward_queries=Launch(1, 128, 4, 2),
+        backward_keys=Launch(1, LEAF, 4, 3),
+    ),
+}
 
 
-def launches(dim: int, value_dim: int) -> Launches:
+def launches(dim: int, value_dim: int, gates: bool) -> Launches:
     """The options for rows of these widths."""
-    for width, options in _LAUNCHES.items():
+    for width, options in (_LAUNCHES_WITH_GATES if gates else _LAUNCHES).items():
         if max(dim, value_dim) <= width:
             return options
     raise ValueError(f"head_dim {dim} and value_dim {value_dim} must be at most {max(_LAUNCHES)}")
@@ -107,6 +116,8 @@ def _arguments(
     """What all three kernels take."""
     query_heads, heads = query_rows.shape[3], key_rows.shape[3]
     dim, value_dim = query_rows.shape[4], values.shape[2]
+    # Triton 3.6 makes an illegal instruction of asynchronous copies of rows that start at less than 16 bytes.
+    assert not values.is_cuda or all(x * values.element_size() % DESCRIPTOR_ALIGNMENT == 0 for x in (dim, value_dim))
     return {
         "p_query_rows": query_rows,
         "p_key_rows": key_rows,
@@ -144,7 +155,7 @@ def dense_forward(
     if table.num_levels == 0:
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
-    launch = launches(dim, value_dim).forward
+    launch = launches(dim, value_dim, gate_key is not None).forward
     dense_forward_kernel[(table.num_leaves * query_heads,)](
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_key_rows=_descriptor(key_rows, dim, launch.tile),
@@ -182,7 +193,7 @@ def dense_backward_queries(
             gate_row.zero_()
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
-    launch = launches(dim, value_dim).backward_queries
+    launch = launches(dim, value_dim, gate_key is not None).backward_queries
     dense_backward_queries_kernel[(table.num_leaves * query_heads,)](
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_key_rows=_descriptor(key_rows, dim, launch.tile),
@@ -225,7 +236,7 @@ def dense_backward_keys(
         return
     query_heads, heads = query_rows.shape[3], key_rows.shape[3]
     dim, value_dim = query_rows.shape[4], values.shape[2]
-    launch = launches(dim, value_dim).backward_keys
+    launch = launches(dim, value_dim, gate_key is not None).backward_keys
     dense_backward_keys_kernel[(table.num_leaves * heads,)](
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_query_rows=_descriptor(query_rows, dim, launch.tile),

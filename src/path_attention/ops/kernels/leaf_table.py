@@ -66,14 +66,22 @@ def batch_leaf_table(batch: int, length: int, device: torch.device) -> LeafTable
     )
 
 
-def packed_leaf_table(cu_seqlens: Tensor, length: int) -> LeafTable:
-    """The table of sequences packed into one row of ``length`` tokens by cu_seqlens (sequences + 1,)."""
+def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> LeafTable:
+    """The table of sequences packed into one row of ``length`` tokens by cu_seqlens (sequences + 1,).
+
+    Boundaries on the host give exact sizes; boundaries on the device give upper bounds, and the host does not wait.
+    """
     sequences = cu_seqlens.numel() - 1
-    bound = -(-length // LEAF) + sequences  # leaves, at most: every sequence may leave one partly empty
     ends = cu_seqlens.to(torch.int64)
     lengths = ends[1:] - ends[:-1]
     leaves = (lengths + (LEAF - 1)) // LEAF
     last = leaves.cumsum(0)  # leaves up to and including this sequence
+    if cu_seqlens.device.type == "cpu":
+        bound, longest = max(1, int(last[-1])), int(leaves.max())
+    else:
+        # Every sequence may leave one leaf partly empty.
+        longest = -(-length // LEAF)
+        bound = longest + sequences
     number = torch.arange(bound, device=cu_seqlens.device)
     sequence = torch.searchsorted(last, number, right=True).clamp_max(sequences - 1)
     first = (last - leaves)[sequence]
@@ -81,16 +89,17 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int) -> LeafTable:
     start = ends[:-1][sequence] + index * LEAF
     present = number < last[-1]
     tokens = torch.where(present, (ends[1:][sequence] - start).clamp(0, LEAF), 0)
-    int32 = torch.int32
+    columns = torch.stack([start, tokens, index, leaves[sequence], first // 2, first])
+    columns = columns.to(torch.int32).to(device, non_blocking=True)
     return LeafTable(
-        start=start.to(int32),
-        length=tokens.to(int32),
-        index=index.to(int32),
-        count=leaves[sequence].to(int32),
-        query_base=(first // 2).to(int32),
-        key_base=first.to(int32),
+        start=columns[0],
+        length=columns[1],
+        index=columns[2],
+        count=columns[3],
+        query_base=columns[4],
+        key_base=columns[5],
         num_leaves=bound,
-        num_levels=_levels(-(-length // LEAF)),
+        num_levels=_levels(longest),
         query_slots=max(1, bound // 2),
         key_slots=bound,
     )
