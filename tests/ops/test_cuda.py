@@ -1,6 +1,6 @@
 """The operator on a GPU: every route a call can take there, against the torch backend in float64.
 
-That one is held to the definition by test_path_attention.py, and is some hundred times faster than its loop over tokens.
+That one is held to the definition by test_path_attention.py, and is a hundred times faster than its loop over tokens.
 
 The tolerance is derived from torch's own causal softmax attention in the same dtype on the same q, k and v: PaTH moves
 its rows and rounds them once more, which costs up to 1.5 times that error in the output and, through one more product,
