@@ -2,8 +2,8 @@
 
     python benchmarks/cuda_operator.py --out results/NAME.json
 
-bfloat16; median of calls timed in turn with CUDA events. Errors against the definition in float64 come first, and a
-result that is wrong is not timed.
+PaTH by each backend that serves a shape, and PaTH-FoX; bfloat16; median of calls timed in turn with CUDA events. Errors
+against the torch backend in float64 come first, and a result that is wrong is not timed.
 """
 
 import argparse
@@ -11,12 +11,14 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from path_attention import path_attention, unsupported_reason
 from path_attention.benchmark.contenders import Operands, Setting, causal_softmax_attention, contender, make_operands
 from path_attention.benchmark.measure import environment, forward, forward_backward, relative_errors
 
@@ -67,21 +69,74 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def gates(setting: Setting) -> torch.Tensor:
+    """Log forget gates, log sigmoid(normal + 2): (B, L, HQ)."""
+    normal = torch.randn(setting.batch, setting.length, setting.query_heads, device=setting.device)
+    return torch.nn.functional.logsigmoid(normal + 2)
+
+
+def functions_of(setting: Setting, operands: Operands) -> dict[str, Callable[..., torch.Tensor]]:
+    """By name, of the fields of Operands; cuDNN's is first."""
+    found: dict[str, Callable[..., torch.Tensor]] = {"cudnn": cudnn_attention}
+    for backend in ("triton", "sdpa"):
+        if unsupported_reason(backend, *operands) is None:
+            found[f"path_{backend}"] = partial(path_attention, backend=backend)
+    g = gates(setting)
+    found["path_fox"] = lambda *operands: path_attention(*operands, g)
+    return found
+
+
 def measure(setting: Setting, repeats: int) -> dict[str, object]:
-    functions = {"path": contender("path").function, "cudnn": cudnn_attention}
     operands = Operands(*make_operands(setting))
+    functions = functions_of(setting, operands)
     d_out = torch.randn_like(operands.q)
     row: dict[str, object] = {**asdict(setting), "dtype": str(setting.dtype)}
-    for part, run in {
+    parts = {
         "forward": lambda f: forward(f, operands),
         "forward_backward": lambda f: forward_backward(f, operands, d_out),
-    }.items():
-        found = timed({name: lambda f=f, run=run: run(f) for name, f in functions.items()}, repeats)
-        row[part] = {**found, "ratio": found["path"]["median_ms"] / found["cudnn"]["median_ms"]}
-    row["peak_extra_bytes"] = {
-        name: peak_extra_bytes(lambda f=f: forward_backward(f, operands, d_out)) for name, f in functions.items()
     }
+    times = {
+        part: timed({name: lambda f=f, run=run: run(f) for name, f in functions.items()}, repeats)
+        for part, run in parts.items()
+    }
+    memory = {name: peak_extra_bytes(lambda f=f: forward_backward(f, operands, d_out)) for name, f in functions.items()}
+    for name in functions:
+        row[name] = {
+            **{part: times[part][name] for part in parts},
+            **{f"{part}_ratio": times[part][name]["median_ms"] / times[part]["cudnn"]["median_ms"] for part in parts},
+            "peak_extra_bytes": memory[name],
+            "memory_ratio": memory[name] / memory["cudnn"],
+        }
     return row
+
+
+def checked_errors(setting: Setting) -> dict[str, dict[str, float]]:
+    """Errors of softmax attention and of what is timed; SystemExit where one is wrong."""
+    operands = Operands(*make_operands(setting))
+    found = {"softmax": relative_errors(contender("softmax"), setting)}
+    d_out = torch.randn_like(operands.q)
+    g = gates(setting)
+    for name, extra, backend in (
+        ("path_triton", (), "triton"),
+        ("path_sdpa", (), "sdpa"),
+        ("path_fox", (g,), "triton"),
+    ):
+        exact = [x.detach().double().requires_grad_() for x in (*operands, *extra)]
+        inputs = [x.detach().requires_grad_() for x in (*operands, *extra)]
+        out, expected = path_attention(*inputs, backend=backend), path_attention(*exact, backend="torch")
+        gradients = torch.autograd.grad(out, inputs, d_out), torch.autograd.grad(expected, exact, d_out.double())
+        found[name] = {
+            "output": relative_error(out.detach(), expected.detach()),
+            "gradients": max(relative_error(x, y) for x, y in zip(*gradients, strict=True)),
+        }
+        for part, error in found[name].items():
+            if not error <= ERROR_FACTOR * found["softmax"][part]:
+                raise SystemExit(f"{name}: the {part} differs from float64 by {error:.1e}. Nothing was timed.")
+    return found
+
+
+def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm())
 
 
 def main() -> None:
@@ -90,14 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--commit", help="of the sources, where git does not tell")
     options = parser.parse_args()
-    errors = {}
-    for dim in (64, 128):
-        setting = replace(CHECKED, dim=dim)
-        found = {name: relative_errors(contender(name), setting) for name in ("softmax", "path")}
-        errors[f"dim {dim}"] = found
-        for part, error in found["path"].items():
-            if not error <= ERROR_FACTOR * found["softmax"][part]:
-                raise SystemExit(f"path: the {part} differs from float64 by {error:.1e}. Nothing was timed.")
+    errors = {f"dim {dim}": checked_errors(replace(CHECKED, dim=dim)) for dim in (64, 128)}
     result = {
         "benchmark": "cuda_operator",
         **environment(),
@@ -108,19 +156,23 @@ def main() -> None:
     result["command"] = "python benchmarks/cuda_operator.py --out results/h200_operator.json"
     result["commit"] = options.commit or result["commit"]
     result["versions"] |= {"triton": triton.__version__, "cuda": torch.version.cuda}
-    print(f"{'B x L x HQ/H x D':>28} {'fwd ms':>8} {'ratio':>6} {'f+b ms':>8} {'ratio':>6} {'MiB':>7} {'ratio':>6}")
+    print(f"{'B x L x HQ/H x D':>41} " + " ".join(f"{x:>8} {'ratio':>6}" for x in ("fwd ms", "f+b ms", "MiB")))
     for setting in SHAPES:
         row = measure(setting, options.repeats)
         result["rows"].append(row)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # after every row: nothing finished is lost
         shape = f"{setting.batch} x {setting.length} x {setting.query_heads}/{setting.heads} x {setting.dim}"
-        cells = [f"{shape:>28}"]
-        for part in ("forward", "forward_backward"):
-            cells.append(f"{row[part]['path']['median_ms']:8.2f} {row[part]['ratio']:6.2f}")
-        memory = row["peak_extra_bytes"]
-        cells.append(f"{memory['path'] / 2**20:7.0f} {memory['path'] / memory['cudnn']:6.2f}")
-        print(" ".join(cells), flush=True)
+        for name in ("cudnn", "path_triton", "path_sdpa", "path_fox"):
+            if name in row:
+                print(f"{shape:>28} {name:>12} " + cells(row[name]), flush=True)
+
+
+def cells(found: dict) -> str:
+    times = " ".join(
+        f"{found[x]['median_ms']:8.2f} {found[x + '_ratio']:6.2f}" for x in ("forward", "forward_backward")
+    )
+    return f"{times} {found['peak_extra_bytes'] / 2**20:8.0f} {found['memory_ratio']:6.2f}"
 
 
 if __name__ == "__main__":

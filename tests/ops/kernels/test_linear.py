@@ -65,7 +65,7 @@ def logits(levels: linear.Levels, pair: Pair, group: int) -> tuple[Tensor, Tenso
 def attend(inputs: linear.Inputs, table: LeafTable) -> tuple[linear.Levels, Tensor, Tensor]:
     out = torch.full((*inputs.q.shape[:2], inputs.v.shape[2]), float("nan"))
     log_sum_exp = torch.full(inputs.q.shape[:2], float("nan"))
-    levels = linear.leaves_and_levels(inputs, table, out, log_sum_exp)
+    levels = linear.forward(inputs, table, out, log_sum_exp)
     group = inputs.query_heads // inputs.heads
     for pair in pairs(table):
         scores, _, _ = logits(levels, pair, group)
@@ -80,7 +80,7 @@ def attend(inputs: linear.Inputs, table: LeafTable) -> tuple[linear.Levels, Tens
 def attend_backward(
     inputs: linear.Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor, d_out: Tensor
 ) -> tuple[linear.Gradients, Tensor | None]:
-    levels = linear.leaves_and_levels(inputs, table, None, None)
+    levels, leaves = linear.recompute(inputs, table)
     group = inputs.query_heads // inputs.heads
     dense = linear.DenseGradients(
         query_rows=torch.full_like(levels.query_rows, float("nan")),
@@ -106,7 +106,9 @@ def attend_backward(
         if dense.gate is not None:
             dense.gate[pair.rows] += d_scores.sum(2).T
             dense.gate[pair.keys] -= d_scores.sum(1).T
-    gradients = linear.leaves_and_levels_backward(inputs, table, levels, dense, log_sum_exp, delta, d_out)
+    edges = linear.levels_backward(inputs, table, levels, leaves, dense)
+    of_dense = (dense.values, dense.gate)
+    gradients = linear.leaves_backward(inputs, table, leaves, edges, *of_dense, log_sum_exp, delta, d_out)
     return gradients, dense.gate
 
 

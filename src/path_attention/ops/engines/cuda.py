@@ -102,7 +102,7 @@ def forward(
     inputs, table = _rows(q, k, v, w, beta, g, cu_seqlens, scale)
     out = torch.empty(*inputs.q.shape[:2], inputs.v.shape[2], dtype=q.dtype, device=q.device)
     log_sum_exp = torch.empty(out.shape[:2], dtype=torch.float32, device=q.device)
-    levels = linear.leaves_and_levels(inputs, table, out, log_sum_exp)
+    levels = linear.forward(inputs, table, out, log_sum_exp)
     attend = siblings.triton_forward if siblings_by == "triton" else siblings.sdpa_forward
     attend(inputs, table, levels, out, log_sum_exp)
     return _like(out, torch.Size((*q.shape[:3], v.shape[3]))), log_sum_exp.view(q.shape[:3])
@@ -126,19 +126,22 @@ def backward(
     inputs, table = _rows(q, k, v, w, beta, g, cu_seqlens, scale)
     d_out, out, log_sum_exp = _pad(d_out), _pad(out), log_sum_exp.flatten(0, 1).contiguous()
     delta = _delta(out, d_out)
-    levels = linear.leaves_and_levels(inputs, table, None, None)
+    levels, leaves = linear.recompute(inputs, table)
     if siblings_by == "triton":
         gradients = siblings.triton_backward(inputs, table, levels, d_out, log_sum_exp, delta)
     else:
         gradients = siblings.sdpa_backward(inputs, table, levels, d_out, out, log_sum_exp)
-    result = linear.leaves_and_levels_backward(inputs, table, levels, gradients, log_sum_exp, delta, d_out)
+    edges = linear.levels_backward(inputs, table, levels, leaves, gradients)
+    d_values, d_gate = gradients.values, gradients.gate
+    del levels, gradients  # the largest buffers: their memory serves the leaves' gradients
+    result = linear.leaves_backward(inputs, table, leaves, edges, d_values, d_gate, log_sum_exp, delta, d_out)
     return (
         _like(result.q, q.shape),
         _like(result.k, k.shape),
         _like(result.v, v.shape),
         _like(result.w, w.shape[:2] + w.shape[3:]).view(w.shape),
         result.beta.view(beta.shape),
-        None if g is None or gradients.gate is None else _gate_gradient(gradients.gate.view(g.shape), cu_seqlens).to(g),
+        None if g is None or d_gate is None else _gate_gradient(d_gate.view(g.shape), cu_seqlens).to(g),
     )
 
 

@@ -25,8 +25,11 @@ LEAF = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 
 @triton.constexpr_function
 def block_of(dim):
-    """Columns of a tile that holds rows of dim: a power of two, as Triton wants it, that a matrix unit takes."""
-    return max(16, triton.next_power_of_2(dim))
+    """Columns of a tile that holds rows of dim: a power of two, as Triton wants it.
+
+    Triton 3.6 makes wrong code of a product with fewer than 64 columns of values after logits of 64 keys.
+    """
+    return max(64, triton.next_power_of_2(dim))
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from path_attention.ops.kernels.tiles import (
     dot_exact_left,
     dot_exact_right,
     dot_half,
+    dot_rows,
     dot_split,
     load_rows,
     node,
@@ -27,21 +28,33 @@ ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 
 
 @triton.jit
+def _join_pairs(b_x, b_n, o, doubling: tl.constexpr, HALF: tl.constexpr):
+    """Inverses of diagonal blocks of 2^doubling rows to those of twice the size: (D + C)^-1 = D^-1 - D^-1 C D^-1."""
+    o_block = o // (1 << doubling)
+    pair = (o_block[:, None] // 2 == o_block[None, :] // 2) & (o_block[:, None] > o_block[None, :])
+    b_c = tl.where(pair, b_n, 0.0)
+    return b_x - dot_split(dot_split(b_x, b_c, HALF), b_x, HALF)
+
+
+@triton.jit
 def _unit_lower_inverse(b_n, HALF: tl.constexpr):
     """(I + n)^-1 for a strictly lower triangular n (64, 64).
 
-    The 2 x 2 diagonal blocks are inverted by a sign; then blocks join in pairs, (D + C)^-1 = D^-1 - D^-1 C D^-1, until
-    one is left. A product of powers of n would take as many matrix products, but for repeated w with beta = 2 its terms
-    grow to 10^18 and cancel.
+    The 2 x 2 diagonal blocks are inverted by a sign; then blocks join in pairs until one is left, up to 16 rows in a
+    batch of four. A product of powers of n would take as many matrix products, but for repeated w with beta = 2 its
+    terms grow to 10^18 and cancel.
     """
-    o = tl.arange(0, ROWS)
-    b_x = tl.where(o[:, None] == o[None, :], 1.0, 0.0)
-    b_x -= tl.where(o[:, None] // 2 == o[None, :] // 2, b_n, 0.0)
-    for doubling in tl.static_range(1, 6):
-        o_block = o // (1 << doubling)
-        pair = (o_block[:, None] // 2 == o_block[None, :] // 2) & (o_block[:, None] > o_block[None, :])
-        b_c = tl.where(pair, b_n, 0.0)
-        b_x -= dot_split(dot_split(b_x, b_c, HALF), b_x, HALF)
+    o = tl.arange(0, 16)
+    o_block = tl.arange(0, 4)
+    diagonal = o_block[:, None, None, None] == o_block[None, None, :, None]
+    b_blocks = tl.sum(tl.where(diagonal, tl.reshape(b_n, (4, 16, 4, 16)), 0.0), axis=2)
+    b_x = tl.where(o[:, None] == o[None, :], 1.0, 0.0)[None, :, :]
+    b_x = b_x - tl.where((o[:, None] // 2 == o[None, :] // 2)[None, :, :], b_blocks, 0.0)
+    for doubling in tl.static_range(1, 4):
+        b_x = _join_pairs(b_x, b_blocks, o, doubling, HALF)
+    b_x = tl.reshape(tl.where(diagonal, b_x[:, :, None, :], 0.0), (ROWS, ROWS))
+    for doubling in tl.static_range(4, 6):
+        b_x = _join_pairs(b_x, b_n, tl.arange(0, ROWS), doubling, HALF)
     return b_x
 
 
@@ -84,11 +97,11 @@ def leaf_transition_kernel(
         store_rows(p_inverse + i_tile * ROWS, b_inverse, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     b_a = b_inverse * b_beta[None, :]
     b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
-    b_y = dot_split(b_a, b_z, HALF)
+    b_y = dot_rows(b_a, b_z, HALF)
     b_u = dot_split(b_a, b_w, HALF)
     store_rows(p_y + i_tile * ROWS, b_y, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     store_rows(p_u + i_tile * D, b_u, 0, ROWS, D, D, BLOCK_D, ROWS)
-    b_k_right = b_k.to(tl.float32) - dot_split(tl.trans(b_y), b_w, HALF)
+    b_k_right = b_k.to(tl.float32) - dot_rows(tl.trans(b_y), b_w, HALF)
     store_rows(p_k_right + i_tile * D, b_k_right, 0, ROWS, D, D, BLOCK_D, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     b_identity = tl.where(o_d[:, None] == o_d[None, :], 1.0, 0.0)
@@ -276,7 +289,7 @@ def key_transport_kernel(
             if i_right + (1 << level) < s_count:
                 i_node = (2 * (i_leaf - i_index) + node(i_right, level)).to(tl.int64)
                 b_p = load_rows(p_node + (i_node * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
-                b_moved = dot_split(b_moved, tl.trans(b_p), HALF)
+                b_moved = dot_rows(b_moved, tl.trans(b_p), HALF)
                 if p_gate_key is not None:
                     p_span = p_gate_node + i_node * H * GROUP + o_query_head
                     b_gate += tl.load(p_span, mask=m_group, other=0.0)[None, :]
@@ -322,7 +335,7 @@ def query_transport_backward_kernel(
                 i_left = ((i_index >> level) - 1) << level
                 i_node = (2 * (i_leaf - i_index) + node(i_left, level)).to(tl.int64)
                 b_p = load_rows(p_node + (i_node * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
-                b_row += dot_split(b_d, tl.trans(b_p), HALF)
+                b_row += dot_rows(b_d, tl.trans(b_p), HALF)
             b_d = b_row
     p_tile = p_d_q_left + (i_leaf * HQ + i_query_head).to(tl.int64) * ROWS * D
     store_rows(p_tile, b_d, 0, ROWS, D, D, BLOCK_D, ROWS)
@@ -434,7 +447,7 @@ def tree_backward_kernel(
             b_d = tl.dot(tl.trans(b_d_x), b_x, b_d, input_precision="ieee")
         b_d_parent = load_rows(p_d_node + i_parent_node, 0, D, D, D, BLOCK_D, BLOCK_D)
         b_left = load_rows(p_node + i_left_node, 0, D, D, D, BLOCK_D, BLOCK_D)
-        b_d += dot_split(b_d_parent, tl.trans(b_left), HALF)
+        b_d += dot_rows(b_d_parent, tl.trans(b_left), HALF)
     if i_right + s_span <= s_count:
         store_rows(p_d_node + i_right_node, b_d, 0, D, D, D, BLOCK_D, BLOCK_D)
 
@@ -517,7 +530,7 @@ def leaf_queries_backward_kernel(
         b_d_y -= dot_split(tl.trans(b_x), b_d_s, HALF)
         b_d_u -= dot_split(tl.trans(b_x), b_d_q_left, HALF)
         b_u = load_rows(p_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
-        b_d_x = dot_split(b_d_s, tl.trans(b_y), HALF) + dot_split(b_d_q_left, tl.trans(b_u), HALF)
+        b_d_x = dot_rows(b_d_s, tl.trans(b_y), HALF) + dot_rows(b_d_q_left, tl.trans(b_u), HALF)
         b_d_x = tl.where(causal, -b_d_x, 0.0)
         b_d_w += dot_exact_right(tl.trans(b_d_x), b_q, HALF)
         b_d_q = b_d_q_left + dot_half(b_d_s, b_k, HALF) + dot_split(b_d_x, b_w, HALF)
@@ -575,30 +588,30 @@ def leaf_transition_backward_kernel(
     if tl.load(p_index + i_leaf) + 1 < tl.load(p_count + i_leaf):  # else nobody uses k_right and P
         b_d_k_right = load_rows(p_d_k_right + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS).to(tl.float32)
         b_d_k += b_d_k_right
-        b_d_y -= dot_split(b_w, tl.trans(b_d_k_right), HALF)
+        b_d_y -= dot_rows(b_w, tl.trans(b_d_k_right), HALF)
         b_y = load_rows(p_y + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
-        b_d_w -= dot_split(b_y, b_d_k_right, HALF)
+        b_d_w -= dot_rows(b_y, b_d_k_right, HALF)
         b_d_p = load_rows(p_d_node + ((2 * i_leaf).to(tl.int64) * H + i_head) * D * D, 0, D, D, D, BLOCK_D, BLOCK_D)
-        b_d_u -= dot_split(b_w, b_d_p, HALF)
+        b_d_u -= dot_rows(b_w, b_d_p, HALF)
         b_u = load_rows(p_u + i_tile * D, 0, ROWS, D, D, BLOCK_D, ROWS)
-        b_d_w -= dot_split(b_u, tl.trans(b_d_p), HALF)
+        b_d_w -= dot_rows(b_u, tl.trans(b_d_p), HALF)
     o_beta = (i_row + o).to(tl.int64) * H + i_head
     b_beta = tl.load(p_beta + o_beta, mask=m_row, other=0.0).to(tl.float32)
     b_inverse = load_rows(p_inverse + i_tile * ROWS, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     b_a = b_inverse * b_beta[None, :]
-    b_d_w += dot_split(tl.trans(b_a), b_d_u, HALF)
-    b_d_z = tl.where(strict, dot_split(tl.trans(b_a), b_d_y, HALF), 0.0)
-    b_d_k += dot_split(tl.trans(b_d_z), b_w, HALF)
+    b_d_w += dot_rows(tl.trans(b_a), b_d_u, HALF)
+    b_d_z = tl.where(strict, dot_rows(tl.trans(b_a), b_d_y, HALF), 0.0)
+    b_d_k += dot_rows(tl.trans(b_d_z), b_w, HALF)
     store_rows(p_d_k + i_head * D, b_d_k, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
     b_k = load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
     b_d_w += dot_exact_right(b_d_z, b_k, HALF)
     b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
-    b_d_a = dot_split(b_d_y, tl.trans(b_z), HALF) + dot_split(b_d_u, tl.trans(b_w), HALF)
-    b_d_t = dot_split(tl.trans(b_inverse), b_d_a, HALF)
-    b_d_scaled_gram = tl.where(strict, -dot_split(b_d_t, tl.trans(b_a), HALF), 0.0)  # of D W W^T below the diagonal
-    b_scaled = dot_split(b_d_scaled_gram, b_w, HALF)
+    b_d_a = dot_rows(b_d_y, tl.trans(b_z), HALF) + dot_rows(b_d_u, tl.trans(b_w), HALF)
+    b_d_t = dot_rows(tl.trans(b_inverse), b_d_a, HALF)
+    b_d_scaled_gram = tl.where(strict, -dot_rows(b_d_t, tl.trans(b_a), HALF), 0.0)  # of D W W^T below the diagonal
+    b_scaled = dot_rows(b_d_scaled_gram, b_w, HALF)
     b_d_beta = tl.sum(tl.where(o[:, None] == o[None, :], b_d_t, 0.0), axis=1) + tl.sum(b_scaled * b_w, axis=1)
     tl.store(p_d_beta + o_beta, b_d_beta, mask=m_row)
     b_d_w += b_beta[:, None] * b_scaled
-    b_d_w += dot_split(tl.trans(b_d_scaled_gram * b_beta[:, None]), b_w, HALF)
+    b_d_w += dot_rows(tl.trans(b_d_scaled_gram * b_beta[:, None]), b_w, HALF)
     store_rows(p_d_w + i_head * D, b_d_w, i_row, s_rows, H * D, D, BLOCK_D, ROWS)

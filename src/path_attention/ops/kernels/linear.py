@@ -64,40 +64,58 @@ class Inputs:
         }
 
     @property
-    def num_warps(self) -> int:
-        """A 64 x 128 float32 tile needs 8 warps to stay in registers; with 4 ptxas spills up to 650 bytes a thread."""
+    def matrix_warps(self) -> int:
+        """Warps of the backward kernels that hold two D x D matrices; the others have 4.
+
+        On an H200 at D = 64 4 are 1.1 to 2 times as fast as 8 in every kernel, spills and all. At D = 128 so in every
+        kernel but these two (tree_backward 1.65 ms against 1.10, leaf_transition_backward 2.28 against 1.96).
+        """
         return 4 if self.q.shape[2] <= 64 else 8
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Rows at the edges of every level, and what the backward pass wants again of the leaves and the tree."""
+    """Rows at the edges of every level."""
 
     query_rows: Tensor  # (levels, query_slots, 64, HQ, D) dtype of q, times scale
     key_rows: Tensor  # (levels, key_slots, 64, H, D) dtype of k
     gate_query: Tensor | None  # (levels, query_slots, 64, HQ) float32
     gate_key: Tensor | None  # (levels, key_slots, 64, HQ) float32
-    inverse: Tensor | None  # (N, H, 64, 64) float32: T^-1 of each leaf, where the backward pass wants it
-    y: Tensor  # (N, H, 64, 64) float32
-    u: Tensor  # (N, H, 64, D) float32
-    nodes: Tensor  # (2 N, H, D, D) float32
 
 
-def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_sum_exp: Tensor | None) -> Levels:
-    """Run the forward linear stages.
+@dataclass(frozen=True)
+class Leaves:
+    """What the backward pass wants again of the leaves and the tree, float32."""
 
-    In the forward pass the leaves' own attention is written to out (T, HQ, DV) and log_sum_exp (T, HQ); the backward
-    pass gives None for both and gets what it needs of the leaves besides.
-    """
+    inverse: Tensor | None  # (N, H, 64, 64): T^-1; None in the forward pass
+    y: Tensor  # (N, H, 64, 64)
+    u: Tensor  # (N, H, 64, D)
+    nodes: Tensor  # (2 N, H, D, D)
+
+
+def forward(inputs: Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor) -> Levels:
+    """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ)."""
+    return _leaves_and_levels(inputs, table, out, log_sum_exp)[0]
+
+
+def recompute(inputs: Inputs, table: LeafTable) -> tuple[Levels, Leaves]:
+    """The forward linear stages again, for the backward pass: no attention, but all that it needs of the leaves."""
+    return _leaves_and_levels(inputs, table, None, None)
+
+
+def _leaves_and_levels(
+    inputs: Inputs, table: LeafTable, out: Tensor | None, log_sum_exp: Tensor | None
+) -> tuple[Levels, Leaves]:
     q, k, w, g = inputs.q, inputs.k, inputs.w, inputs.g
     heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
     leaves, levels = table.num_leaves, table.num_levels
-    options, warps = inputs.options, inputs.num_warps
+    options = inputs.options
 
     def float32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     y = float32(leaves, heads, LEAF, LEAF)
+    inverse = None if out is not None else torch.empty_like(y)
     u, k_right = float32(leaves, heads, LEAF, dim), float32(leaves, heads, LEAF, dim)
     nodes = float32(2 * leaves, heads, dim, dim)
     gate_nodes = None if g is None else float32(2 * leaves, query_heads)
@@ -106,10 +124,6 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         key_rows=torch.empty(levels, table.key_slots, LEAF, heads, dim, dtype=k.dtype, device=q.device),
         gate_query=None if g is None else float32(levels, table.query_slots, LEAF, query_heads),
         gate_key=None if g is None else float32(levels, table.key_slots, LEAF, query_heads),
-        inverse=None if out is not None else torch.empty_like(y),
-        y=y,
-        u=u,
-        nodes=nodes,
     )
     by_key_head = (leaves * heads,)
     leaf_transition_kernel[by_key_head](
@@ -119,7 +133,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         p_g=g,
         p_start=table.start,
         p_length=table.length,
-        p_inverse=result.inverse,
+        p_inverse=inverse,
         p_y=y,
         p_u=u,
         p_k_right=k_right,
@@ -127,7 +141,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         p_gate_node=gate_nodes,
         H=heads,
         **options,
-        num_warps=warps,
+        num_warps=4,
     )
     for level in range(levels - 1):
         tree_kernel[by_key_head](
@@ -138,7 +152,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
             level=level,
             H=heads,
             **options,
-            num_warps=warps,
+            num_warps=4,
         )
     leaf_queries_kernel[(leaves * query_heads,)](
         p_q=q,
@@ -165,7 +179,7 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         DV=inputs.v.shape[2],
         BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(inputs.v.shape[2])),
         **options,
-        num_warps=warps,
+        num_warps=4,
     )
     key_transport_kernel[by_key_head](
         p_k_right=k_right,
@@ -184,9 +198,9 @@ def leaves_and_levels(inputs: Inputs, table: LeafTable, out: Tensor | None, log_
         num_levels=levels,
         BLOCK_GROUP=triton.next_power_of_2(query_heads // heads),
         **options,
-        num_warps=warps,
+        num_warps=4,
     )
-    return result
+    return result, Leaves(inverse, y, u, nodes)
 
 
 @dataclass(frozen=True)
@@ -196,12 +210,12 @@ class DenseGradients:
     query_rows: Tensor  # like Levels.query_rows; overwritten
     key_rows: Tensor  # like Levels.key_rows; overwritten
     values: Tensor  # (T, H, DV) float32
-    gate: Tensor | None  # (T, HQ) float32: row sums less column sums of dS; the leaves' are added in place
+    gate: Tensor | None  # (T, HQ) float32: row sums less column sums of dS
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of :class:`Inputs`, each in the dtype of its input; that of g is left in :class:`DenseGradients`."""
+    """Gradients of :class:`Inputs`, each in the dtype of its input; that of g is left in d_gate."""
 
     q: Tensor
     k: Tensor
@@ -210,28 +224,28 @@ class Gradients:
     beta: Tensor
 
 
-def leaves_and_levels_backward(
-    inputs: Inputs,
-    table: LeafTable,
-    levels: Levels,
-    dense: DenseGradients,
-    log_sum_exp: Tensor,
-    delta: Tensor,
-    d_out: Tensor,
-) -> Gradients:
-    """Run the backward linear stages: transports, the tree from its root down, the leaves.
+@dataclass(frozen=True)
+class EdgeGradients:
+    """Gradients of the leaves' rows at their edges and of all transitions, float32."""
 
-    log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
-    """
-    q, k, v, w = inputs.q, inputs.k, inputs.v, inputs.w
-    heads, query_heads, dim, leaves = inputs.heads, inputs.query_heads, q.shape[2], table.num_leaves
-    options, warps = inputs.options, inputs.num_warps
-    by_key_head = (leaves * heads,)
-    d_q_left = torch.empty(leaves, query_heads, LEAF, dim, dtype=torch.float32, device=q.device)
-    d_k_right = torch.empty(leaves, heads, LEAF, dim, dtype=torch.float32, device=q.device)
-    d_nodes = torch.empty_like(levels.nodes)
-    query_transport_backward_kernel[(leaves * query_heads,)](
-        p_node=levels.nodes,
+    q_left: Tensor  # (N, HQ, 64, D)
+    k_right: Tensor  # (N, H, 64, D)
+    nodes: Tensor  # (2 N, H, D, D)
+
+
+def levels_backward(
+    inputs: Inputs, table: LeafTable, levels: Levels, leaves: Leaves, dense: DenseGradients
+) -> EdgeGradients:
+    """From the rows at all levels' edges back to the leaves' edges: transports, and the tree from its root down."""
+    q = inputs.q
+    heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
+    options = inputs.options
+    by_key_head = (table.num_leaves * heads,)
+    d_q_left = torch.empty(table.num_leaves, query_heads, LEAF, dim, dtype=torch.float32, device=q.device)
+    d_k_right = torch.empty(table.num_leaves, heads, LEAF, dim, dtype=torch.float32, device=q.device)
+    d_nodes = torch.empty_like(leaves.nodes)
+    query_transport_backward_kernel[(table.num_leaves * query_heads,)](
+        p_node=leaves.nodes,
         p_length=table.length,
         p_index=table.index,
         p_query_base=table.query_base,
@@ -241,10 +255,10 @@ def leaves_and_levels_backward(
         query_slots=table.query_slots,
         num_levels=table.num_levels,
         **options,
-        num_warps=warps,
+        num_warps=4,
     )
     key_transport_backward_kernel[by_key_head](
-        p_node=levels.nodes,
+        p_node=leaves.nodes,
         p_length=table.length,
         p_index=table.index,
         p_count=table.count,
@@ -255,7 +269,7 @@ def leaves_and_levels_backward(
         key_slots=table.key_slots,
         num_levels=table.num_levels,
         **options,
-        num_warps=warps,
+        num_warps=4,
     )
     for level in reversed(range(table.num_levels)):
         tree_backward_kernel[by_key_head](
@@ -267,21 +281,38 @@ def leaves_and_levels_backward(
             p_key_rows=levels.key_rows,
             p_d_query_rows=dense.query_rows,
             p_d_key_rows=dense.key_rows,
-            p_node=levels.nodes,
+            p_node=leaves.nodes,
             p_d_node=d_nodes,
             level=level,
             H=heads,
             query_slots=table.query_slots,
             key_slots=table.key_slots,
             **options,
-            num_warps=warps,
+            num_warps=inputs.matrix_warps,
         )
+    return EdgeGradients(d_q_left, d_k_right, d_nodes)
 
-    def float32(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+def leaves_backward(
+    inputs: Inputs,
+    table: LeafTable,
+    leaves: Leaves,
+    edges: EdgeGradients,
+    d_values: Tensor,
+    d_gate: Tensor | None,
+    log_sum_exp: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+) -> Gradients:
+    """Back through the leaves. d_values and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
+
+    log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
+    """
+    q, k, v, w = inputs.q, inputs.k, inputs.v, inputs.w
+    by_key_head = (table.num_leaves * inputs.heads,)
 
     result = Gradients(*(torch.empty_like(x) for x in (q, k, v, w, inputs.beta)))
-    d_y, d_u = float32(leaves, heads, LEAF, LEAF), float32(leaves, heads, LEAF, dim)
+    d_y, d_u = torch.empty_like(leaves.y), torch.empty_like(leaves.u)
     d_w, d_k = torch.empty_like(d_u), torch.empty_like(d_u)
     leaf_queries_backward_kernel[by_key_head](
         p_q=q,
@@ -289,13 +320,13 @@ def leaves_and_levels_backward(
         p_v=v,
         p_w=w,
         p_g=inputs.g,
-        p_y=levels.y,
-        p_u=levels.u,
+        p_y=leaves.y,
+        p_u=leaves.u,
         p_log_sum_exp=log_sum_exp,
         p_delta=delta,
         p_d_out=d_out,
-        p_d_q_left=d_q_left,
-        p_d_values=dense.values,
+        p_d_q_left=edges.q_left,
+        p_d_values=d_values,
         p_start=table.start,
         p_length=table.length,
         p_d_q=result.q,
@@ -304,27 +335,27 @@ def leaves_and_levels_backward(
         p_d_u=d_u,
         p_d_w=d_w,
         p_d_k=d_k,
-        p_d_gate=dense.gate,
+        p_d_gate=d_gate,
         scale=inputs.scale,
-        H=heads,
+        H=inputs.heads,
         DV=v.shape[2],
         BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(v.shape[2])),
-        **options,
-        num_warps=8,
+        **inputs.options,
+        num_warps=4,
     )
     leaf_transition_backward_kernel[by_key_head](
         p_k=k,
         p_w=w,
         p_beta=inputs.beta,
-        p_inverse=levels.inverse,
-        p_y=levels.y,
-        p_u=levels.u,
+        p_inverse=leaves.inverse,
+        p_y=leaves.y,
+        p_u=leaves.u,
         p_d_y=d_y,
         p_d_u=d_u,
         p_d_w_queries=d_w,
         p_d_k_queries=d_k,
-        p_d_k_right=d_k_right,
-        p_d_node=d_nodes,
+        p_d_k_right=edges.k_right,
+        p_d_node=edges.nodes,
         p_start=table.start,
         p_length=table.length,
         p_index=table.index,
@@ -332,8 +363,8 @@ def leaves_and_levels_backward(
         p_d_k=result.k,
         p_d_w=result.w,
         p_d_beta=result.beta,
-        H=heads,
-        **options,
-        num_warps=8,
+        H=inputs.heads,
+        **inputs.options,
+        num_warps=inputs.matrix_warps,
     )
     return result
