@@ -97,11 +97,11 @@ def leaf_transition_kernel(
         store_rows(p_inverse + i_tile * ROWS, b_inverse, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     b_a = b_inverse * b_beta[None, :]
     b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
-    b_y = dot_rows(b_a, b_z, HALF)
+    b_y = dot_split(b_a, b_z, HALF)
     b_u = dot_split(b_a, b_w, HALF)
     store_rows(p_y + i_tile * ROWS, b_y, 0, ROWS, ROWS, ROWS, ROWS, ROWS)
     store_rows(p_u + i_tile * D, b_u, 0, ROWS, D, D, BLOCK_D, ROWS)
-    b_k_right = b_k.to(tl.float32) - dot_rows(tl.trans(b_y), b_w, HALF)
+    b_k_right = b_k.to(tl.float32) - dot_split(tl.trans(b_y), b_w, HALF)
     store_rows(p_k_right + i_tile * D, b_k_right, 0, ROWS, D, D, BLOCK_D, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     b_identity = tl.where(o_d[:, None] == o_d[None, :], 1.0, 0.0)
@@ -607,11 +607,11 @@ def leaf_transition_backward_kernel(
     b_d_w += dot_exact_right(b_d_z, b_k, HALF)
     b_z = tl.where(strict, dot_exact_right(b_w, tl.trans(b_k), HALF), 0.0)
     b_d_a = dot_rows(b_d_y, tl.trans(b_z), HALF) + dot_rows(b_d_u, tl.trans(b_w), HALF)
-    b_d_t = dot_rows(tl.trans(b_inverse), b_d_a, HALF)
-    b_d_scaled_gram = tl.where(strict, -dot_rows(b_d_t, tl.trans(b_a), HALF), 0.0)  # of D W W^T below the diagonal
-    b_scaled = dot_rows(b_d_scaled_gram, b_w, HALF)
+    b_d_t = dot_split(tl.trans(b_inverse), b_d_a, HALF)
+    b_d_scaled_gram = tl.where(strict, -dot_split(b_d_t, tl.trans(b_a), HALF), 0.0)  # of D W W^T below the diagonal
+    b_scaled = dot_split(b_d_scaled_gram, b_w, HALF)
     b_d_beta = tl.sum(tl.where(o[:, None] == o[None, :], b_d_t, 0.0), axis=1) + tl.sum(b_scaled * b_w, axis=1)
     tl.store(p_d_beta + o_beta, b_d_beta, mask=m_row)
     b_d_w += b_beta[:, None] * b_scaled
-    b_d_w += dot_rows(tl.trans(b_d_scaled_gram * b_beta[:, None]), b_w, HALF)
+    b_d_w += dot_split(tl.trans(b_d_scaled_gram * b_beta[:, None]), b_w, HALF)
     store_rows(p_d_w + i_head * D, b_d_w, i_row, s_rows, H * D, D, BLOCK_D, ROWS)

@@ -15,7 +15,8 @@ def dot_split(b_a, b_b, HALF: tl.constexpr):
     """a b for float32 tiles on half-precision matrix units, to about 16 bits: each tile is the sum of a rounded part
     and the rounded rest, and only rest times rest is left out. HALF is the parts' type, or None for float32 products.
 
-    For what every later token depends on: a leaf's triangular inverse, its transition and products of transitions.
+    For what every later token depends on, a leaf's triangular inverse, its transition and products of transitions; and
+    for gradients that the inverse multiplies, where its condition would magnify the error.
     """
     if HALF is None:
         return tl.dot(b_a, b_b, input_precision="ieee")
