@@ -108,7 +108,10 @@ def attend_backward(
             dense.gate[pair.keys] -= d_scores.sum(1).T
     edges = linear.levels_backward(inputs, table, levels, leaves, dense)
     of_dense = (dense.values, dense.gate)
-    gradients = linear.leaves_backward(inputs, table, leaves, edges, *of_dense, log_sum_exp, delta, d_out)
+    gradients = linear.Gradients(
+        *(torch.full_like(getattr(inputs, x), float("nan")) for x in ["q", "k", "v", "w", "beta"])
+    )
+    linear.leaves_backward(inputs, table, leaves, edges, *of_dense, log_sum_exp, delta, d_out, gradients)
     return gradients, dense.gate
 
 

@@ -3,6 +3,7 @@
 Same algorithm as ops/dyadic.py, on rows of tokens as they come, (B * L, heads, dim): nothing is packed or transposed.
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from path_attention.ops.engines import dense, siblings
 from path_attention.ops.kernels import linear
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table
+from path_attention.ops.kernels.linear import Inputs
 from path_attention.ops.kernels.merge_kernels import delta_kernel
 
 # How the attention between siblings is computed: by our fused kernel, or by torch's fastest one, level by level.
@@ -21,6 +23,9 @@ Siblings = Literal["triton", "sdpa"]
 MAX_DIM = 128
 # Rows are padded to a multiple of this many columns: what tensor descriptors and torch's kernels ask of half precision.
 COLUMNS = 16
+# Leaves times key heads of a part: some 500 MB of rows and matrices at head_dim 64, and still enough programs to fill
+# the largest GPUs several times.
+PART = 2048
 # Rows of one program of the delta kernel: 64 x 64 tiles keep loads wide and registers few.
 DELTA_ROWS = 64
 
@@ -52,39 +57,78 @@ def unsupported_reason(
     return None
 
 
-class _Rows(NamedTuple):
-    """The call's arguments as the kernels take them."""
+class _Part(NamedTuple):
+    """Sequences and heads that go through the stages together: indices into (B, L, HQ, ...) and (B, L, H, ...)."""
 
-    inputs: linear.Inputs
+    queries: tuple[slice, slice, slice]
+    keys: tuple[slice, slice, slice]
     table: LeafTable
 
+    def of(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, scale: float) -> Inputs:
+        """The part's arguments as the kernels take them."""
+        return Inputs(
+            q=_rows(q[self.queries]),
+            k=_rows(k[self.keys]),
+            v=_rows(v[self.keys]),
+            w=_rows(w.squeeze(2)[self.keys]),
+            beta=beta.squeeze(2)[self.keys].flatten(0, 1).contiguous(),
+            g=None if g is None else g[self.queries].flatten(0, 1).contiguous(),
+            scale=scale,
+        )
 
-def _pad(x: Tensor) -> Tensor:
+
+def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
+    """The call cut along its sequences, and where one alone is too much along its key heads.
+
+    What the stages hold besides inputs and results is by far the most of their memory: it is held for one part.
+    """
+    batch, length, heads = k.shape[:3]
+    group = q.shape[2] // heads
+    leaves = -(-length // LEAF)
+    sequences = max(1, min(batch, PART // (leaves * heads)))
+    part_heads = heads if leaves * heads <= PART else max(1, PART // leaves)
+    sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
+    table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
+    for first in range(0, batch, sequences):
+        sequence = slice(first, min(first + sequences, batch))
+        if cu_seqlens is None and (table is None or sequence.stop - first != sequences):
+            table = batch_leaf_table(sequence.stop - first, length, q.device)
+        assert table is not None
+        for head in range(0, heads, part_heads):
+            last = min(head + part_heads, heads)
+            yield _Part(
+                queries=(sequence, slice(None), slice(head * group, last * group)),
+                keys=(sequence, slice(None), slice(head, last)),
+                table=table,
+            )
+
+
+def _even(total: int, most: int) -> int:
+    """The size of ceil(total / most) parts that differ as little as may be."""
+    return -(-total // -(-total // most))
+
+
+def _rows(x: Tensor) -> Tensor:
     """(B, L, heads, dim) -> (B * L, heads, dim padded to a multiple of COLUMNS), contiguous."""
     return torch.nn.functional.pad(x.flatten(0, 1), (0, -x.shape[-1] % COLUMNS)).contiguous()
 
 
-def _rows(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, scale: float
-) -> _Rows:
-    batch, length = q.shape[:2]
-    inputs = linear.Inputs(
-        q=_pad(q),
-        k=_pad(k),
-        v=_pad(v),
-        w=_pad(w.squeeze(2)),
-        beta=beta.flatten(0, 2).contiguous(),
-        g=None if g is None else g.flatten(0, 1).contiguous(),
-        scale=scale,
+def _place(result: Tensor, index: tuple[slice, slice, slice]) -> Tensor:
+    """Where a kernel writes a part's rows of result (B, L, heads, ...): there, or else rows for :func:`_store`."""
+    place = result[index]
+    if place.is_contiguous() and (place.dim() == 3 or place.shape[3] % COLUMNS == 0):
+        return place.flatten(0, 1)
+    return torch.empty_like(
+        _rows(place) if place.dim() == 4 else place.flatten(0, 1), memory_format=torch.contiguous_format
     )
-    if cu_seqlens is None:
-        return _Rows(inputs, batch_leaf_table(batch, length, q.device))
-    return _Rows(inputs, packed_leaf_table(cu_seqlens, length, q.device))
 
 
-def _like(x: Tensor, shape: torch.Size) -> Tensor:
-    """Rows back to an argument's shape (B, L, ...), without the padding."""
-    return x[..., : shape[-1]].reshape(shape) if x.shape[-1] != shape[-1] else x.view(shape)
+def _store(result: Tensor, index: tuple[slice, slice, slice], rows: Tensor) -> None:
+    """Bring a part's rows from where the kernels wrote them to result (B, L, heads, ...), without the padding."""
+    place = result[index]
+    if rows.data_ptr() != place.data_ptr():
+        columns = rows[..., : place.shape[3]] if place.dim() == 4 else rows
+        place.copy_(columns.reshape(place.shape))
 
 
 def forward(
@@ -99,13 +143,18 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, 1, H, D), beta (B, L, 1, H)."""
-    inputs, table = _rows(q, k, v, w, beta, g, cu_seqlens, scale)
-    out = torch.empty(*inputs.q.shape[:2], inputs.v.shape[2], dtype=q.dtype, device=q.device)
-    log_sum_exp = torch.empty(out.shape[:2], dtype=torch.float32, device=q.device)
-    levels = linear.forward(inputs, table, out, log_sum_exp)
+    result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.triton_forward if siblings_by == "triton" else siblings.sdpa_forward
-    attend(inputs, table, levels, out, log_sum_exp)
-    return _like(out, torch.Size((*q.shape[:3], v.shape[3]))), log_sum_exp.view(q.shape[:3])
+    for part in _parts(q, k, cu_seqlens):
+        inputs = part.of(q, k, v, w, beta, g, scale)
+        out, log_sum_exp = _place(result, part.queries), _place(result_log_sum_exp, part.queries)
+        levels = linear.forward(inputs, part.table, out, log_sum_exp)
+        attend(inputs, part.table, levels, out, log_sum_exp)
+        _store(result, part.queries, out)
+        _store(result_log_sum_exp, part.queries, log_sum_exp)
+        del inputs, out, log_sum_exp, levels  # before the next part asks for as much
+    return result, result_log_sum_exp
 
 
 def backward(
@@ -123,8 +172,41 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, w, beta and g, in their dtypes."""
-    inputs, table = _rows(q, k, v, w, beta, g, cu_seqlens, scale)
-    d_out, out, log_sum_exp = _pad(d_out), _pad(out), log_sum_exp.flatten(0, 1).contiguous()
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, w, beta)]
+    d_gate = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    places = (*results[:3], results[3].squeeze(2), results[4].squeeze(2))
+    for part in _parts(q, k, cu_seqlens):
+        inputs = part.of(q, k, v, w, beta, g, scale)
+        index = (part.queries, *[part.keys] * 4)
+        found = [_place(x, where) for x, where in zip(places, index, strict=True)]
+        part_d_gate = _part_backward(
+            siblings_by,
+            inputs,
+            part.table,
+            _rows(d_out[part.queries]),
+            _rows(out[part.queries]),
+            log_sum_exp[part.queries].flatten(0, 1).contiguous(),
+            linear.Gradients(*found),
+        )
+        for x, where, rows in zip(places, index, found, strict=True):
+            _store(x, where, rows)
+        if d_gate is not None and part_d_gate is not None:
+            _store(d_gate, part.queries, part_d_gate)
+        del inputs, found, part_d_gate
+    d_q, d_k, d_v, d_w, d_beta = results
+    return d_q, d_k, d_v, d_w, d_beta, None if d_gate is None else _gate_gradient(d_gate, cu_seqlens).to(g)
+
+
+def _part_backward(
+    siblings_by: Siblings,
+    inputs: Inputs,
+    table: LeafTable,
+    d_out: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    result: linear.Gradients,
+) -> Tensor | None:
+    """Write a part's gradients to result; returns row sums less column sums of dS, (T, HQ), where there are gates."""
     delta = _delta(out, d_out)
     levels, leaves = linear.recompute(inputs, table)
     if siblings_by == "triton":
@@ -134,15 +216,8 @@ def backward(
     edges = linear.levels_backward(inputs, table, levels, leaves, gradients)
     d_values, d_gate = gradients.values, gradients.gate
     del levels, gradients  # the largest buffers: their memory serves the leaves' gradients
-    result = linear.leaves_backward(inputs, table, leaves, edges, d_values, d_gate, log_sum_exp, delta, d_out)
-    return (
-        _like(result.q, q.shape),
-        _like(result.k, k.shape),
-        _like(result.v, v.shape),
-        _like(result.w, w.shape[:2] + w.shape[3:]).view(w.shape),
-        result.beta.view(beta.shape),
-        None if g is None or d_gate is None else _gate_gradient(d_gate.view(g.shape), cu_seqlens).to(g),
-    )
+    linear.leaves_backward(inputs, table, leaves, edges, d_values, d_gate, log_sum_exp, delta, d_out, result)
+    return d_gate
 
 
 def _delta(out: Tensor, d_out: Tensor) -> Tensor:

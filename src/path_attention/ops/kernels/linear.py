@@ -215,7 +215,7 @@ class DenseGradients:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of :class:`Inputs`, each in the dtype of its input; that of g is left in d_gate."""
+    """Where the gradients of :class:`Inputs` go, each like its input; that of g is left in d_gate."""
 
     q: Tensor
     k: Tensor
@@ -303,15 +303,16 @@ def leaves_backward(
     log_sum_exp: Tensor,
     delta: Tensor,
     d_out: Tensor,
-) -> Gradients:
-    """Back through the leaves. d_values and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
+    result: Gradients,
+) -> None:
+    """Back through the leaves, to ``result``.
 
+    d_values and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
     log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
     """
     q, k, v, w = inputs.q, inputs.k, inputs.v, inputs.w
     by_key_head = (table.num_leaves * inputs.heads,)
 
-    result = Gradients(*(torch.empty_like(x) for x in (q, k, v, w, inputs.beta)))
     d_y, d_u = torch.empty_like(leaves.y), torch.empty_like(leaves.u)
     d_w, d_k = torch.empty_like(d_u), torch.empty_like(d_u)
     leaf_queries_backward_kernel[by_key_head](
@@ -367,4 +368,3 @@ def leaves_backward(
         **inputs.options,
         num_warps=inputs.matrix_warps,
     )
-    return result

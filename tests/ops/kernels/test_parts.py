@@ -1,0 +1,54 @@
+"""The CUDA engine in Triton's interpreter, cut into parts along sequences and heads: always the definition's result."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from path_attention import path_attention_reference
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs Triton's interpreter: on a GPU, test_cuda.py runs the engine", allow_module_level=True)
+
+from path_attention.ops.engines import cuda
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+# Leaves times key heads of a part: one head of one sequence, an uneven cut, everything at once.
+@pytest.mark.parametrize("part", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("shape", "value_dim", "ends"),
+    [((3, 70, 4, 2, 16), 24, None), ((1, 150, 6, 3, 18), 8, [0, 20, 20, 150]), ((5, 3, 3, 3, 16), 16, None)],
+    ids=["batch", "packed", "short"],
+)
+def test_parts_equal_the_definition(
+    part: int, shape: tuple[int, ...], value_dim: int, ends: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "PART", part)
+    batch, length, query_heads, heads, dim = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(batch, length, *size, generator=generator)
+
+    q, k, v = normal(query_heads, dim), normal(heads, dim), normal(heads, value_dim)
+    w = torch.nn.functional.normalize(normal(heads, dim), dim=-1)
+    beta, g = 2 * torch.rand(batch, length, heads, generator=generator), -normal(query_heads).abs()
+    d_out = normal(query_heads, value_dim)
+    cu_seqlens = None if ends is None else torch.tensor(ends)
+    exact = [x.double().requires_grad_() for x in (q, k, v, w, beta, g)]
+    expected = path_attention_reference(*exact, cu_seqlens=cu_seqlens)
+    expected.backward(d_out.double())
+    inputs = (q, k, v, w.unsqueeze(2), beta.unsqueeze(2), g)
+    scale = dim**-0.5
+    out, log_sum_exp = cuda.forward("triton", *inputs, cu_seqlens, scale)
+    gradients = cuda.backward("triton", d_out, *inputs, out, log_sum_exp, cu_seqlens, scale)
+    # float32: some ten roundings of 6e-8 in a row.
+    assert relative_error(out, expected.detach()) <= 1e-6
+    for x, y in zip(gradients, exact, strict=True):
+        assert relative_error(x.view(y.shape), y.grad) <= 3e-6
