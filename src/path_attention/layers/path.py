@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from path_attention.autocast import without_autocast
 from path_attention.layers.attention import Attention
 from path_attention.layers.padding import token_positions
 from path_attention.layers.short_convolution import ShortConvolution
@@ -116,7 +117,7 @@ class PaTHAttention(Attention):
     def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, R * H * D) float32 at least, every D of them a unit vector."""
         w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
-        with torch.autocast(w.device.type, enabled=False):
+        with without_autocast(w.device):
             w = at_least_float32(w)
             if self.w_conv is not None:
                 w = self.w_conv(w, token_positions(cu_seqlens, w.shape[1], w.device))
