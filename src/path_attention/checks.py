@@ -20,8 +20,8 @@ def check_integer(name: str, value: object, least: int, wanted: str = "") -> Non
 
 def check_number(name: str, value: Any, *, zero: bool, wanted: str = "") -> None:
     """A finite number above 0, or 0 too where ``zero`` says so."""
-    fits = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < inf and (zero or value != 0)
-    if not fits:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < inf or (value == 0 and not zero):
         raise bad(name, repr(value), wanted or f"a finite number {'of at least' if zero else 'above'} 0")
 
 
