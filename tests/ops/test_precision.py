@@ -72,6 +72,25 @@ def test_float32(length: int, beta: str, gated: bool) -> None:
     assert_within(errors(out_and_gradients(path_attention, inputs), exact), yardstick, FLOAT32_FACTOR)
 
 
+@pytest.mark.parametrize("gate", [-300.0, -1e4, -1e9, torch.finfo(torch.float32).min, float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_closed_gate_is_a_boundary(dtype: torch.dtype, gate: float) -> None:
+    """Nothing before it is seen, and what comes after is as exact as without it: equal to packed sequences."""
+    # 20: twice in the first leaf; 64: at an edge of leaves; 150: inside a later one.
+    ends = [0, 7, 20, 64, 150, 200]
+    inputs = make_inputs(Shape(200, query_heads=4, dim=8, value_dim=8), gated=True, dtype=dtype)
+    closed = copy_inputs(inputs)
+    with torch.no_grad():
+        closed["g"][:, ends[1:-1]] = gate
+    packed = oracle(inputs, cu_seqlens=torch.tensor(ends))
+    for function in (path_attention, path_attention_reference):
+        got = out_and_gradients(function, closed)
+        rounding = errors(out_and_gradients(function, inputs, cu_seqlens=torch.tensor(ends)), packed)
+        # The gradient of g adds up dS to the end of the whole row instead of the sequence: more terms, all rounded.
+        rounding["g"] *= len(ends)
+        assert_within(errors(got, packed), {name: max(x, torch.finfo(dtype).eps) for name, x in rounding.items()}, 2.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_grows_over_long_products_of_reflections(dtype: torch.dtype) -> None:
     """8192 exact reflections, w often repeated: a product whose norm drifted above 1 would blow the logits up."""

@@ -10,6 +10,9 @@ from torch import Tensor
 from path_attention.autocast import autocast_dtype
 from path_attention.checks import bad
 
+# Log gates count as this where they are lower. exp of it is 0 in every dtype and no logit makes up for it, yet the sum
+# of 3e8 of them is still a float32, where lower ones would add up to -inf, and -inf less -inf is no number.
+LOWEST_GATE = -1e30
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

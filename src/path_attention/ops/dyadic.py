@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from path_attention.ops.arguments import LOWEST_GATE
 from path_attention.ops.engines import dense
 from path_attention.ops.leaf import (
     LeafEdges,
@@ -52,7 +53,7 @@ class Problem:
     heads: int  # H
     group: int  # G
     dense_dtype: torch.dtype  # what the dense attentions run in
-    gate: Tensor | None  # (H, G, N, B, 1)
+    gate: Tensor | None  # g, (H, G, N, B, 1)
 
     @classmethod
     def pack(
@@ -74,14 +75,15 @@ class Problem:
         beta_rows = plan.pack(beta.transpose(2, 3), dtype)
         gate = None
         if g is not None:
-            gate = plan.pack(g[..., None], dtype).cumsum(2).view(heads, group, plan.num_leaves, plan.leaf, 1)
+            gate = plan.pack(g[..., None], dtype).clamp_(min=LOWEST_GATE)
+            gate = gate.view(heads, group, plan.num_leaves, plan.leaf, 1)
         leaf = LeafInputs(
             q=_group_last(q_rows, group).reshape(leaves, group * plan.leaf, -1),
             k=plan.pack(k, dtype).flatten(0, 1),
             v=plan.pack(v, dtype).flatten(0, 1),
             w=w_rows.view(leaves, plan.leaf * reflections, -1),
             beta=beta_rows.view(leaves, plan.leaf * reflections),
-            gate=None if gate is None else gate.squeeze(-1).transpose(1, 2).flatten(0, 1),
+            g=None if gate is None else gate.squeeze(-1).transpose(1, 2).flatten(0, 1),
         )
         masks = LeafMasks.build(plan.leaf, group, reflections, leaf.q)
         return cls(plan, leaf, masks, heads, group, _dense_dtype(q, gate), gate)
@@ -185,9 +187,11 @@ class _Tree:
             product=edges.product.view(problem.heads, problem.plan.num_leaves, *edges.product.shape[1:]),
         )
         if problem.gate is not None:
-            tree.gate_q = problem.gate.clone()
-            tree.gate_span = problem.gate[..., -1:, :].clone()
-            tree.gate_k = tree.gate_span - problem.gate
+            tree.gate_q = problem.gate.cumsum(-2)
+            tree.gate_span = tree.gate_q[..., -1:, :].clone()
+            after = torch.nn.functional.pad(problem.gate[..., 1:, :], (0, 0, 0, 1))
+            # From the right: as the span's sum less gate_q, small gates would be lost beside a large one.
+            tree.gate_k = after.flip(-2).cumsum(-2).flip(-2)
         return tree
 
     def ascend(self, pairs: SiblingPairs) -> None:

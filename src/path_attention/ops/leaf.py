@@ -51,7 +51,7 @@ class LeafInputs(NamedTuple):
     v: Tensor  # (M, B, DV)
     w: Tensor  # (M, B*R, D)
     beta: Tensor  # (M, B*R)
-    gate: Tensor | None  # (M, G, B): sum of g from the leaf's first token to this one
+    g: Tensor | None  # (M, G, B)
 
 
 class LeafEdges(NamedTuple):
@@ -84,14 +84,22 @@ def _factors(inputs: LeafInputs, z: Tensor) -> Factors:
     return Factors(t_inverse, a @ w, a @ z)
 
 
+def _gates_between(g: Tensor) -> Tensor:
+    """(M, G, B) -> (M, G, B, B): the sum of g over the tokens after the key, the column, up to the query, the row.
+
+    Each is summed by itself: the difference of two running sums that share a large gate would have lost the small ones.
+    """
+    return g[..., None].expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2)
+
+
 def _weights(
     inputs: LeafInputs, masks: LeafMasks, x: Tensor, y: Tensor, log_sum_exp: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """exp(logits - log_sum_exp), 0 above the diagonal, and the log_sum_exp: the leaf's own where None is given."""
-    q, k, _, _, _, gate = inputs
+    q, k, _, _, _, g = inputs
     logits = torch.baddbmm(q @ k.mT, x, y, alpha=-1)
-    if gate is not None:
-        logits += (gate[..., :, None] - gate[..., None, :]).flatten(1, 2)
+    if g is not None:
+        logits += _gates_between(g).flatten(1, 2)
     logits.masked_fill_(masks.outside, float("-inf"))
     if log_sum_exp is None:
         log_sum_exp = logits.logsumexp(-1, keepdim=True)
@@ -137,7 +145,7 @@ class LeafGradients(NamedTuple):
     v: Tensor
     w: Tensor
     beta: Tensor
-    gate: Tensor | None  # (M, G, B): row sums less column sums of dS, the gradient of the summed gate
+    gate: Tensor | None  # (M, G, B): row sums less column sums of dS, the gradient of the running sum of g
 
 
 def leaf_backward(
@@ -158,7 +166,7 @@ def leaf_backward(
     U and Y solve T U = D W and T Y = D Z. With G = T^{-T} dU and likewise F for Y, the gradients of D W and D Z are G
     and F, and that of T is -(G U^T + F Y^T) below the diagonal.
     """
-    q, k, v, w, beta, gate = inputs
+    q, k, v, w, beta, g = inputs
     d_out = d_out.to(q.dtype)
     delta = (d_out * out).sum(-1, keepdim=True)
     x, z = _x_and_z(inputs, masks)
@@ -187,7 +195,7 @@ def leaf_backward(
     d_q = torch.baddbmm(d_q_left, d_logits, k).baddbmm_(d_x, w, alpha=-1)
     d_k = torch.baddbmm(d_k_right, d_logits.mT, q).baddbmm_(d_z.mT, w, alpha=-1)
     d_gate = None
-    if gate is not None:
-        d_logits = d_logits.unflatten(1, gate.shape[1:])
+    if g is not None:
+        d_logits = d_logits.unflatten(1, g.shape[1:])
         d_gate = d_logits.sum(-1) - d_logits.sum(2)
     return LeafGradients(d_q, d_k, d_v, d_w, d_beta, d_gate)

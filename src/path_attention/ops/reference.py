@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from path_attention.autocast import without_autocast
-from path_attention.ops.arguments import Arguments, sequence_bounds, validate_arguments
+from path_attention.ops.arguments import LOWEST_GATE, Arguments, sequence_bounds, validate_arguments
 
 
 def _logits_one_sequence(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, scale: float) -> Tensor:
@@ -25,19 +25,19 @@ def _logits_one_sequence(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, g: Tenso
     length = q.shape[-2]
     columns: list[Tensor] = []
     moved = q[:, :, :0]  # queries i > t, each already times H_i ... H_{t+1}
+    between = q[:, :, :0, 0]  # sums g_{t+1} + ... + g_i for i > t: differences of running sums would lose small gates
     for t in reversed(range(length)):
         moved = torch.cat([q[:, :, t : t + 1], moved], dim=2)
         scores = scale * (moved @ k[:, :, t, :, None]).squeeze(-1)  # (B, HQ, L - t)
+        if g is not None:
+            between = torch.nn.functional.pad(between, (1, 0))
+            scores = scores + between
+            between = between + g[:, :, t, None]
         columns.append(torch.nn.functional.pad(scores, (t, 0), value=float("-inf")))
         for r in reversed(range(w.shape[-2])):  # H_t = H_{t,R} ... H_{t,1}: a row vector meets H_{t,R} first
             w_t, beta_t = w[:, :, t, r], beta[:, :, t, r, None, None]
             moved = moved - beta_t * (moved @ w_t[..., None]) * w_t[:, :, None, :]
-    logits = torch.stack(columns[::-1], dim=-1)
-    if g is not None:
-        total = g.cumsum(-1)
-        # logit(i, j) gains g_{j+1} + ... + g_i
-        logits = logits + (total[..., :, None] - total[..., None, :])
-    return logits
+    return torch.stack(columns[::-1], dim=-1)
 
 
 def path_attention_weights(
@@ -74,7 +74,7 @@ def _weights(arguments: Arguments, bounds: list[tuple[int, int]]) -> Tensor:
     w, beta = arguments.reflections()
     q_, k_ = heads_first(q), heads_first(k)
     w_, beta_ = heads_first(w.movedim(2, -2)), heads_first(beta.movedim(2, -1))
-    g_ = None if g is None else g.to(dtype).movedim(2, 1)
+    g_ = None if g is None else g.to(dtype).clamp(min=LOWEST_GATE).movedim(2, 1)
     weights = q_.new_zeros(q_.shape[0], q_.shape[1], q.shape[1], q.shape[1])
     for start, end in bounds:
         if start == end:
