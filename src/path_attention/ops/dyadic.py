@@ -36,6 +36,7 @@ from path_attention.ops.leaf import (
     leaf_backward,
     leaf_edges,
     leaf_forward,
+    sum_from_here,
 )
 from path_attention.ops.spans import SiblingPairs, SpanPlan
 
@@ -112,8 +113,8 @@ def _group_last(x: Tensor, group: int) -> Tensor:
 # The G query heads of a group attend to the same keys, so they are extra rows of the same dense attention: no key is
 # copied. The key's part of the gate, a number per query head and key, rides along as G extra columns: the query of head
 # g has a one in column g, the key has its gate there, and the gradient of the key's columns is the column sum of dS.
-# One more column, ones in the key and zeros in the query, gives the row sum of dS in the query's gradient. The gradient
-# of the gate needs both: their errors (those of delta, from a rounded output) cancel only together.
+# One more column, ones in the key and zeros in the query, gives the row sum of dS in the query's gradient. The gates
+# of the right sibling take the one, those of the left sibling the other.
 
 
 def _dense_dtype(q: Tensor, gate: Tensor | None) -> torch.dtype:
@@ -189,9 +190,8 @@ class _Tree:
         if problem.gate is not None:
             tree.gate_q = problem.gate.cumsum(-2)
             tree.gate_span = tree.gate_q[..., -1:, :].clone()
-            after = torch.nn.functional.pad(problem.gate[..., 1:, :], (0, 0, 0, 1))
-            # From the right: as the span's sum less gate_q, small gates would be lost beside a large one.
-            tree.gate_k = after.flip(-2).cumsum(-2).flip(-2)
+            # Not the span's sum less gate_q: small gates would be lost beside a large one.
+            tree.gate_k = sum_from_here(torch.nn.functional.pad(problem.gate[..., 1:, :], (0, 0, 0, 1)))
         return tree
 
     def ascend(self, pairs: SiblingPairs) -> None:
@@ -376,9 +376,8 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     rows += [d_k.flatten(0, 1), d_product.flatten(0, 1), t_inverse, u, y]
     leaf = LeafGradients(*_in_chunks(leaf_backward, problem.leaf, problem.masks, *rows))
     d_v = d_v[..., : leaf.v.shape[-1]].add_(problem.key_rows(leaf.v))
-    if d_gate is not None and leaf.gate is not None:
-        d_gate += problem.query_rows(leaf.gate.flatten(1)[..., None])
-        d_gate = _sum_to_the_right(problem.plan, d_gate)
+    if d_gate is not None and leaf.g is not None:
+        d_gate += problem.query_rows(leaf.g.flatten(1)[..., None])
     return Gradients(
         q=problem.query_rows(leaf.q).flatten(0, 1),
         k=problem.key_rows(leaf.k),
@@ -418,9 +417,13 @@ def _descend(
     )
     pairs.left.add(d_v, d_values.transpose(0, 1))
     if d_gate is not None:
-        columns_sum = d_keys[..., dim : dim + problem.group].permute(1, 3, 0, 2)  # (H, G, pairs, keys)
-        pairs.left.add(d_gate, columns_sum[..., None].neg())
-        pairs.right.add(d_gate, _unfold_queries(d_rows[..., dim + problem.group :][..., :1], problem.group))
+        # A gate of the right sibling is in the logits of all queries from its token on, one of the left sibling in
+        # those of all keys before its token. Row sums less column sums, added up to the sequence's end, would say the
+        # same, with the rounding of everything on the way.
+        columns_sum = d_keys[..., dim : dim + problem.group].permute(1, 3, 0, 2)[..., None]  # (H, G, pairs, keys, 1)
+        pairs.left.add(d_gate, torch.nn.functional.pad(columns_sum[..., :-1, :], (0, 0, 1, 0)).cumsum(-2))
+        rows_sum = _unfold_queries(d_rows[..., dim + problem.group :][..., :1], problem.group)
+        pairs.right.add(d_gate, sum_from_here(rows_sum))
 
     left, right = climbed.left, climbed.right
     d_rows = _unfold_queries(d_rows[..., :dim], problem.group).to(d_q.dtype)
@@ -441,10 +444,3 @@ def _descend(
     pairs.left.put(d_k, d_keys)
     if d_left is not None:
         pairs.left_root.put(d_product, d_left)
-
-
-def _sum_to_the_right(plan: SpanPlan, d_gate: Tensor) -> Tensor:
-    """Gradient of g from that of its running sum: dg_s = sum of d_gate_t over t >= s in the same sequence."""
-    leaves = [-(-length // plan.leaf) for length in plan.lengths]
-    parts = d_gate.split(leaves, dim=2)
-    return torch.cat([x.flatten(2).flip(-1).cumsum(-1).flip(-1).view_as(x) for x in parts], dim=2)
