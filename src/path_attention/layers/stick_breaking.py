@@ -1,4 +1,6 @@
-"""Stick-breaking attention (SBA, arXiv 2410.17980): each key, from the nearest on, breaks off a share of what is left."""
+"""Stick-breaking attention (SBA, arXiv 2410.17980): every key in turn takes a share of what is left."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,10 +24,10 @@ class StickBreakingAttention(Attention):
         q, k, v = self._project(hidden_states)
         group = self.num_heads // self.num_kv_heads
         if cu_seqlens is None:
-            return self._mix(q, k, v, group)
+            return self._mix(group, q, k, v)
         lengths = cu_seqlens.diff().tolist()
         parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        return torch.cat([self._mix(*part, group) for part in parts], dim=1)
+        return torch.cat([self._mix(group, *part) for part in parts], dim=1)
 
     def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, _ = self._project(hidden_states)
@@ -33,19 +35,21 @@ class StickBreakingAttention(Attention):
         ends = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
         dtype = torch.promote_types(q.dtype, torch.float32)
         weights = torch.zeros(len(q), self.num_heads, length, length, dtype=dtype, device=q.device)
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in pairwise(ends):
             part = slice(start, end)
             weights[:, :, part, part] = stick_breaking_weights(q[:, part], k[:, part], group)
         return weights
 
     @staticmethod
-    def _mix(q: Tensor, k: Tensor, v: Tensor, group: int) -> Tensor:
+    def _mix(group: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = stick_breaking_weights(q, k, group).to(v.dtype)
         return (weights @ v.transpose(1, 2).repeat_interleave(group, dim=1)).transpose(1, 2)
 
 
 def stick_breaking_weights(q: Tensor, k: Tensor, group: int = 1) -> Tensor:
-    """A with the remainders on its diagonal, (B, HQ, L, L), in float32 at least; q (B, L, HQ, D), k (B, L, HQ / group, D).
+    """A with the remainders on its diagonal, (B, HQ, L, L), in float32 at least.
+
+    q is (B, L, HQ, D) and k (B, L, HQ / group, D).
 
     log A_ij = z_ij - sum_{j <= k < i} softplus(z_ik) and log remainder_i = - sum_{k < i} softplus(z_ik): sums of terms
     of one sign, of which nothing cancels. The keys are taken in reverse, so that the sums are running ones.
