@@ -32,7 +32,7 @@ def random_word(length: int, generator: torch.Generator) -> Word:
 
 
 def check_words(network: SwapNetwork, words: list[Word]) -> Tensor:
-    """Every prefix of every word; returns the smallest distance from the decision's boundary, relative to 1 / (t + 1)."""
+    """Every prefix of every word; returns the smallest distance from the boundary, relative to 1 / (t + 1)."""
     ids = torch.tensor([[START, *(token(x, y) for x, y in word)] for word in words])
     with torch.no_grad():
         out = network(ids)
