@@ -161,7 +161,7 @@ def task(
     from path_attention.training import strict
     from path_attention.training.recipe import override
 
-    made = strict.build(task_class(name), override({}, options or ()), "task")
+    made: Any = strict.build(task_class(name), override({}, options or ()), "task")
     if seed < 0 or index < 0:
         raise ValueError(f"--seed and --index: wanted 0 or more, got {seed} and {index}")
     print(describe(name, made))

@@ -1,5 +1,6 @@
 """What ``path-attention reproduce`` does."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from path_attention.reproduction.work import Plan, run, unfinished
 
 # Trainings at a time on a GPU: steps of these models leave most of it idle.
 CONCURRENT_ON_GPU = 4
+# Linux knows which cores are ours.
+_COUNTS_CORES = hasattr(os, "sched_getaffinity")
 
 
 def reproduce(
@@ -35,8 +38,9 @@ def reproduce(
     wanted = cells(name, quick=quick, seeds=seeds, rows=rows, overrides=overrides)
     left = unfinished(wanted, plan.runs)
     console.print(
-        f"{TABLES[name].title}: {len(wanted)} models, {len(wanted) - len(left)} finished already; {plan.processes} "
-        f"processes x {plan.concurrent} at a time on {plan.device}"
+        f"{TABLES[name].title}: {len(wanted)} models, {len(wanted) - len(left)} finished already; processes on "
+        f"{plan.device}: {plan.processes}, models at a time in each: {plan.concurrent}",
+        soft_wrap=True,
     )
     started = time.monotonic()
     with _Progress(left, console) as progress:
@@ -44,17 +48,20 @@ def reproduce(
     numbers = reports.collect(name, wanted, plan.runs, command, time.monotonic() - started)
     numbers["quick"] = quick
     for path in reports.write(numbers, out):
-        console.print(f"written: {path}")
+        console.print(f"written: {path}", soft_wrap=True)
     if not complete:
         missing = numbers["missing"]
-        console.print(f"{len(missing)} of {len(wanted)} models are not finished; the same command goes on with them")
+        console.print(
+            f"{len(missing)} of {len(wanted)} models are not finished; the same command goes on with them",
+            soft_wrap=True,
+        )
     return complete
 
 
 def remake(path: Path, out: Path, console: Console) -> None:
     """The report anew from a JSON."""
     for written in reports.write(reports.read(path), out):
-        console.print(f"written: {written}")
+        console.print(f"written: {written}", soft_wrap=True)
 
 
 def default_plan(
@@ -73,11 +80,11 @@ def default_plan(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
+    kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device: wanted cpu, or cuda where there is one, got {device!r}")
     if processes is None:
-        processes = 1 if kind == "cuda" else torch.get_num_threads()
+        processes = 1 if kind == "cuda" else len(os.sched_getaffinity(0)) if _COUNTS_CORES else os.cpu_count() or 1
     if concurrent is None:
         concurrent = CONCURRENT_ON_GPU if kind == "cuda" else 1
     for option, number in (("--processes", processes), ("--concurrent", concurrent), ("--time-limit", time_limit)):

@@ -134,8 +134,8 @@ def markdown(table: Table, numbers: Mapping[str, Any], picture: str) -> str:
         if row.name in present:
             texts = [_cell_text(table, _values(table, numbers, row.name, c)) for c in columns]
             lines.append(f"| {row.label} | " + " | ".join(texts) + " |")
-    for label, texts in table.published.items():
-        lines.append(f"| {label} | " + " | ".join([*texts, *[""] * (len(columns) - len(texts))]) + " |")
+    for label, published in table.published.items():
+        lines.append(f"| {label} | " + " | ".join([*published, *[""] * (len(columns) - len(published))]) + " |")
     seeds = len({cell["seed"] for cell in numbers["cells"]})
     lines += ["", f"Median over {seeds} seed{'s' if seeds > 1 else ''}, in parentheses the range."]
     if table.name == "a5":
@@ -177,8 +177,8 @@ def _facts(numbers: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
         f"{len(cells)} models, {sum(c['facts']['steps'] for c in cells):,} steps; the models' own times add up to "
-        f"{sum(c['facts']['seconds'] for c in cells):,.0f} s, {facts['processes']} processes x {facts['concurrent']} "
-        f"at a time. {facts['device']}; {versions}.",
+        f"{sum(c['facts']['seconds'] for c in cells):,.0f} s, {facts['concurrent']} at a time "
+        f"in each of {facts['processes']} process(es). {facts['device']}; {versions}.",
         "",
         f"Made by `{numbers['command']}`.",
     ]

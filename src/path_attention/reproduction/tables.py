@@ -176,8 +176,8 @@ _TABLE1 = Table(
         "FoX, paper": ("8.3 %", "36.3 %", "0 %"),
         "PaTH, paper": ("0 %", "0.0001 %", "0 %"),
     },
-    remark="The paper does not say how long, at which learning rate or on how many sequences it trained. The columns of "
-    "eight times the length are not in the paper.",
+    remark="The paper does not say how long, at which learning rate or on how many sequences it trained. The columns "
+    "of eight times the length are not in the paper.",
 )
 
 _MQRAR = Table(
@@ -208,8 +208,8 @@ _MQRAR = Table(
     ),
     quick_variants=("back1", "back2"),
     stop_at=0.001,
-    remark="The figure has no numbers in the text: PaTH succeeds for N below 4, SBA and FoX struggle. The paper's number "
-    "of queries is not known; 128 make N = 4 learnable.",
+    remark="The figure has no numbers in the text: PaTH succeeds for N below 4, SBA and FoX struggle. The paper's "
+    "number of queries is not known; 128 make N = 4 learnable.",
 )
 
 _A5 = Table(

@@ -5,7 +5,8 @@ of every position; the PaTH paper (arXiv 2505.16381, section 4.1) for words in g
 word is the identity.
 
 A sequence is ``# x_1 x_2 ... x_n =`` with letters x_t from the group. After x_t the answer is the element
-x_1∘x_2∘...∘x_t (the rightmost is applied first), or, asked once after the last letter, whether the whole product is the identity.
+x_1∘x_2∘...∘x_t (the rightmost is applied first), or, asked once after the last letter, whether the
+whole product is the identity.
 """
 
 from dataclasses import dataclass
