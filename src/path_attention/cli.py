@@ -248,9 +248,10 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in _EXTRA:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRA:
                 raise
-            code = _fail(f"{error.name} is not installed: {_INSTALL}", FAILED)
+            code = _fail(f"{package} is not installed: {_INSTALL}", FAILED)
         except (ValueError, FileNotFoundError) as error:
             code = _fail(str(error), MISTAKE)
         except KeyboardInterrupt:
