@@ -224,12 +224,8 @@ def _optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> 
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     rate = torch.tensor(settings.learning_rate, device=device) if cuda else settings.learning_rate
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(settings.betas[0], settings.betas[1]), fused=cuda or None)
-    if cuda:
-        for group in optimizer.param_groups:
-            group["capturable"] = True
-            group["lr"] = rate.clone() if isinstance(rate, Tensor) else rate
-    return optimizer
+    betas = (settings.betas[0], settings.betas[1])
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=cuda or None, capturable=cuda)
 
 
 def _learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Tensor:
@@ -272,7 +268,8 @@ class Evaluation:
         while self.sequences < self.total:
             self._batch()
             if self.total == math.inf:
-                first = int(self.counts[0])
+                with self.training.on_stream():  # whose work the host is to wait for
+                    first = int(self.counts[0])
                 if first == 0:
                     warnings.warn(f"{self.split}: no answers in the first {self.batch_size} sequences", stacklevel=2)
                 self.total = self.batch_size * math.ceil(self.wanted / max(1, first))
@@ -297,11 +294,13 @@ class Evaluation:
 
     def result(self) -> dict[str, Any]:
         """Answers, errors, sequences, those with an error, and how many have none up to each position."""
-        count, errors, sequences_wrong = self.counts.tolist()
+        with self.training.on_stream():
+            count, errors, sequences_wrong = self.counts.tolist()
+            right_up_to = self.right_so_far.tolist()
         return {
             "count": count,
             "errors": errors,
             "sequences": self.sequences,
             "sequences_wrong": sequences_wrong,
-            "right_up_to": self.right_so_far.tolist(),
+            "right_up_to": right_up_to,
         }
