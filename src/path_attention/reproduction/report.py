@@ -215,6 +215,8 @@ def figure(table: Table, numbers: Mapping[str, Any]) -> Any:
     axis.set_ylabel(_QUANTITY[table.shows])
     if table.shows == "accuracy":
         axis.set_ylim(0, 1.02)
+    if table.shows == "solved":
+        axis.set_ylim(bottom=0)
     axis.set_xticks(range(len(columns)), [c[2] for c in columns], fontsize=8, rotation=15 if len(columns) > 4 else 0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
