@@ -1,8 +1,10 @@
 """Cells, their resumption, the deadline, processes, and the report from the JSON alone."""
 
 import json
+import queue
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -10,6 +12,7 @@ from typer.testing import CliRunner, Result
 from path_attention import cli
 from path_attention.layers import mixer_names
 from path_attention.reproduction import report, work
+from path_attention.reproduction.lean import GraphCaptureFailed, LeanTraining
 from path_attention.reproduction.tables import TABLES, Cell, cells
 from path_attention.reproduction.work import CHECKPOINT, RESULT, Plan, read_result, run, unfinished
 
@@ -129,6 +132,52 @@ def test_a_deadline_stops_in_good_order_and_the_next_call_goes_on(tmp_path: Path
         assert [a[key] for key in ("measures", "losses", "curve")] == [
             b[key] for key in ("measures", "losses", "curve")
         ]
+
+
+def test_a_worker_whose_graphs_fail_is_replaced_by_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes are played by calls: what they say, how they exit and what is started then is all real."""
+    original, told, started = LeanTraining.advance, [], []
+
+    def refuses(self: LeanTraining, until: int) -> None:
+        if wants_graphs[-1]:
+            raise GraphCaptureFailed("no")
+        original(self, until)
+
+    class Process:
+        def __init__(self, target: object, args: tuple[object, ...], daemon: bool) -> None:
+            self.target, self.args, self.exitcode = target, args, 0
+
+        def start(self) -> None:
+            wants_graphs.append(self.args[2])
+            started.append([cell.name for cell in self.args[0]])
+            try:
+                self.target(*self.args)
+            except SystemExit as error:
+                self.exitcode = error.code
+
+        def is_alive(self) -> bool:
+            return False
+
+        def terminate(self) -> None:
+            pass
+
+    class Messages(queue.Queue):
+        def close(self) -> None:
+            pass
+
+        join_thread = close
+
+    wants_graphs: list[bool] = []
+    monkeypatch.setattr(LeanTraining, "advance", refuses)
+    context = SimpleNamespace(Process=Process, Queue=Messages)
+    monkeypatch.setattr(work.multiprocessing, "get_context", lambda _: context)
+    assert run(tiny_cells(), plan(tmp_path, processes=2), lambda *message: told.append(message))
+    assert wants_graphs == [True, True, False, False]
+    assert started[2:] == started[:2]
+    assert sum("without them" in note for _, _, note in told) == 2
+    assert "could not be recorded as a CUDA graph: no" in capsys.readouterr().err
 
 
 def test_diverged_cells_are_finished_and_say_so(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import get_scheduler, set_seed
 
 from path_attention.models import PaTHForCausalLM
-from path_attention.tasks import IGNORED, Task
+from path_attention.tasks import IGNORED, GroupWords, Task
 from path_attention.training.recipe import Recipe, TaskEvaluation
 from path_attention.training.run import model_config
 from path_attention.training.source import TaskSource
@@ -293,10 +293,10 @@ class Evaluation:
         self.sequences += self.batch_size
 
     def result(self) -> dict[str, Any]:
-        """Answers, errors, sequences, those with an error, and how many have none up to each position."""
+        """Answers, errors, sequences, those with an error, and of words how many have none up to each position."""
         with self.training.on_stream():
             count, errors, sequences_wrong = self.counts.tolist()
-            right_up_to = self.right_so_far.tolist()
+            right_up_to = self.right_so_far.tolist() if isinstance(self.task, GroupWords) else None
         return {
             "count": count,
             "errors": errors,

@@ -45,12 +45,20 @@ def write(numbers: Mapping[str, Any], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     table, name = TABLES[numbers["table"]], file_name(numbers)
     paths = [out / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
-    write_whole(paths[0], json.dumps(numbers, indent=1) + "\n")
+    write_whole(paths[0], _text(numbers))
     if not numbers["cells"]:
         return paths[:1]
     write_whole(paths[1], markdown(table, numbers, paths[2].name))
     figure(table, numbers).savefig(paths[2], dpi=130)
     return paths
+
+
+def _text(numbers: Mapping[str, Any]) -> str:
+    """JSON with a line for each cell."""
+    head = {key: value for key, value in numbers.items() if key != "cells"}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    cells = ",\n".join(json.dumps(cell) for cell in numbers["cells"])
+    return "{\n" + ",\n".join([*lines, f'"cells": [\n{cells}\n]']) + "\n}\n"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -4,10 +4,12 @@ RUNS/TABLE/CELL/checkpoint.pt    of a cell that was cut off
                 result.json      of a finished one; its presence means that it is not done again
 """
 
+import dataclasses
 import json
 import math
 import multiprocessing
 import queue
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,7 +100,7 @@ def work(cells: Sequence[Cell], plan: Plan, deadline: float, report: Report) -> 
     """Does cells in this process, in turns of a few steps each, until they are finished or the deadline has passed.
 
     Raises:
-        GraphCaptureFailed: the other cells in hand are saved first.
+        GraphCaptureFailed: cells in hand are left as their last checkpoints have them.
     """
     waiting = list(cells)
     in_hand: list[_CellInHand] = []
@@ -111,6 +113,9 @@ def work(cells: Sequence[Cell], plan: Plan, deadline: float, report: Report) -> 
                     break
                 if not one.turn():
                     in_hand.remove(one)
+    except GraphCaptureFailed:
+        in_hand.clear()  # what CUDA still has of them cannot be relied on; their last checkpoints can
+        raise
     finally:
         for one in in_hand:
             one.save()
@@ -159,7 +164,7 @@ class _CellInHand:
             if settings.eval_every:
                 until = min(until, (training.step // settings.eval_every + 1) * settings.eval_every)
             while training.step < until:
-                # The turn before is waited for, not this one: the device always has work.
+                # The turn before is waited for, not this one: the other cells' steps run meanwhile.
                 training.check()
                 training.advance(until)
                 self.recorded = self.recorded or training.graph is not None
@@ -258,9 +263,6 @@ def _in_processes(cells: Sequence[Cell], plan: Plan, deadline: float, report: Re
 def _worker(cells: Sequence[Cell], plan: Plan, use_graphs: bool, seconds: float, messages: Any) -> None:
     if torch.device(plan.device).type == "cpu":
         torch.set_num_threads(1)  # tensors this small are not worth sharing among threads
-    import dataclasses
-    import sys
-
     deadline = math.inf if seconds == math.inf else time.monotonic() + seconds
     try:
         work(
