@@ -18,7 +18,8 @@ class PaTHConfig(PreTrainedConfig):
 
     Args:
         mixer: token mixer of every layer, a name of :func:`path_attention.layers.mixer_names`: ``path``, ``path_fox``
-            (with forget gate), ``rope``, ``none`` (no position encoding), or one registered by the user.
+            (with forget gate), ``rope``, ``none`` (no position encoding), ``fox`` (forgetting attention),
+            ``stick_breaking``, ``alibi``, or one registered by the user.
         w_rank: rank of the projection that makes w; None for full rank.
         conv_size: tokens of the causal convolution over w; 0 for none.
         num_reflections: transitions a token.
