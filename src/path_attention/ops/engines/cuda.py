@@ -23,9 +23,9 @@ Siblings = Literal["triton", "sdpa"]
 MAX_DIM = 128
 # Rows are padded to a multiple of this many columns: what tensor descriptors and torch's kernels ask of half precision.
 COLUMNS = 16
-# Leaves times key heads of a part: some 500 MB of rows and matrices at head_dim 64, and still enough programs to fill
+# Leaves times key heads of a part: some 1 GB of rows and matrices at head_dim 64, and still enough programs to fill
 # the largest GPUs several times.
-PART = 2048
+PART = 4096
 # Rows of one program of the delta kernel: 64 x 64 tiles keep loads wide and registers few.
 DELTA_ROWS = 64
 
