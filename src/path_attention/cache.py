@@ -5,8 +5,7 @@ finished chunk never changes, so sequences share chunks: a fork or a beam copies
 nothing else.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -191,27 +190,15 @@ class PathCache:
             raise _bad("q", "tensors that want gradients", "torch.no_grad(): a cache passes no gradients on")
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             self._reserve(tokens, counts)
-            if not first and cu_seqlens is None:
+            if cu_seqlens is None and not first:
                 return history.append(self.state, tokens, self.keep)
-            pieces = [] if cu_seqlens is None else self._pieces(tokens, counts)
-            if not first:
-                out = q.new_empty(*q.shape[:3], v.shape[3])
-                for row, part, piece in pieces:
-                    found = int(self.state.folded[row]), int(self.state.length[row])
-                    out[0, part] = history.append_group(self.state, row, *found, piece, self.keep)[0]
-                return out
             if cu_seqlens is None:
                 history.absorb(self.state, slice(None), tokens, self.keep)
-            for row, _, piece in pieces:
-                history.absorb(self.state, row, piece, self.keep)
+            elif not first:
+                return history.append_packed(self.state, tokens, counts, self.keep)
+            else:
+                history.absorb_packed(self.state, tokens, counts, self.keep)
         return path_attention(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
-
-    @staticmethod
-    def _pieces(tokens: Tokens, counts: list[int]) -> Iterator[tuple[Tensor, slice, Tokens]]:
-        """Of a packed row: each sequence that gets tokens, where they are, and they themselves."""
-        for row, (start, end) in enumerate(pairwise(accumulate(counts, initial=0))):
-            if end > start:
-                yield torch.tensor([row]), slice(start, end), tokens.of(slice(None), slice(start, end))
 
     def _check(self, tokens: Tokens, counts: list[int]) -> None:
         if self._state is None:
@@ -368,6 +355,10 @@ class PathCache:
     def _blocks_in_use(self) -> Blocks:
         assert self._blocks is not None
         return self._blocks
+
+    def clear(self, sequence: int) -> None:
+        """Forget all tokens of one sequence, whose place another can take."""
+        self.crop([length if row == sequence else 0 for row, length in enumerate(self.lengths)])
 
     def select(self, index: Sequence[int] | Tensor) -> None:
         """Make the sequences those of ``index``, in this order, with repetition where it repeats: reorders beams, drops

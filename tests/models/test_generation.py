@@ -182,6 +182,7 @@ def test_what_does_not_go_with_a_cache_is_named(path: PaTHForCausalLM) -> None:
             "past_key_values: got layers of DynamicLayer",
         ),
         (lambda: path(x, past_key_values=cache, cu_seqlens=torch.tensor([0, 70])), "cu_seqlens: got"),
+        (lambda: path(x[:1], past_key_values=cache, cu_seqlens=torch.tensor([0, 70])), "got a cache of 2 sequences"),
         (lambda: path(x, past_key_values=cache, output_attentions=True), "output_attentions: got True"),
         (lambda: path(x, attention_mask=torch.ones(2, 70), past_key_values=cache), "attention_mask: got shape"),
         (lambda: cache.crop(-71), "tokens_to_remove: got -71; wanted at most the 70"),

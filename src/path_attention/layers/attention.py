@@ -95,7 +95,8 @@ class Attention(nn.Module):
             cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1), first 0, last L. On the host it
                 spares a wait for the device.
             cache: what these tokens come after, and are added to: a :class:`path_attention.models.LayerCache`. The mask
-                is then of all tokens, (B, L + those before), and cu_seqlens is None.
+                is then of all tokens, (B, L + those before); with cu_seqlens, packed sequence n goes on with sequence n
+                of the cache.
 
         Returns:
             (B, L, C).
@@ -104,7 +105,7 @@ class Attention(nn.Module):
             ValueError: shapes or boundaries that do not fit, or both a mask and cu_seqlens.
         """
         if cache is not None:
-            return self.o_proj(self.attend_cached(hidden_states, attention_mask, cache).flatten(2))
+            return self.o_proj(self.attend_cached(hidden_states, attention_mask, cu_seqlens, cache).flatten(2))
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad(self.forward(padding.unpad(hidden_states), cu_seqlens=padding.cu_seqlens))
@@ -124,7 +125,9 @@ class Attention(nn.Module):
         """(B, L, C) -> (B, L, HQ, D)."""
         raise NotImplementedError
 
-    def attend_cached(self, hidden_states: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+    def attend_cached(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+    ) -> Tensor:
         """(B, L, C) -> (B, L, HQ, D), after the tokens of the cache and into it; mask (B, L + those before)."""
         raise NotImplementedError
 

@@ -134,7 +134,9 @@ class PaTHAttention(Attention):
                 w = self.w_conv(w, token_positions(cu_seqlens, w.shape[1], w.device))
             return F.normalize(w.unflatten(2, (-1, self.head_dim)), dim=-1, eps=NORM_EPS).flatten(2)
 
-    def attend_cached(self, hidden_states: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+    def attend_cached(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+    ) -> Tensor:
         batch, length = hidden_states.shape[:2]
         padding = None
         # Whoever compiles a step gives every sequence a token: looking at the mask would make the host wait.
@@ -142,10 +144,14 @@ class PaTHAttention(Attention):
             padding = Padding.from_mask(attention_mask[:, attention_mask.shape[1] - length :], batch, length)
             if len(padding.indices) == batch * length:
                 padding = None
-        rows = hidden_states if padding is None else padding.unpad(hidden_states)
-        cu_seqlens = None if padding is None else padding.cu_seqlens
-        convolution = None if self.w_conv is None else cache.convolution(batch, self.w_conv, at_least_float32(rows))
-        out = cache.attend(self.project(rows, cu_seqlens, convolution), cu_seqlens, attention_mask, length)
+        if padding is not None:
+            hidden_states, cu_seqlens = padding.unpad(hidden_states), padding.cu_seqlens
+        convolution = None
+        if self.w_conv is not None:
+            sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+            convolution = cache.convolution(sequences, self.w_conv, at_least_float32(hidden_states))
+        inputs = self.project(hidden_states, cu_seqlens, convolution)
+        out = cache.attend(inputs, cu_seqlens, attention_mask, length)
         if convolution is not None:
             convolution.take_in()  # only now: the cache may have refused the tokens
         return out if padding is None else padding.pad(out)

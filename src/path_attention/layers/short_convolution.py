@@ -75,7 +75,7 @@ class ConvolutionState:
     def take_in(self) -> None:
         """Hold the rows that were offered last."""
         for row, x in enumerate(self.offered):
-            part = slice(row, row + 1) if len(self.offered) > 1 else slice(None)
+            part = slice(row, row + 1) if len(self.offered) > 1 else slice(None)  # one of all sequences is the batch
             if x.shape[1]:
                 self.rows[part] = torch.cat([self.rows[part], x.detach()], 1)[:, x.shape[1] :]
         self.offered = []

@@ -59,7 +59,11 @@ class SoftmaxAttention(Attention):
         out = [self._causal(*part) if part[0].shape[2] else part[0] for part in parts]
         return torch.cat(out, dim=2).transpose(1, 2)
 
-    def attend_cached(self, hidden_states: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+    def attend_cached(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+    ) -> Tensor:
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: got boundaries beside a cache; wanted None: keys and values have a row each")
         length, past = hidden_states.shape[1], cache.length
         q, k, v = self._project(hidden_states)
         tokens = past + torch.arange(length, device=q.device)  # past may be a tensor: no wait for the device

@@ -167,6 +167,12 @@ class _PathLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.path.batch_size).repeat_interleave(repeats))
 
+    def clear(self, sequence: int) -> None:
+        """Forget one sequence of a packed cache."""
+        self.path.clear(sequence)
+        if self.convolution_state is not None:
+            self.convolution_state.rows[sequence] = 0
+
     def reset(self) -> None:
         self.path.reset()
         self.seen, self.real = 0, None

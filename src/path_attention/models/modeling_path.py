@@ -118,7 +118,8 @@ class PaTHModel(PaTHPreTrainedModel):
                 StaticCache.
             use_cache: make such a cache where none is given. Asked for only: a pass of training or scoring has no use
                 for one.
-            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1).
+            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1). With a cache of PaTH, sequence n
+                goes on with sequence n of the cache; some may be empty.
             cu_seq_lens_q: the same, by the name that transformers' padding-free collators use.
             output_hidden_states: return the input of every layer and the output of the last.
             output_attentions: return every layer's attention matrix: quadratic in L, for looking at.
@@ -138,11 +139,10 @@ class PaTHModel(PaTHPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            if cu_seqlens is not None:
-                raise ValueError("cu_seqlens: got boundaries beside a cache; wanted None, a row for each sequence")
             if output_attentions:
                 raise ValueError("output_attentions: got True beside a cache; wanted False, or use_cache=False")
-            return self._continue(x, attention_mask, past_key_values, bool(output_hidden_states))
+            cu_seqlens = sequence_boundaries(cu_seqlens, *x.shape[:2])
+            return self._continue(x, attention_mask, cu_seqlens, past_key_values, bool(output_hidden_states))
         if cu_seqlens is None and attention_mask is None and position_ids is not None and len(x) == 1:
             cu_seqlens = _restarts(position_ids)
         cu_seqlens = sequence_boundaries(cu_seqlens, *x.shape[:2])
@@ -176,10 +176,18 @@ class PaTHModel(PaTHPreTrainedModel):
         return cast("list[PaTHDecoderLayer]", self.layers)
 
     def _continue(
-        self, x: Tensor, attention_mask: Tensor | None, cache: Cache, output_hidden_states: bool
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: Cache,
+        output_hidden_states: bool,
     ) -> BaseModelOutputWithPast:
         """The tokens x (B, L, C) after those of the cache, and into it."""
-        check_cache(cache, [layer.self_attn.cache_type for layer in self._decoder_layers()], len(x))
+        sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        check_cache(cache, [layer.self_attn.cache_type for layer in self._decoder_layers()], sequences)
+        if attention_mask is not None and cu_seqlens is not None:
+            raise ValueError("attention_mask: got one beside cu_seqlens; wanted at most one of the two")
         if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != len(x)):
             shape = tuple(attention_mask.shape)
             raise ValueError(
@@ -187,7 +195,7 @@ class PaTHModel(PaTHPreTrainedModel):
             )
         states = [x]
         for index, layer in enumerate(self._decoder_layers()):
-            x = layer(x, attention_mask, cache=LayerCache(cache, index))
+            x = layer(x, attention_mask, cu_seqlens, LayerCache(cache, index))
             states.append(x)
         x = states[-1] = self.norm(x)
         hidden_states = tuple(states) if output_hidden_states else None

@@ -21,6 +21,7 @@ Legend: B sequences, H key/value heads, G query heads for each of them, HQ = H G
 R reflections a token, D key dim, DV value dim; b sequences of the same length and fold, worked on together.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -210,6 +211,39 @@ def append_group(state: State, rows: Rows, folded: int, length: int, tokens: Tok
     out = piece.attend(state, rows, folded)
     piece.absorb(state, rows, folded, keep)
     return out
+
+
+def _packed_groups(
+    state: State, tokens: Tokens, counts: list[int]
+) -> Iterator[tuple[Tensor, int, int, Tensor, Tokens]]:
+    """Of tokens packed into one row, ``counts`` of each sequence: sequences that agree in count, fold and length (b,),
+    their folded and length, where their tokens are (b, count), and the tokens."""
+    agree: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    facts = zip(counts, state.folded.tolist(), state.length.tolist(), strict=True)
+    for row, (count, folded, length) in enumerate(facts):
+        if count:
+            agree[count, folded, length].append(row)
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
+    for (count, folded, length), members in agree.items():
+        rows = torch.tensor(members)
+        places = starts[rows][:, None] + torch.arange(count)
+        g = None if tokens.g is None else tokens.g[0][places]
+        q, k, v, w, beta = (x[0][places] for x in (tokens.q, tokens.k, tokens.v, tokens.w, tokens.beta))
+        yield rows, folded, length, places, Tokens(q, k, v, w, beta, g, tokens.scale)
+
+
+def append_packed(state: State, tokens: Tokens, counts: list[int], keep: int) -> Tensor:
+    """As :func:`append`, of tokens packed into one row, ``counts`` of each sequence: (1, sum of counts, HQ, DV)."""
+    out = tokens.q.new_empty(*tokens.q.shape[:3], tokens.v.shape[3])
+    for rows, folded, length, places, part in list(_packed_groups(state, tokens, counts)):
+        out[0, places] = append_group(state, rows, folded, length, part, keep)
+    return out
+
+
+def absorb_packed(state: State, tokens: Tokens, counts: list[int], keep: int) -> None:
+    """As :func:`absorb`, of tokens packed into one row."""
+    for rows, _, _, _, part in list(_packed_groups(state, tokens, counts)):
+        absorb(state, rows, part, keep)
 
 
 def absorb(state: State, rows: Rows, tokens: Tokens, keep: int) -> None:
