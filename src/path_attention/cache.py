@@ -242,9 +242,13 @@ class PathCache:
             for before, count in zip(state.length.tolist(), counts, strict=True)
         ]
         tables = self._tables()
-        for table, blocks in zip(tables, wanted, strict=True):
-            if blocks > len(table):
-                table += self._blocks.take(blocks - len(table))
+        if all(len(table) >= blocks for table, blocks in zip(tables, wanted, strict=True)):
+            return
+        # The last block of each sequence behind all others: what is finished lies together, and what is open.
+        for spare in (1, 0):
+            for table, blocks in zip(tables, wanted, strict=True):
+                if blocks - spare > len(table):
+                    table += self._blocks.take(blocks - spare - len(table))
         self._set_tables(tables)
 
     def _allocate(self, tokens: Tokens, batch: int) -> None:

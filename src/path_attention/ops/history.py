@@ -604,9 +604,14 @@ def _attend_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Attention of x (p, H, r, D) to the first ``keys`` keys of one block each; gate (p, HQ): added to their gates.
 
-    Blocks that follow one another in memory are one call on a view of them: nothing is copied.
+    Blocks that follow one another in memory, whoever's they are, are one call on a view of them: no key is copied.
     """
     q = x.to(state.keys.dtype)
+    order = sorted(range(len(blocks)), key=blocks.__getitem__)
+    back = None
+    if order != list(range(len(blocks))):
+        blocks, index = [blocks[n] for n in order], torch.tensor(order, device=x.device)
+        q, gate, back = q[index], None if gate is None else gate[index], index.argsort()
     outs, sums = [], []
     for start, end in _runs(blocks):
         part = slice(blocks[start], blocks[start] + end - start)
@@ -617,7 +622,8 @@ def _attend_blocks(
         out, log_sum_exp = attend(q[start:end], state.keys[part, :, :keys], state.values[part, :, :keys], bias)
         outs.append(out)
         sums.append(log_sum_exp)
-    return torch.cat(outs), torch.cat(sums)
+    out, log_sum_exp = (outs[0], sums[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(sums))
+    return (out, log_sum_exp) if back is None else (out[back], log_sum_exp[back])
 
 
 def _runs(blocks: list[int]) -> list[tuple[int, int]]:
