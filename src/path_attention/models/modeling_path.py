@@ -277,24 +277,17 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
-        next_sequence_length: int | None = None,
+        *,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The new tokens with a cache; the whole sequence at every step without one."""
         if past_key_values is not None:
-            return super().prepare_inputs_for_generation(  # type: ignore[misc]
-                cast(torch.LongTensor, input_ids),
-                next_sequence_length=next_sequence_length,
-                past_key_values=past_key_values,
-                attention_mask=cast(torch.LongTensor | None, attention_mask),
-                inputs_embeds=inputs_embeds,
-                is_first_iteration=is_first_iteration,
-                **kwargs,
-            )
+            kwargs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
+            parent: Any = super()
+            return parent.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         passed_on = ("output_attentions", "output_hidden_states")
         inputs = {name: kwargs[name] for name in passed_on if name in kwargs}
         inputs |= {"attention_mask": attention_mask, "logits_to_keep": 1}
