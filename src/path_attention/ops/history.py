@@ -134,8 +134,11 @@ def append(state: State, tokens: Tokens, keep: int) -> Tensor:
     return out
 
 
+# The torch engine tells sequences apart on the host, which a CUDA graph cannot hold: the tag keeps it out of them.
 @torch.library.custom_op(
-    "path_attention::append", mutates_args=tuple(f.name for f in fields(State) if f.name != "table")
+    "path_attention::append",
+    mutates_args=tuple(f.name for f in fields(State) if f.name != "table"),
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def append_operator(
     q: Tensor,
