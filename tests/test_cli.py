@@ -28,7 +28,17 @@ def recipe(tmp_path: Path) -> Path:
 def test_help_of_every_verb() -> None:
     overview = call("--help")
     assert overview.exit_code == 0
-    for verb in (["train"], ["evaluate"], ["recipes"], ["demo"], ["task"], ["reproduce"], ["benchmark", "operator"]):
+    for verb in (
+        ["train"],
+        ["evaluate"],
+        ["recipes"],
+        ["demo"],
+        ["task"],
+        ["reproduce"],
+        ["generate"],
+        ["benchmark", "operator"],
+        ["benchmark", "decode"],
+    ):
         assert verb[0] in overview.stdout
         result = call(*verb, "--help")
         assert result.exit_code == 0, verb
@@ -73,6 +83,10 @@ def test_version() -> None:
         (["evaluate", "{folder}"], "no run here"),
         (["demo", "training.steps=x"], "training.steps: wanted a whole number"),
         (["benchmark", "operator", "--lengths", "many"], "--lengths"),
+        (["benchmark", "decode", "--shapes", "many"], "--shapes: wanted BATCHxLENGTHxHEADSxDIM, got 'many'"),
+        (["benchmark", "decode", "--dtype", "int8"], "--dtype"),
+        (["generate", "{folder}", "--prompt", "w1"], "no model here"),
+        (["generate", "{folder}"], "--prompt: wanted either --prompt or --prompts"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(recipe: Path, arguments: list[str], message: str) -> None:
@@ -118,6 +132,24 @@ def test_train_then_evaluate(recipe: Path) -> None:
     assert json.loads(file.read_text())["measurements"] == numbers
 
 
+def test_generate_from_a_run(recipe: Path) -> None:
+    runs = recipe.parent / "runs"
+    small = ["training.steps=5", "training.eval_every=0", "mixers=[path,rope]", "--runs", runs]
+    assert call("train", recipe, *small).exit_code == 0
+    for mixer in ("path", "rope"):
+        result = call("generate", runs / "tiny" / mixer, "--prompt", "w1", "--max-new-tokens", 5)
+        assert result.exit_code == 0, result.output
+        assert re.fullmatch(r"[wri01]{5}\n", result.stdout)
+        assert "tokens/s" in result.stderr
+        file = recipe.parent / "prompts.txt"
+        file.write_text("w1\ni0r\n")
+        result = call("generate", runs / "tiny" / mixer / "final", "--prompts", file, "--max-new-tokens", 3)
+        lines = sorted(result.stdout.splitlines())
+        assert re.fullmatch(r"\[1\] w1[wri01]{3}", lines[0])
+        assert re.fullmatch(r"\[2\] i0r[wri01]{3}", lines[1])
+    assert call("generate", runs / "tiny" / "path", "--prompt", "xyz").exit_code == 2
+
+
 def test_byte_recipe(tmp_path: Path) -> None:
     for n in range(4):
         (tmp_path / f"{n}.txt").write_text("to be or not to be " * 20)
@@ -130,6 +162,8 @@ def test_byte_recipe(tmp_path: Path) -> None:
     measured = json.loads((tmp_path / "runs/tiny/path/evaluation.json").read_text())["measurements"]["validation"]
     assert measured["unit"] == "bits per byte"
     assert 0 < measured["value"] < 9  # an even guess costs 8.006
+    result = call("generate", tmp_path / "runs/tiny/path", "--prompt", "to be", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
 
 
 def test_demo_in_miniature(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from path_attention.cache import PathCache
 from path_attention.layers import PaTHAttention
 from path_attention.ops import (
     path_attention,
@@ -20,6 +21,7 @@ __all__ = [
     "PaTHConfig",
     "PaTHForCausalLM",
     "PaTHModel",
+    "PathCache",
     "path_attention",
     "path_attention_reference",
     "path_attention_weights",

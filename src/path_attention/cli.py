@@ -47,6 +47,7 @@ def app() -> Any:
     application.callback(invoke_without_command=True)(_common)
     application.command(context_settings={"allow_interspersed_args": True})(_checked(train))
     application.command()(_checked(evaluate))
+    application.command()(_checked(generate))
     application.command()(_checked(recipes))
     application.command()(_checked(demo))
     application.command()(_checked(task))
@@ -54,6 +55,7 @@ def app() -> Any:
     benchmark = typer.Typer(no_args_is_help=True, help="Time and memory.")
     benchmark.callback()(lambda: None)
     benchmark.command("operator")(_checked(benchmark_operator))
+    benchmark.command("decode")(_checked(benchmark_decode))
     application.add_typer(benchmark, name="benchmark")
     return application
 
@@ -114,6 +116,32 @@ def evaluate(
     _show(console, finished)
     for one in finished:
         console.print(f"written to {one.folder / runs.EVALUATION}")
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A folder of save_pretrained, or a run folder runs/NAME/MIXER.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; its tokens are shown as they come.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on every line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Continue one prompt, or all of a file at once, and say how many tokens a second it took."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError("--prompt: wanted either --prompt or --prompts")
+    if max_new_tokens < 1 or temperature < 0:
+        given = f"{max_new_tokens} and {temperature}"
+        raise ValueError(f"--max-new-tokens, --temperature: wanted at least 1 and 0, got {given}")
+    texts = [prompt] if prompt is not None else [x for x in Path(str(prompts)).read_text().splitlines() if x]
+    if not texts:
+        raise ValueError(f"--prompts: wanted a prompt on every line, got none in {prompts}")
+    _quiet()
+    from path_attention.evaluation.generate import generate as run
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    rate = run(model, texts, **options, device=device)
+    print(f"{rate:.0f} tokens/s", file=sys.stderr)
 
 
 def recipes() -> None:
@@ -238,6 +266,27 @@ def benchmark_operator(
     from path_attention.benchmark import run_operator_benchmark
 
     run_operator_benchmark(lengths=parsed, repeats=repeats, out=out)
+
+
+def benchmark_decode(
+    shapes: Annotated[str, typer.Option(help="BATCHxLENGTHxHEADSxDIM, HEADS or QUERY/KEY, separated by commas.")] = (
+        "1x4096x8x64,4x4096x8x64,1x16384x8x64,4x4096x8/2x64"
+    ),
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Timed repetitions of each; the median is reported.")] = 10,
+    model: Annotated[str, typer.Option(help="Whole models: small, 760m, or none.")] = "small",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the ratios into.")] = None,
+) -> None:
+    """A step and a prefill of the cache against plain keys and values, and tokens a second of whole models."""
+    if repeats < 1:
+        raise ValueError(f"--repeats: wanted at least 1, got {repeats}")
+    from path_attention.benchmark.decode import run_decode_benchmark
+
+    whole = None if model == "none" else model
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "repeats": repeats, "model": whole}
+    run_decode_benchmark(shapes=shapes.split(","), **options, out=out, plot=plot)
 
 
 def _checked(command: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,8 @@
 Legend: B batch, L length, C hidden size, HQ query heads, H key/value heads, D head_dim.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from path_attention.checks import bad, check_flag, check_integer, check_number
@@ -36,6 +38,8 @@ class Attention(nn.Module):
     Raises:
         ValueError: naming the argument, what was given and what is wanted.
     """
+
+    cache_type = "full_attention"  # the kind of cache it wants, by transformers' name: keys and values
 
     def __init__(
         self,
@@ -80,7 +84,11 @@ class Attention(nn.Module):
         self.k_norm = HeadRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """Mix tokens causally.
 
@@ -90,6 +98,9 @@ class Attention(nn.Module):
                 changes no real token's output and its own output is 0.
             cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1), first 0, last L. On the host it
                 spares a wait for the device.
+            cache: what these tokens come after, and are added to: a :class:`path_attention.models.LayerCache`. The mask
+                is then of all tokens, (B, L + those before); with cu_seqlens, packed sequence n goes on with sequence n
+                of the cache.
 
         Returns:
             (B, L, C).
@@ -97,6 +108,8 @@ class Attention(nn.Module):
         Raises:
             ValueError: types, shapes, values of the mask or boundaries that do not fit, or both a mask and cu_seqlens.
         """
+        if cache is not None:
+            return self.o_proj(self.attend_cached(hidden_states, attention_mask, cu_seqlens, cache).flatten(2))
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad(self.forward(padding.unpad(hidden_states), cu_seqlens=padding.cu_seqlens))
@@ -114,6 +127,12 @@ class Attention(nn.Module):
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, L, HQ, D)."""
+        raise NotImplementedError
+
+    def attend_cached(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(B, L, C) -> (B, L, HQ, D), after the tokens of the cache and into it; mask (B, L + those before)."""
         raise NotImplementedError
 
     def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:

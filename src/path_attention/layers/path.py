@@ -1,6 +1,6 @@
 """The PaTH attention layer (arXiv 2505.16381, section 2.2): what makes w, beta and g out of the tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from path_attention.autocast import without_autocast
 from path_attention.checks import check_flag, check_integer
 from path_attention.layers.attention import Attention
-from path_attention.layers.padding import token_positions
-from path_attention.layers.short_convolution import ShortConvolution
+from path_attention.layers.padding import Padding, token_positions
+from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
 from path_attention.ops import path_attention, path_attention_weights
 
 # A w shorter than this is padding or next to it and stays as it is; it bounds the gradient of the norm at 0.
@@ -57,6 +57,8 @@ class PaTHAttention(Attention):
     Raises:
         ValueError: naming the argument, what was given and what is wanted.
     """
+
+    cache_type = "path_attention"
 
     def __init__(
         self,
@@ -105,23 +107,53 @@ class PaTHAttention(Attention):
         if self.gate_proj is not None:
             nn.init.zeros_(self.gate_proj.bias)  # as the forgetting transformer has it
 
-    def project(self, hidden_states: Tensor, cu_seqlens: Tensor | None = None) -> PaTHInputs:
-        """(B, L, C) -> what the operator takes: for attention maps, and for caches."""
+    def project(
+        self, hidden_states: Tensor, cu_seqlens: Tensor | None = None, convolution: ConvolutionState | None = None
+    ) -> PaTHInputs:
+        """(B, L, C) -> what the operator takes: for attention maps, and for caches.
+
+        ``convolution``: what the convolution of w has seen before these tokens, which are offered to it; with
+        cu_seqlens it has a row for each packed sequence.
+        """
         q, k, v = self._project(hidden_states)
         shape = (self.num_reflections, self.num_kv_heads)
-        w = self._w(hidden_states, cu_seqlens).unflatten(2, (*shape, self.head_dim))
+        w = self._w(hidden_states, cu_seqlens, convolution).unflatten(2, (*shape, self.head_dim))
         beta = 2 * at_least_float32(self.beta_proj(hidden_states)).sigmoid().unflatten(2, shape)
         g = None if self.gate_proj is None else F.logsigmoid(at_least_float32(self.gate_proj(hidden_states)))
         return PaTHInputs(q, k, v, w, beta, g)
 
-    def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None, convolution: ConvolutionState | None) -> Tensor:
         """(B, L, R * H * D) float32 at least, every D of them a unit vector."""
         w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
         with without_autocast(w.device):
             w = at_least_float32(w)
-            if self.w_conv is not None:
+            if self.w_conv is not None and convolution is not None:
+                w = self.w_conv.continue_from(
+                    convolution, w, None if cu_seqlens is None else cu_seqlens.diff().tolist()
+                )
+            elif self.w_conv is not None:
                 w = self.w_conv(w, token_positions(cu_seqlens, w.shape[1], w.device))
             return F.normalize(w.unflatten(2, (-1, self.head_dim)), dim=-1, eps=NORM_EPS).flatten(2)
+
+    def attend_cached(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+    ) -> Tensor:
+        batch, length = hidden_states.shape[:2]
+        padding = None
+        # Whoever compiles a step gives every sequence a token: looking at the mask would make the host wait.
+        if attention_mask is not None and not (length == 1 and torch.compiler.is_compiling()):
+            padding = Padding.from_mask(attention_mask[:, attention_mask.shape[1] - length :], hidden_states)
+        if padding is not None:
+            hidden_states, cu_seqlens = padding.unpad(hidden_states), padding.cu_seqlens
+        convolution = None
+        if self.w_conv is not None:
+            sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+            convolution = cache.convolution(sequences, self.w_conv, at_least_float32(hidden_states))
+        inputs = self.project(hidden_states, cu_seqlens, convolution)
+        out = cache.attend(inputs, cu_seqlens, attention_mask, length)
+        if convolution is not None:
+            convolution.take_in()  # only now: the cache may have refused the tokens
+        return out if padding is None else padding.pad(out)
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         inputs = self.project(hidden_states, cu_seqlens)

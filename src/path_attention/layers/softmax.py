@@ -1,5 +1,7 @@
 """The baselines: causal softmax attention with rotary position encoding, or with none."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,31 @@ class SoftmaxAttention(Attention):
         out = [self._causal(*part) if part[0].shape[2] else part[0] for part in parts]
         return torch.cat(out, dim=2).transpose(1, 2)
 
+    def attend_cached(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+    ) -> Tensor:
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: got boundaries beside a cache; wanted None: keys and values have a row each")
+        length, past = hidden_states.shape[1], cache.length
+        q, k, v = self._project(hidden_states)
+        tokens = past + torch.arange(length, device=q.device)  # past may be a tensor: no wait for the device
+        if self.rope_theta is not None:
+            positions = tokens[None]
+            if attention_mask is not None:  # positions count real tokens
+                positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, tokens]
+            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2))
+        keys = torch.arange(k.shape[2], device=q.device)
+        visible = (keys <= tokens[:, None])[None, None]
+        if attention_mask is not None:
+            real = nn.functional.pad(attention_mask != 0, (0, len(keys) - attention_mask.shape[1]), value=True)
+            # Padding sees itself: a row of nothing but -inf has no softmax.
+            visible = visible & real[:, None, None] | (keys == tokens[:, None])
+        out = nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=visible, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return out.transpose(1, 2)
+
     def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, _ = (x.transpose(1, 2) for x in self._rotated(hidden_states, cu_seqlens))
         k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
@@ -86,11 +113,11 @@ class SoftmaxAttention(Attention):
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary position encoding: pairs (x_i, x_{i + D/2}) turned by positions * theta^(-2 i / D).
 
-    x (B, L, heads, D), positions (L,); angles in float32, the result in the dtype of x.
+    x (B, L, heads, D), positions (L,) or (B, L); angles in float32, the result in the dtype of x.
     """
     half = x.shape[-1] // 2
     frequency = theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (positions[:, None].float() * frequency)[:, None, :]  # (L, 1, D / 2)
+    angle = (positions[..., None].float() * frequency)[..., None, :]  # (L, 1, D / 2), or with B before it
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     left, right = x.split(half, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

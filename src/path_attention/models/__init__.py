@@ -8,6 +8,13 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from path_attention.models.cache_path import (
+    LayerCache,
+    PathCacheLayer,
+    StaticPathCacheLayer,
+    load_cache,
+    save_cache,
+)
 from path_attention.models.configuration_path import PaTHConfig
 from path_attention.models.modeling_path import PaTHForCausalLM, PaTHModel, PaTHPreTrainedModel
 
@@ -15,4 +22,14 @@ AutoConfig.register(PaTHConfig.model_type, PaTHConfig, exist_ok=True)
 AutoModel.register(PaTHConfig, PaTHModel, exist_ok=True)
 AutoModelForCausalLM.register(PaTHConfig, PaTHForCausalLM, exist_ok=True)
 
-__all__ = ["PaTHConfig", "PaTHForCausalLM", "PaTHModel", "PaTHPreTrainedModel"]
+__all__ = [
+    "LayerCache",
+    "PaTHConfig",
+    "PaTHForCausalLM",
+    "PaTHModel",
+    "PaTHPreTrainedModel",
+    "PathCacheLayer",
+    "StaticPathCacheLayer",
+    "load_cache",
+    "save_cache",
+]

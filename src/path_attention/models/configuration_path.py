@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from path_attention.checks import bad, check_integer, check_number
+from path_attention.layers.attention import Attention
 from path_attention.layers.mixers import build_mixer
 
 
@@ -46,7 +47,7 @@ class PaTHConfig(PreTrainedConfig):
     attention_bias: bool = False
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
-    use_cache: bool = False
+    use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -99,17 +100,17 @@ class PaTHConfig(PreTrainedConfig):
             if kwargs.get(name, value) != value:
                 raise ValueError(f"{name}: got {kwargs[name]!r}; wanted {value!r}, all that these models have")
 
-    def _check_mixer(self) -> None:
+    def _check_mixer(self) -> Attention:
         """Build the mixer once, without memory: it knows which fields do not fit it."""
         import torch
 
         with torch.device("meta"):
-            build_mixer(self)
+            return build_mixer(self)
 
     @property
     def layer_types(self) -> list[str]:
         """What kind of cache each layer wants. A property: transformers allows only its own names in config.json."""
-        return ["path_attention"] * self.num_hidden_layers
+        return [self._check_mixer().cache_type] * self.num_hidden_layers
 
     def validate_layer_type(self) -> None:
         """The base class knows only its own layer types."""

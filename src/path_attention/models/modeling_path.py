@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from path_attention.checks import bad
 from path_attention.layers.mixers import build_mixer
 from path_attention.layers.padding import Padding, sequence_boundaries
 from path_attention.layers.short_convolution import ShortConvolution
+from path_attention.models.cache_path import LayerCache, check_cache
 from path_attention.models.configuration_path import PaTHConfig
 from path_attention.ops.arguments import check_tensor
-
-logger = logging.get_logger(__name__)
 
 
 class PaTHMLP(nn.Module):
@@ -45,8 +45,15 @@ class PaTHDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = PaTHMLP(config)
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), cu_seqlens=cu_seqlens)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(normed, attention_mask, cu_seqlens=cu_seqlens, cache=cache)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -93,10 +100,11 @@ class PaTHModel(PaTHPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
@@ -105,11 +113,15 @@ class PaTHModel(PaTHPreTrainedModel):
 
         Args:
             input_ids: (B, L), or inputs_embeds (B, L, C) instead.
-            attention_mask: (B, L), 1 for real tokens, 0 for padding.
+            attention_mask: (B, L), 1 for real tokens, 0 for padding; with a cache (B, L + tokens in it).
             position_ids: counted anew here, but for one thing: without mask or boundaries, each 0 in a single row
                 starts a packed sequence, as transformers' padding-free collators mean it.
-            past_key_values: None; there is no cache.
-            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1).
+            past_key_values: the tokens before these, which these are added to: DynamicCache(config=model.config), or a
+                StaticCache.
+            use_cache: make such a cache where none is given. Asked for only: a pass of training or scoring has no use
+                for one.
+            cu_seqlens: (N + 1,) boundaries of N sequences packed into one row (B = 1). With a cache of PaTH, sequence n
+                goes on with sequence n of the cache; some may be empty.
             cu_seq_lens_q: the same, by the name that transformers' padding-free collators use.
             output_hidden_states: return the input of every layer and the output of the last.
             output_attentions: return every layer's attention matrix: quadratic in L, for looking at.
@@ -119,8 +131,6 @@ class PaTHModel(PaTHPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: got both or neither of input_ids and inputs_embeds; wanted exactly one")
-        if past_key_values is not None:
-            raise ValueError("past_key_values: got a cache; wanted None, because this model computes without one")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -132,8 +142,15 @@ class PaTHModel(PaTHPreTrainedModel):
             cu_seqlens = cu_seq_lens_q
         if position_ids is not None:
             _check_positions(position_ids, x)
-            if cu_seqlens is None and attention_mask is None and len(x) == 1 and not x.is_meta:
-                cu_seqlens = _restarts(position_ids)
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            if output_attentions:
+                raise bad("output_attentions", "True beside a cache", "False, or use_cache=False")
+            cu_seqlens = sequence_boundaries(cu_seqlens, x)
+            return self._continue(x, attention_mask, cu_seqlens, past_key_values, bool(output_hidden_states))
+        if cu_seqlens is None and attention_mask is None and position_ids is not None and len(x) == 1 and not x.is_meta:
+            cu_seqlens = _restarts(position_ids)
         cu_seqlens = sequence_boundaries(cu_seqlens, x)
         padding = None if attention_mask is None else Padding.from_mask(attention_mask, x)
         if padding is not None:
@@ -143,7 +160,7 @@ class PaTHModel(PaTHPreTrainedModel):
 
         states: list[Tensor] = [x]
         weights: list[Tensor] = []
-        for layer in cast("list[PaTHDecoderLayer]", self.layers):
+        for layer in self._decoder_layers():
             if output_attentions:
                 weights.append(layer.self_attn.attention_weights(layer.input_layernorm(x), cu_seqlens=cu_seqlens))
             x = layer(x, cu_seqlens=cu_seqlens)
@@ -159,9 +176,38 @@ class PaTHModel(PaTHPreTrainedModel):
             attentions=tuple(weights) if output_attentions else None,
         )
 
+    def _decoder_layers(self) -> list[PaTHDecoderLayer]:
+        return cast("list[PaTHDecoderLayer]", self.layers)
+
+    def _continue(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: Cache,
+        output_hidden_states: bool,
+    ) -> BaseModelOutputWithPast:
+        """The tokens x (B, L, C) after those of the cache, and into it."""
+        sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        check_cache(cache, [layer.self_attn.cache_type for layer in self._decoder_layers()], sequences)
+        if attention_mask is not None and cu_seqlens is not None:
+            raise ValueError("attention_mask: got one beside cu_seqlens; wanted at most one of the two")
+        if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != len(x)):
+            shape = tuple(attention_mask.shape)
+            raise ValueError(
+                f"attention_mask: got shape {shape}; wanted ({len(x)}, tokens of the cache and the new ones)"
+            )
+        states = [x]
+        for index, layer in enumerate(self._decoder_layers()):
+            x = layer(x, attention_mask, cu_seqlens, LayerCache(cache, index))
+            states.append(x)
+        x = states[-1] = self.norm(x)
+        hidden_states = tuple(states) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=hidden_states)
+
 
 class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head. Generates without a cache: every step computes the sequence again."""
+    """The decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -178,7 +224,7 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -209,27 +255,44 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate() then makes no cache
+    @staticmethod
+    def create_masks_for_generate(
+        config: PaTHConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **_: Any
+    ) -> Tensor | None:
+        """The mask of a static cache as it came, not one of queries and keys: (B, tokens so far), or (B, capacity).
+
+        A step of one token has a mask of one shape, whichever step it is, so that it is compiled once: none for PaTH,
+        whose cache holds real tokens only, and the padding of the prompt for keys and values.
+        """
+        if attention_mask is None or inputs_embeds.shape[1] > 1:
+            return attention_mask
+        if "path_attention" in config.layer_types:
+            return None
+        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, missing), value=1)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
+        *,
+        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The whole sequence at every step."""
-        if use_cache:
-            logger.warning_once(
-                "use_cache=True: this model has no cache and computes the whole sequence at every step."
-            )
-        passed_on = ("past_key_values", "output_attentions", "output_hidden_states")
+        """The new tokens with a cache; the whole sequence at every step without one."""
+        if past_key_values is not None:
+            kwargs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
+            parent: Any = super()
+            return parent.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        passed_on = ("output_attentions", "output_hidden_states")
         inputs = {name: kwargs[name] for name in passed_on if name in kwargs}
         inputs |= {"attention_mask": attention_mask, "logits_to_keep": 1}
         if inputs_embeds is None:

@@ -1,0 +1,50 @@
+"""The benchmark of the cache checks before it times, and writes down what it found."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from path_attention.benchmark import decode
+from path_attention.benchmark.operator import WrongResult
+from path_attention.cache import PathCache
+
+
+def test_shapes_are_written_as_they_are_read() -> None:
+    for text in ("16x8192x32x64", "4x512x32/8x128"):
+        assert str(decode.Shape.parse(text)) == text
+    for text in ("16x8192", "1x2x3x4x5", "1x2x3/2x4", "0x1x1x1", "axbxcxd"):
+        with pytest.raises(ValueError, match="--shapes: wanted"):
+            decode.Shape.parse(text)
+
+
+def test_a_wrong_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = PathCache.attend
+
+    def off_by_little(self: PathCache, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor) -> Tensor:
+        return right(self, q, k, v, w, 0.999 * beta)
+
+    monkeypatch.setattr(PathCache, "attend", off_by_little)
+    with pytest.raises(WrongResult, match="Nothing was timed"):
+        decode.check_steps("cpu")
+
+
+def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {
+        "vocab_size": 9,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    monkeypatch.setitem(decode.MODELS, "small", tiny)
+    out, plot = tmp_path / "new" / "decode.json", tmp_path / "decode.png"
+    decode.run_decode_benchmark(shapes=["2x150x4/2x16"], repeats=2, out=out, plot=plot)
+    found = json.loads(out.read_text())
+    row = found["rows"][0]
+    assert row["step_ratio"] > 0
+    assert row["prefill"]["path"]["repeats"] == 2
+    assert [x["batch"] for x in found["models"]] == [1, 16]
+    assert plot.stat().st_size > 0
+    assert "2x150x4/2x16" in capsys.readouterr().out
