@@ -58,21 +58,12 @@ def path_attention(
     Raises:
         ValueError: naming the argument, what was given and what is wanted, before anything is computed.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (_autocast(x, dtype) for x in (q, k, v))
-        # The rest may stay float32; only the other half precision would not go with q.
-        w, beta = (_autocast(x, torch.float32) if x.dtype != dtype else x for x in (w, beta))
-        g = _autocast(g, torch.float32) if g is not None and g.dtype != dtype else g
+    q, k, v, w, beta, g = as_autocast_wants(q, k, v, w, beta, g)
     arguments = validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
     if check_inputs:
         check_values(q, k, v, w, beta, g, cu_seqlens)
     w, beta = arguments.reflections(w, beta)
-    if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}; wanted one of {', '.join(BACKENDS)}, or None")
-        if (reason := reason_against(backend, q, v, w, g, cu_seqlens)) is not None:
-            raise ValueError(f"backend: got {backend!r}, which cannot serve this call: {reason}")
+    check_backend(backend, q, v, w, g, cu_seqlens)
     out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, arguments.scale, backend or AUTO)
     return out
 
@@ -98,6 +89,31 @@ def unsupported_reason(
     arguments = validate_arguments(q, k, v, w, beta, g, scale=None, cu_seqlens=cu_seqlens)
     w, _ = arguments.reflections(w, beta)
     return reason_against(backend, q, v, w, g, cu_seqlens)
+
+
+def check_backend(
+    backend: Backend | None, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Raises ValueError where the caller asks for a backend that cannot serve the call; w is (B, L, R, H, D)."""
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; wanted one of {', '.join(BACKENDS)}, or None")
+    if (reason := reason_against(backend, q, v, w, g, cu_seqlens)) is not None:
+        raise ValueError(f"backend: got {backend!r}, which cannot serve this call: {reason}")
+
+
+def as_autocast_wants(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The arguments, where autocast is on in the dtypes it asks for."""
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v, w, beta, g
+    dtype = torch.get_autocast_dtype(q.device.type)
+    q, k, v = (_autocast(x, dtype) for x in (q, k, v))
+    # The rest may stay float32; only the other half precision would not go with q.
+    w, beta = (_autocast(x, torch.float32) if x.dtype != dtype else x for x in (w, beta))
+    return q, k, v, w, beta, _autocast(g, torch.float32) if g is not None and g.dtype != dtype else g
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
