@@ -256,7 +256,7 @@ class Gradients(NamedTuple):
     def tokens(self, plan: SpanPlan, batch: int, reflections: int, scale: float) -> "Gradients":
         """In the layout of the operator's arguments, q's of the query before it was scaled."""
         return Gradients(
-            q=plan.unpack(self.q, batch).mul(scale),
+            q=plan.unpack(self.q.mul_(scale), batch),  # in place: these gradients end here
             k=plan.unpack(self.k, batch),
             v=plan.unpack(self.v, batch),
             w=plan.unpack(self.w, batch).unflatten(-1, (reflections, -1)).transpose(2, 3),
