@@ -173,7 +173,7 @@ class ContextParallel:
         pieces = self.split(x)
         starts = self.gather_pieces(pieces[:, :1])
         starts = torch.cat([starts[1:], torch.full_like(starts[:1], last)])
-        return torch.cat([pieces[:, 1:], starts[list(self.pieces)]], dim=1).flatten(0, 1).transpose(0, 1)
+        return torch.cat([pieces[:, 1:], starts[list(self.pieces)]], dim=1).flatten(0, 1).transpose(0, 1).contiguous()
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the processes, on each of them. Differentiable."""

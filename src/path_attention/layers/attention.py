@@ -3,9 +3,14 @@
 Legend: B batch, L length, C hidden size, HQ query heads, H key/value heads, D head_dim.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
 from path_attention.layers.padding import Padding, sequence_boundaries
+
+if TYPE_CHECKING:  # it knows of these layers
+    from path_attention.distributed.context import ContextParallel, Layout
 
 
 class HeadRMSNorm(nn.RMSNorm):
@@ -34,6 +39,9 @@ class Attention(nn.Module):
     Raises:
         ValueError: naming the argument, what was given and what is wanted.
     """
+
+    supports_context_parallel = False
+    context: "ContextParallel | None" = None  # the processes that share every sequence, where they are split
 
     def __init__(
         self,
@@ -75,6 +83,31 @@ class Attention(nn.Module):
         self.q_norm = HeadRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = HeadRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
+    def set_context_parallel(self, group: Any, layout: "Layout | None" = None) -> None:
+        """From now on sequences are split over the processes of ``group``; None: no longer.
+
+        ``hidden_states`` is then the process's shard of the length, as :meth:`ContextParallel.shard` cuts it, and
+        cu_seqlens has the boundaries in the whole row.
+
+        Args:
+            group: a process group, a DeviceMesh of one dimension, a :class:`ContextParallel`, or None.
+            layout: which pieces a process holds, see :class:`ContextParallel`; None means "zigzag".
+
+        Raises:
+            ValueError: this attention needs whole sequences, or what :class:`ContextParallel` raises.
+        """
+        if group is None:
+            self.context = None
+            return
+        if not self.supports_context_parallel:
+            raise ValueError(
+                f"group: got one for {type(self).__name__}, which needs whole sequences on every process; wanted None, "
+                "or PaTHAttention (the mixers path and path_fox)"
+            )
+        from path_attention.distributed.context import ContextParallel
+
+        self.context = ContextParallel.of(group, layout)
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
@@ -96,17 +129,26 @@ class Attention(nn.Module):
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad(self.forward(padding.unpad(hidden_states), cu_seqlens=padding.cu_seqlens))
-        cu_seqlens = sequence_boundaries(cu_seqlens, *hidden_states.shape[:2])
+        cu_seqlens = sequence_boundaries(cu_seqlens, hidden_states.shape[0], self.whole_length(hidden_states))
         return self.o_proj(self.attend(hidden_states, cu_seqlens).flatten(2))
 
     def attention_weights(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """The attention matrix (B, HQ, L, L) of the same call, for looking at: time and memory are quadratic in L."""
+        """The attention matrix (B, HQ, L, L) of the same call, for looking at: time and memory are quadratic in L.
+
+        Of whole sequences only: raises ValueError under context parallelism.
+        """
+        if self.context is not None:
+            raise ValueError("attention_weights: got a sequence split over processes; wanted whole sequences")
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad_weights(self.weigh(padding.unpad(hidden_states), padding.cu_seqlens))
         return self.weigh(hidden_states, sequence_boundaries(cu_seqlens, *hidden_states.shape[:2]))
+
+    def whole_length(self, hidden_states: Tensor) -> int:
+        """Tokens of the row that hidden_states (B, L, C) is, or is the shard of."""
+        return hidden_states.shape[1] * (1 if self.context is None else self.context.size)
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, L, HQ, D)."""
@@ -125,6 +167,8 @@ class Attention(nn.Module):
             )
         if attention_mask is None:
             return None
+        if self.context is not None:
+            raise ValueError("attention_mask: got one for a sequence split over processes; wanted None, or cu_seqlens")
         if cu_seqlens is not None:
             raise ValueError("attention_mask: got one beside cu_seqlens; wanted at most one of the two")
         return Padding.from_mask(attention_mask, *hidden_states.shape[:2])

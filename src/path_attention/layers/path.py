@@ -56,6 +56,8 @@ class PaTHAttention(Attention):
         ValueError: naming the argument, what was given and what is wanted.
     """
 
+    supports_context_parallel = True
+
     def __init__(
         self,
         hidden_size: int,
@@ -119,11 +121,29 @@ class PaTHAttention(Attention):
         with torch.autocast(w.device.type, enabled=False):
             w = at_least_float32(w)
             if self.w_conv is not None:
-                w = self.w_conv(w, token_positions(cu_seqlens, w.shape[1], w.device))
+                w = self._convolve(self.w_conv, w, cu_seqlens)
             return F.normalize(w.unflatten(2, (-1, self.head_dim)), dim=-1, eps=NORM_EPS).flatten(2)
+
+    def _convolve(self, convolution: ShortConvolution, w: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        positions = token_positions(cu_seqlens, self.whole_length(w), w.device)
+        back = convolution.width - 1
+        if self.context is None or back == 0:
+            return convolution(w, positions)
+        before = self.context.before(w, back)
+        pieces, positions = self.context.split(w), self.context.split(self.context.shard(positions, dim=0), dim=0)
+        out = [
+            # What comes before a piece is convolved too, from nothing, and left out.
+            convolution(torch.cat([earlier, piece.transpose(0, 1)], dim=1), F.pad(position, (back, 0)))[:, back:]
+            for earlier, piece, position in zip(before, pieces, positions, strict=True)
+        ]
+        return torch.cat(out, dim=1)
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         inputs = self.project(hidden_states, cu_seqlens)
+        if self.context is not None:
+            from path_attention.distributed import path_attention_context_parallel
+
+            return path_attention_context_parallel(*inputs, group=self.context, cu_seqlens=cu_seqlens)
         return path_attention(*inputs, cu_seqlens=cu_seqlens)
 
     def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
