@@ -28,7 +28,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_help_of_every_verb() -> None:
     overview = call("--help")
     assert overview.exit_code == 0
-    for verb in (["train"], ["evaluate"], ["recipes"], ["demo"], ["benchmark", "operator"]):
+    for verb in (["train"], ["evaluate"], ["recipes"], ["demo"], ["task"], ["reproduce"], ["benchmark", "operator"]):
         assert verb[0] in overview.stdout
         result = call(*verb, "--help")
         assert result.exit_code == 0, verb

@@ -49,6 +49,8 @@ def app() -> Any:
     application.command()(_checked(evaluate))
     application.command()(_checked(recipes))
     application.command()(_checked(demo))
+    application.command()(_checked(task))
+    application.command(context_settings={"allow_interspersed_args": True})(_checked(reproduce))
     benchmark = typer.Typer(no_args_is_help=True, help="Time and memory.")
     benchmark.callback()(lambda: None)
     benchmark.command("operator")(_checked(benchmark_operator))
@@ -143,6 +145,84 @@ def demo(
     run_demo(out, runs, overrides or (), restart=restart, console=_console())
 
 
+def task(
+    name: Annotated[str, typer.Argument(help="flip_flop, group_words, mqar, mqrar or phone_book.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the task: length=64 ...", metavar="KEY=VALUE")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print an annotated example.")] = False,
+    split: Annotated[str, typer.Option(help="train, or one of the task's splits.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
+    index: Annotated[int, typer.Option(help="Which sequence.")] = 0,
+) -> None:
+    """Describe a synthetic task, and show one of its sequences."""
+    from path_attention.tasks import task_class
+    from path_attention.tasks.describe import describe, show_example
+    from path_attention.training import strict
+    from path_attention.training.recipe import override
+
+    made: Any = strict.build(task_class(name), override({}, options or ()), "task")
+    if seed < 0 or index < 0:
+        raise ValueError(f"--seed and --index: wanted 0 or more, got {seed} and {index}")
+    print(describe(name, made))
+    if show:
+        print(show_example(made, seed, index, split))
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table1, mqrar, a5 or length; or a JSON file with --report-only.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to its recipes: training.steps=100 ...", metavar="KEY=VALUE")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small version, minutes on a CPU.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; by default the table's.")] = None,
+    rows: Annotated[str, typer.Option(help="Rows wanted, separated by commas; all if empty.")] = "",
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which to stop in good order, to be continued by the next call.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="Processes that share the models.")] = None,
+    concurrent: Annotated[
+        int | None, typer.Option(help="Models at a time in a process, on a GPU each on a stream of its own.")
+    ] = None,
+    graphs: Annotated[bool, typer.Option(help="Record the training step as a CUDA graph.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of checkpoints and of each model's result.")] = _RUNS / "reproduce",
+    out: Annotated[Path, typer.Option(help="Folder of the JSON, the report and the plot.")] = Path("results"),
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Make the report anew from the JSON; train nothing.")
+    ] = False,
+) -> None:
+    """Reproduce a state-tracking result of the paper, all mixers, several seeds.
+
+    Finished models are never trained again; a call that was cut off is continued by the same call.
+    """
+    _quiet()
+    from path_attention.reproduction import command as reproduction
+
+    console = _console()
+    if report_only:
+        path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
+        reproduction.remake(path, path.parent, console)
+        return
+    plan = reproduction.default_plan(
+        runs, device=device, processes=processes, concurrent=concurrent, use_graphs=graphs, time_limit=time_limit
+    )
+    parts = ["path-attention reproduce", table, *(overrides or ()), *(["--quick"] if quick else [])]
+    parts += [f"--seeds {seeds}"] if seeds is not None else []
+    parts += [f"--rows {rows}"] if rows else []
+    reproduction.reproduce(
+        table,
+        quick=quick,
+        seeds=seeds,
+        rows=[row for row in rows.split(",") if row],
+        overrides=overrides or (),
+        plan=plan,
+        out=out,
+        command=" ".join(parts),
+        console=console,
+    )
+
+
 def benchmark_operator(
     lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "1024,4096,16384",
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each; the median is reported.")] = 10,
@@ -168,9 +248,10 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in _EXTRA:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRA:
                 raise
-            code = _fail(f"{error.name} is not installed: {_INSTALL}", FAILED)
+            code = _fail(f"{package} is not installed: {_INSTALL}", FAILED)
         except (ValueError, FileNotFoundError) as error:
             code = _fail(str(error), MISTAKE)
         except KeyboardInterrupt:

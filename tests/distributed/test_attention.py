@@ -1,4 +1,4 @@
-"""The operator over a split sequence equals the operator of one process: output and every gradient, 2 and 4 processes."""
+"""The operator over a split sequence equals that of one process: output and every gradient, 2 and 4 processes."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -224,11 +224,57 @@ def test_registry_takes_new_mixers_once() -> None:
         ({"w_rank": 0}, "w_rank: got 0"),
         ({"conv_size": -1}, "conv_size: got -1"),
         ({"num_reflections": 0}, "num_reflections: got 0"),
+        ({"hidden_size": "24"}, "hidden_size: got '24'; wanted an integer"),
+        ({"num_heads": 4.0}, "num_heads: got 4.0; wanted an integer"),
+        ({"num_kv_heads": True}, "num_kv_heads: got True; wanted a divisor"),
+        ({"head_dim": 6.0}, "head_dim: got 6.0; wanted an integer"),
+        ({"w_rank": "full"}, "w_rank: got 'full'; wanted an integer"),
+        ({"conv_size": None}, "conv_size: got None; wanted an integer"),
+        ({"num_reflections": 1.5}, "num_reflections: got 1.5; wanted an integer"),
+        ({"use_forget_gate": 1}, "use_forget_gate: got 1; wanted True or False"),
+        ({"qk_norm": "no"}, "qk_norm: got 'no'; wanted True or False"),
+        ({"bias": None}, "bias: got None; wanted True or False"),
+        ({"norm_eps": -1}, "norm_eps: got -1; wanted a finite number of at least 0"),
+        ({"norm_eps": float("nan")}, "norm_eps: got nan"),
+        ({"norm_eps": "1e-6"}, "norm_eps: got '1e-6'"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, int], message: str) -> None:
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PaTHAttention(**{"hidden_size": HIDDEN, "num_heads": HEADS, **arguments})
+
+
+@pytest.mark.parametrize("theta", [0, -1.0, float("nan"), float("inf"), "10000"])
+def test_bad_bases_are_named(theta: object) -> None:
+    with pytest.raises(ValueError, match=r"rope_theta: got .*; wanted a finite number above 0"):
+        SoftmaxAttention(HIDDEN, HEADS, rope_theta=theta)
+
+
+@pytest.mark.parametrize("channels, width, name", [(-1, 3, "channels"), (8, 0, "width"), (8, 2.0, "width")])
+def test_bad_convolutions_are_named(channels: int, width: int, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        ShortConvolution(channels, width)
+
+
+def test_shapes_on_meta(name: str) -> None:
+    """No values are needed for the shape of a result, whatever is masked or packed."""
+    with torch.device("meta"):
+        layer, x = mixer(name).to("meta"), torch.zeros(1, 70, HIDDEN, dtype=torch.float64)
+        mask, ends = torch.ones(1, 70, dtype=torch.int64), torch.tensor([0, 30, 70])
+    for options in ({}, {"attention_mask": mask}, {"cu_seqlens": ends}, {"cu_seqlens": torch.tensor([0, 30, 70])}):
+        out = layer(x, **options)
+        assert out.is_meta
+        assert (out.shape, out.dtype) == (x.shape, x.dtype)
+        assert layer.attention_weights(x, **options).shape == (1, HEADS, 70, 70)
+
+
+def test_maps_under_autocast_are_in_float32(name: str) -> None:
+    """They add up to 1 as float32 does: autocast rounds what is projected, not the logits."""
+    layer, x = mixer(name).float(), tokens(1, 70).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = layer.attention_weights(x)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, HEADS, 70), rtol=0, atol=1e-6)
 
 
 def test_bad_calls_are_named(name: str) -> None:
@@ -242,8 +288,24 @@ def test_bad_calls_are_named(name: str) -> None:
     with pytest.raises(ValueError, match="cu_seqlens: got one beside a batch of 2"):
         layer(x, cu_seqlens=torch.tensor([0, 5]))
     for ends in ([0, 3], [1, 5], [0, 4, 2, 5]):
-        with pytest.raises(ValueError, match=r"cu_seqlens: got .*; wanted 0 to 5"):
+        with pytest.raises(ValueError, match=r"cu_seqlens: got .*; wanted (first 0 and last 5|values that never)"):
             layer(x[:1], cu_seqlens=torch.tensor(ends))
-    for wrong in (torch.tensor([0.0, 5.0]), torch.tensor([[0, 5]]), torch.tensor([0])):
-        with pytest.raises(ValueError, match="cu_seqlens: got shape"):
+    for wrong in (torch.tensor([0.0, 5.0]), torch.tensor([[0, 5]]), torch.tensor([0]), [0, 5]):
+        with pytest.raises(ValueError, match=r"cu_seqlens: got (shape|dtype|list)"):
             layer(x[:1], cu_seqlens=wrong)
+    with pytest.raises(ValueError, match="cu_seqlens: got device meta"):
+        layer(x[:1], cu_seqlens=torch.tensor([0, 5], device="meta"))
+    for wrong in ([[0.0] * HIDDEN], None):
+        with pytest.raises(ValueError, match=r"hidden_states: got (list|NoneType); wanted a torch.Tensor"):
+            layer(wrong)
+    with pytest.raises(ValueError, match=r"hidden_states: got dtype torch.int64; wanted a floating dtype"):
+        layer(x.long())
+    for wrong, message in (
+        ([[1] * 5] * 2, "list"),
+        (torch.ones(2, 5, device="meta"), "device meta"),
+        (torch.tensor([[0.0, 0.0, 0.0, 0.0, float("-inf")]] * 2), "values other than 0 and 1"),
+        (torch.tensor([[1, 1, 2, 2, 2]] * 2), "values other than 0 and 1"),
+        (torch.full((2, 5), float("nan")), "values other than 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=f"attention_mask: got {message}"):
+            layer(x, attention_mask=wrong)

@@ -176,6 +176,16 @@ def test_rope_is_llama(tmp_path: Path) -> None:
     torch.testing.assert_close(ours.eval()(ids()).logits, llama(ids()).logits, **CLOSE)
 
 
+def test_shapes_on_meta(mixer: str) -> None:
+    with torch.device("meta"):
+        m, x = model(mixer), torch.zeros(1, 70, dtype=torch.int64)
+        out = m(x, attention_mask=torch.ones(1, 70), labels=x, output_hidden_states=True)
+        packed = m(x, position_ids=torch.arange(70)[None])
+    assert out.logits.is_meta
+    assert out.logits.shape == packed.logits.shape == (1, 70, 50)
+    assert out.loss.shape == ()
+
+
 def test_half_precision_is_near_float32(mixer: str) -> None:
     m, x = model(mixer), ids()
     exact = m(x).logits
@@ -217,8 +227,16 @@ def test_initial_values_after_loading_on_meta(tmp_path: Path) -> None:
     "fields, message",
     [
         ({"mixer": "alibaba"}, "mixer: got 'alibaba'; wanted one of path, path_fox, rope, none"),
-        ({"num_attention_heads": 5}, "head_dim: got None"),
-        ({"num_key_value_heads": 3}, "num_kv_heads: got 3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "head_dim: got None"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: got 3; wanted a divisor of num_attention_heads, 4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: got 0"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps: got -1.0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: got nan"),
+        ({"initializer_range": -1.0}, "initializer_range: got -1.0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings: got 0"),
+        ({"pad_token_id": 50}, "pad_token_id: got 50; wanted 0 to 49"),
+        ({"pad_token_id": -1}, "pad_token_id: got -1"),
+        ({"rope_theta": float("nan")}, "rope_theta: got nan"),
         ({"conv_size": -1}, "conv_size: got -1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
         ({"mixer": "rope", "head_dim": 7}, "head_dim: got 7"),
@@ -239,6 +257,13 @@ def test_bad_calls_are_named() -> None:
         m()
     with pytest.raises(ValueError, match="past_key_values: got a cache"):
         m(x, past_key_values=object())
+    with pytest.raises(ValueError, match="cu_seq_lens_q: got one beside cu_seqlens"):
+        m(x[:1], cu_seqlens=torch.tensor([0, 70]), cu_seq_lens_q=torch.tensor([0, 30, 70]))
+    for positions in (torch.arange(69)[None], torch.arange(140).view(1, 140), torch.zeros(2, 70, 1)):
+        with pytest.raises(ValueError, match=r"position_ids: got shape .*; wanted \(2, 70\)"):
+            m(x, position_ids=positions)
+    with pytest.raises(ValueError, match="position_ids: got list"):
+        m(x, position_ids=list(range(70)))
     for shape in ((2, 71), (2, 1, 70, 70)):
         with pytest.raises(ValueError, match="attention_mask: got shape"):
             m(x, attention_mask=torch.ones(shape))

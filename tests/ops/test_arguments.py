@@ -1,7 +1,9 @@
 """Every kind of bad input is a ValueError that names the argument, what was given and what is wanted."""
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +63,17 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "scale is a word": ("scale", {"scale": "large"}, "'large'; wanted a number"),
     "scale is a tensor": ("scale", {"scale": torch.ones(())}, "wanted a number"),
     "scale is True": ("scale", {"scale": True}, "True; wanted a number"),
+    "q is sparse": ("q", {"q": zeros(1, LENGTH, 4, 4).to_sparse()}, "torch.sparse_coo; wanted torch.strided"),
+    "cu_seqlens is sparse": ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 6]).to_sparse()}, "sparse_coo; wanted"),
+    "cu_seqlens has no values": (
+        "cu_seqlens",
+        {"cu_seqlens": torch.tensor([0, LENGTH], device="meta")},
+        "device meta; wanted the device of the tokens, cpu",
+    ),
+    "scale is too large for a float": ("scale", {"scale": 10**400}, "inf; wanted a finite number"),
+    "scale is complex": ("scale", {"scale": 1j}, "wanted a number"),
+    "backend cannot be hashed": ("backend", {"backend": ["torch"]}, r"\['torch'\]; wanted one of torch"),
+    "backend is an array": ("backend", {"backend": torch.zeros(3)}, "wanted one of torch"),
     "scale is not finite": ("scale", {"scale": float("nan")}, "nan; wanted a finite number"),
     "cu_seqlens is a list": ("cu_seqlens", {"cu_seqlens": [0, LENGTH]}, "list; wanted a torch.Tensor"),
     "cu_seqlens of floats": ("cu_seqlens", {"cu_seqlens": torch.tensor([0.0, 6.0])}, "float32; wanted int32 or int64"),
@@ -72,11 +85,36 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_named(case: str) -> None:
+def test_bad_arguments_are_named(case: str, autocast: bool) -> None:
     name, change, message = BAD[case]
-    with pytest.raises(ValueError, match=rf"^{name}: got .*{message}"):
+    if autocast and "dtype of" in message:
+        pytest.skip("autocast makes the dtypes equal")
+    # Under autocast the messages name the dtype cast to.
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(ValueError, match=rf"^{name}: got .*"):
         path_attention(**{**good(), **change})
+    if not autocast:
+        with pytest.raises(ValueError, match=rf"^{name}: got .*{message}"):
+            path_attention(**{**good(), **change})
+
+
+@pytest.mark.parametrize("kind", [Fraction, np.float32, np.int64], ids=str)
+def test_scale_is_any_real_number(kind: type) -> None:
+    assert torch.equal(path_attention(**good(), scale=kind(2)), path_attention(**good(), scale=2.0))
+
+
+@pytest.mark.parametrize("ends", [[1, 6], [0, 5], [0, 4, 2, 6]])
+def test_boundaries_are_checked_in_compiled_code_too(ends: list[int]) -> None:
+    """The operator itself reads them: a traced check would be left out of the graph."""
+    compiled = torch.compile(path_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"^cu_seqlens: got"):
+        compiled(**good(), cu_seqlens=torch.tensor(ends))
+
+
+def test_boundaries_beyond_no_tokens() -> None:
+    with pytest.raises(ValueError, match=r"^cu_seqlens: got first 0 and last 5"):
+        path_attention(**{name: x[:, :0] for name, x in good().items()}, cu_seqlens=torch.tensor([0, 5]))
 
 
 def test_a_batch_cannot_be_packed_too() -> None:
@@ -125,10 +163,10 @@ def test_check_inputs_finds_bad_values(case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [5, 64, 128])
+@pytest.mark.parametrize("dim", [5, 64, 128, 4096])
 def test_check_inputs_passes_good_values(dtype: torch.dtype, dim: int) -> None:
     """w normalised in its own dtype, and rounded to it, is of unit length as far as the check can ask."""
-    inputs = make_inputs(Shape(100, dim=dim), gated=True, beta="2", dtype=dtype)
+    inputs = make_inputs(Shape(100, query_heads=1, heads=1, dim=dim), gated=True, beta="2", dtype=dtype)
     path_attention(**inputs, check_inputs=True)
     inputs["w"] = torch.nn.functional.normalize(inputs["w"].detach(), dim=-1)
     inputs["w"][:, 10:] = 0

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from path_attention import path_attention
+from path_attention import path_attention, path_attention_reference, path_attention_weights, unsupported_reason
 from path_attention.ops.autograd import path_attention_backward, path_attention_forward
 from tests.ops.inputs import (
     Inputs,
@@ -131,6 +134,86 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert torch.equal(out, path_attention(**by_hand))
     gradients = torch.autograd.grad(out, list(inputs.values()), output_gradient(out))
     assert all(x.dtype == torch.float32 for x in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_definition_under_autocast(dtype: torch.dtype) -> None:
+    """It sees the rounded queries, keys and values that the operator computes with, and rounds nothing else."""
+    inputs = make_inputs(SHAPE, gated=True, dtype=torch.float32)
+    by_hand = {name: x.to(dtype) if name in ("q", "k", "v") else x for name, x in inputs.items()}
+    with torch.autocast("cpu", dtype):
+        out = path_attention_reference(**inputs)
+        weights = path_attention_weights(**{name: x for name, x in inputs.items() if name != "v"})
+        assert unsupported_reason("torch", **{**inputs, "q": inputs["q"].to(dtype)}) is None
+    assert torch.equal(out, path_attention_reference(**by_hand))
+    assert torch.equal(weights, path_attention_weights(**{name: x for name, x in by_hand.items() if name != "v"}))
+
+
+@variants
+def test_shapes_without_values(variant: str) -> None:
+    """On meta, and of fake tensors, forward and backward give the shapes and dtypes that real tensors give."""
+    inputs, options = build(variant)
+    expected = out_and_gradients(path_attention, inputs, **options)
+    leaves = {name: x.detach().to("meta").requires_grad_(True) for name, x in inputs.items()}
+    out = path_attention(**leaves, **options)
+    got = dict(zip(leaves, torch.autograd.grad(out.sum(), list(leaves.values())), strict=True))
+    assert {name: (x.shape, x.dtype) for name, x in {"out": out, **got}.items()} == {
+        name: (x.shape, x.dtype) for name, x in expected.items()
+    }
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) for name, x in (inputs | options).items()}
+        assert path_attention(**fake).shape == expected["out"].shape
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_traced_packed_rows(tracing_mode: str) -> None:
+    """The graph takes other boundaries than those it was traced with."""
+    inputs, options = build("reflections, packed")
+
+    def function(inputs: Inputs, ends: Tensor) -> Tensor:
+        return path_attention(**inputs, cu_seqlens=ends)
+
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    graph = make_fx(function, tracing_mode=tracing_mode)(inputs, options["cu_seqlens"])
+    other = torch.tensor([0, 20, 90, 130])
+    assert torch.equal(graph(inputs, other), function(inputs, other))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_exported_for_any_width(strict: bool) -> None:
+    """With scale None the exported graph scales by the width it meets."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor) -> Tensor:
+            return path_attention(q, k, v, w, beta)
+
+    def arguments(length: int, dim: int) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in make_inputs(Shape(length, dim=dim, value_dim=dim)).values())
+
+    length, dim = torch.export.Dim("length", min=2, max=4096), torch.export.Dim("dim", min=2, max=512)
+    rows = {1: length, 3: dim}
+    shapes = (rows, rows, rows, rows, {1: length})
+    exported = torch.export.export(Module(), arguments(70, 8), dynamic_shapes=shapes, strict=strict)
+    given = arguments(130, 12)
+    assert torch.equal(exported.module()(*given), path_attention(*given))
+
+
+def test_forward_mode_is_refused() -> None:
+    """Never zeros for a derivative, whether inputs take part in reverse mode or not."""
+    inputs = make_inputs(SHAPE)
+    plain = {name: x.detach() for name, x in inputs.items()}
+    for given in (inputs, plain):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward"):
+            path_attention(**{**given, "w": forward_ad.make_dual(given["w"], plain["w"])})
+    with pytest.raises(NotImplementedError, match="forward"):
+        torch.func.jvp(lambda v: path_attention(**{**plain, "v": v}), (plain["v"],), (plain["v"],))
+
+
+def test_vmap_is_a_loop() -> None:
+    inputs = {name: x.detach() for name, x in make_inputs(SHAPE).items()}
+    several = torch.stack([inputs["q"], 2 * inputs["q"]])
+    out = torch.func.vmap(lambda q: path_attention(**{**inputs, "q": q}))(several)
+    assert torch.equal(out, torch.stack([path_attention(**{**inputs, "q": q}) for q in several]))
 
 
 def test_autocast_takes_the_other_half_dtype() -> None:

@@ -11,6 +11,8 @@ It inverts a triangular matrix of 64 reflections at once where the definition ap
 the largest ratio found on this grid (beta = 2, no gate; with a gate, or beta uniform, about 1).
 """
 
+import math
+
 import pytest
 import torch
 
@@ -70,6 +72,40 @@ def test_float32(length: int, beta: str, gated: bool) -> None:
     plain = softmax_errors(inputs)
     yardstick = {name: max(definition[name], plain[name]) for name in definition}
     assert_within(errors(out_and_gradients(path_attention, inputs), exact), yardstick, FLOAT32_FACTOR)
+
+
+@pytest.mark.parametrize("length", [129, 1500])
+def test_near_parallel_reflections(length: int) -> None:
+    """Two reflections a token make the same small turn everywhere: T^{-1} is large and P is not. U, of the size of one
+    over the angle, is rounded once, and so the error is eps / angle whatever the length; in float32 throughout it grew.
+    """
+    angle = 0.01
+    inputs = make_inputs(Shape(length, query_heads=1, heads=1, reflections=2), beta="2", dtype=torch.float32)
+    with torch.no_grad():
+        inputs["w"].zero_()
+        inputs["w"][..., 0] = 1
+        inputs["w"][:, :, 1, :, 0], inputs["w"][:, :, 1, :, 1] = math.cos(angle), math.sin(angle)
+    # The operator in float64 is the definition to 1e-11, in a hundredth of its time.
+    exact = out_and_gradients(path_attention, copy_inputs(inputs, torch.float64))
+    got = errors(out_and_gradients(path_attention, inputs), exact)
+    assert all(got[name] <= torch.finfo(torch.float32).eps / angle for name in ("out", "q", "k", "v")), got
+
+
+@pytest.mark.parametrize("gate", [-300.0, -1e4, -1e9, torch.finfo(torch.float32).min, float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_closed_gate_is_a_boundary(dtype: torch.dtype, gate: float) -> None:
+    """Nothing before it is seen, and what comes after is as exact as without it: equal to packed sequences."""
+    # 20: twice in the first leaf; 64: at an edge of leaves; 150: inside a later one.
+    ends = [0, 7, 20, 64, 150, 200]
+    inputs = make_inputs(Shape(200, query_heads=4, dim=8, value_dim=8), gated=True, dtype=dtype)
+    closed = copy_inputs(inputs)
+    with torch.no_grad():
+        closed["g"][:, ends[1:-1]] = gate
+    packed = oracle(inputs, cu_seqlens=torch.tensor(ends))
+    for function in (path_attention, path_attention_reference):
+        got = out_and_gradients(function, closed)
+        rounding = errors(out_and_gradients(function, inputs, cu_seqlens=torch.tensor(ends)), packed)
+        assert_within(errors(got, packed), {name: max(x, torch.finfo(dtype).eps) for name, x in rounding.items()}, 2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from path_attention.tasks import IGNORED, FlipFlop, Score, task_class, task_names
+from path_attention.tasks import IGNORED, FlipFlop, Score, score, task_class, task_names
 from path_attention.tasks.flip_flop import IGNORE, IGNORE_PROBABILITY, ONE, READ, WRITE, ZERO
 
 SPLITS = ("train", "in_distribution", "sparse", "dense")
@@ -19,6 +19,7 @@ def test_generator_agrees_with_the_oracle(length: int, split: str) -> None:
     examples = task.examples(3, range(200), split)
     assert examples.input_ids.shape == examples.labels.shape == (200, length)
     np.testing.assert_array_equal(examples.labels, task.oracle(examples.input_ids))
+    np.testing.assert_array_equal(examples.answers, examples.labels)
 
 
 def test_form_of_a_sequence() -> None:
@@ -56,6 +57,7 @@ def test_clean_labels_stand_on_the_bits_after_r_only_and_noisy_ones_everywhere()
     np.testing.assert_array_equal(clean.labels, np.where(after_read, clean.input_ids, IGNORED))
     noisy = FlipFlop(length=64, clean=False).examples(0, range(20))
     np.testing.assert_array_equal(noisy.input_ids, clean.input_ids)
+    np.testing.assert_array_equal(noisy.answers, clean.answers)
     assert (noisy.labels[:, 0] == IGNORED).all()
     np.testing.assert_array_equal(noisy.labels[:, 1:], noisy.input_ids[:, 1:])
 
@@ -76,14 +78,14 @@ def test_seeds_and_splits_are_different_streams() -> None:
 
 
 def test_score_counts_reads_and_wrong_answers() -> None:
-    task = FlipFlop(length=8)
     ids = np.array([[WRITE, ONE, READ, ONE, IGNORE, ZERO, READ, ONE]])
+    answers = FlipFlop(length=8).oracle(ids)
     right = np.roll(ids, -1, axis=1)
-    assert task.score(ids, right) == Score(2, 0)
+    assert score(answers, right) == Score(2, 0)
     wrong = right.copy()
     wrong[0, 6] = ZERO  # the answer to the last read
     wrong[0, 0] = ZERO  # no answer: after a write
-    assert task.score(ids, wrong) == Score(2, 1)
+    assert score(answers, wrong) == Score(2, 1)
     assert (Score(2, 1) + Score(6, 1)).rate == 0.25
     assert math.isnan(Score().rate)
 
@@ -102,7 +104,7 @@ def test_arguments_are_checked() -> None:
             FlipFlop(length=length)
     with pytest.raises(ValueError, match="ignore_probability"):
         FlipFlop(ignore_probability=1.5)
-    with pytest.raises(ValueError, match="split must be one of"):
+    with pytest.raises(ValueError, match="split: wanted one of"):
         FlipFlop().examples(0, [0], "spare")
 
 

@@ -70,10 +70,16 @@ def test_overrides(tmp_path: Path) -> None:
         ("training.betas=[0.9,x]", "training.betas[1]: wanted a number, got 'x' (str)"),
         ("training.seed=-1", "training.seed: wanted 0 or more, got -1"),
         ("training=fast", "training: wanted a mapping of keys, got 'fast' (str)"),
-        ("mixers=[path,ropes]", "mixers[1]: wanted one of path, path_fox, rope, none, got 'ropes' (str)"),
+        (
+            "mixers=[path,ropes]",
+            "mixers[1]: wanted one of path, path_fox, rope, none, fox, stick_breaking, alibi, got 'ropes' (str)",
+        ),
         ("mixers=[]", "mixers: wanted one or several different ones, got []"),
         ("mixers=[path,path]", "mixers: wanted one or several different ones"),
-        ("mixers=path", "mixers: wanted a list of one of path, path_fox, rope, none, got 'path' (str)"),
+        (
+            "mixers=path",
+            "mixers: wanted a list of one of path, path_fox, rope, none, fox, stick_breaking, alibi, got 'path' (str)",
+        ),
         ("task.name=flop", "task.name: no task 'flop'; there are flip_flop"),
         ("task.name=3", "task.name: wanted the name of a task, got 3"),
         ("task.length=15", "flip_flop: length must be even and at least 4, got 15"),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from path_attention.checks import bad
 from path_attention.distributed.context import ContextParallel, Layout, PassedOn
 from path_attention.distributed.edges import AtEdges, Shard, Way, pair_operands, sums_after, sums_before, ways_backward
 from path_attention.distributed.pairs import Call, Pair
@@ -29,7 +30,7 @@ from path_attention.ops.autograd import out_of_autocast, path_attention_backward
 from path_attention.ops.backends import AUTO, Backend
 from path_attention.ops.columns import fold_queries, unfold_queries
 from path_attention.ops.engines import dense
-from path_attention.ops.path_attention import as_autocast_wants, check_backend
+from path_attention.ops.path_attention import check_backend
 
 
 @torch.compiler.disable
@@ -75,20 +76,18 @@ def path_attention_context_parallel(
             that is not a multiple of the pieces of a process (zigzag: 2) is one.
     """
     context = ContextParallel.of(group, layout)
-    q, k, v, w, beta, g = as_autocast_wants(q, k, v, w, beta, g)
     arguments = validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=None)
+    q, k, v, _, _, g, scale = arguments
     if q.shape[0] < 1 or q.shape[1] % context.pieces_each:
-        raise ValueError(
-            f"q: got shape {tuple(q.shape)}; wanted a batch and a local length that is a multiple of "
-            f"{context.pieces_each}, the pieces of a process"
-        )
-    cu_seqlens = sequence_boundaries(cu_seqlens, q.shape[0], q.shape[1] * context.size)
+        wanted = f"a batch and a local length that is a multiple of {context.pieces_each}, the pieces of a process"
+        raise bad("q", f"shape {tuple(q.shape)}", wanted)
+    cu_seqlens = sequence_boundaries(cu_seqlens, q, context.size)
     if check_inputs:
-        check_values(q, k, v, w, beta, g, None)
-        _check_alike(context, q, v, w, g)
-    w, beta = arguments.reflections(w, beta)
+        check_values(*arguments[:6], None)
+        _check_alike(context, q, v, arguments.w, g)
+    w, beta = arguments.reflections()
     check_backend(backend, q, v, w, g, cu_seqlens)
-    call = Call.of(context, q, k, v, g, cu_seqlens, arguments.scale, backend or AUTO)
+    call = Call.of(context, q, k, v, g, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, backend or AUTO)
     return _ContextParallelAttention.apply(call, q, k, v, w, beta, g)
 
 

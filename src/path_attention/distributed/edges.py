@@ -17,6 +17,7 @@ from torch import Tensor
 
 from path_attention.distributed.pairs import Call, Pair
 from path_attention.ops import dyadic
+from path_attention.ops.arguments import LOWEST_GATE
 from path_attention.ops.columns import fold_queries
 
 
@@ -67,7 +68,9 @@ class AtEdges:
         products = context.gather_pieces(edges.product.unflatten(1, per_batch).movedim(2, 0))
         gate_q = gate_k = gate_spans = None
         if g is not None:
-            gates = call.by_piece(g.to(call.dtype)).unflatten(3, (call.heads, call.group))  # (B, p, C, H, G)
+            gates = call.by_piece(g.to(call.dtype).clamp(min=LOWEST_GATE)).unflatten(
+                3, (call.heads, call.group)
+            )  # (B, p, C, H, G)
             gates = gates.permute(3, 4, 0, 1, 2)  # (H, G, B, p, C)
             gate_q = gates.cumsum(-1)[..., None]
             gate_k = sums_after(gates).permute(3, 2, 0, 4, 1)

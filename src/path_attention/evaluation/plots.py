@@ -16,7 +16,15 @@ from path_attention.training.run import Run
 from path_attention.training.trainer import METRICS, read_metrics
 
 # One colour a mixer throughout; from Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"path": "#0072B2", "rope": "#D55E00", "path_fox": "#009E73", "none": "#666666"}
+COLOURS = {
+    "path": "#0072B2",
+    "rope": "#D55E00",
+    "path_fox": "#009E73",
+    "fox": "#56B4E9",
+    "stick_breaking": "#E69F00",
+    "alibi": "#F0E442",
+    "none": "#666666",
+}
 _PUBLISHED = "#bbbbbb"
 _ALARM = "#CC79A7"
 

@@ -8,7 +8,15 @@ from path_attention.training.run import Run
 from path_attention.training.source import Measurement
 
 # How mixers are called in tables and pictures.
-NAMES = {"path": "PaTH", "path_fox": "PaTH-FoX", "rope": "RoPE", "none": "no position encoding"}
+NAMES = {
+    "path": "PaTH",
+    "path_fox": "PaTH-FoX",
+    "fox": "FoX",
+    "stick_breaking": "SBA",
+    "alibi": "ALiBi",
+    "rope": "RoPE",
+    "none": "no position encoding",
+}
 
 
 def show(measured: Measurement) -> str:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from path_attention.checks import bad, check_flag, check_integer, check_number
 from path_attention.layers.padding import Padding, sequence_boundaries
+from path_attention.ops.arguments import check_tensor
 
 if TYPE_CHECKING:  # it knows of these layers
     from path_attention.distributed.context import ContextParallel, Layout
@@ -57,12 +59,15 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size: got {hidden_size}; wanted at least 1")
-        if num_heads < 1:
-            raise ValueError(f"num_heads: got {num_heads}; wanted at least 1")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads: got {num_kv_heads}; wanted a divisor of num_heads, {num_heads}")
+        check_integer("hidden_size", hidden_size, 1)
+        check_integer("num_heads", num_heads, 1)
+        divisor = f"a divisor of num_heads, {num_heads}"
+        check_integer("num_kv_heads", num_kv_heads, 1, divisor)
+        if num_heads % num_kv_heads:
+            raise bad("num_kv_heads", num_kv_heads, divisor)
+        for name, flag in (("qk_norm", qk_norm), ("bias", bias), ("output_bias", output_bias)):
+            check_flag(name, flag)
+        check_number("norm_eps", norm_eps, zero=True)
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(
@@ -70,8 +75,7 @@ class Attention(nn.Module):
                     f"num_heads {num_heads}"
                 )
             head_dim = hidden_size // num_heads
-        if head_dim < 1:
-            raise ValueError(f"head_dim: got {head_dim}; wanted at least 1")
+        check_integer("head_dim", head_dim, 1)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -124,12 +128,12 @@ class Attention(nn.Module):
             (B, L, C).
 
         Raises:
-            ValueError: shapes or boundaries that do not fit, or both a mask and cu_seqlens.
+            ValueError: types, shapes, values of the mask or boundaries that do not fit, or both a mask and cu_seqlens.
         """
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad(self.forward(padding.unpad(hidden_states), cu_seqlens=padding.cu_seqlens))
-        cu_seqlens = sequence_boundaries(cu_seqlens, hidden_states.shape[0], self.whole_length(hidden_states))
+        cu_seqlens = sequence_boundaries(cu_seqlens, hidden_states, self.num_processes)
         return self.o_proj(self.attend(hidden_states, cu_seqlens).flatten(2))
 
     def attention_weights(
@@ -144,11 +148,12 @@ class Attention(nn.Module):
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad_weights(self.weigh(padding.unpad(hidden_states), padding.cu_seqlens))
-        return self.weigh(hidden_states, sequence_boundaries(cu_seqlens, *hidden_states.shape[:2]))
+        return self.weigh(hidden_states, sequence_boundaries(cu_seqlens, hidden_states))
 
-    def whole_length(self, hidden_states: Tensor) -> int:
-        """Tokens of the row that hidden_states (B, L, C) is, or is the shard of."""
-        return hidden_states.shape[1] * (1 if self.context is None else self.context.size)
+    @property
+    def num_processes(self) -> int:
+        """Those that share every sequence."""
+        return 1 if self.context is None else self.context.size
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, L, HQ, D)."""
@@ -161,17 +166,19 @@ class Attention(nn.Module):
     def _padding(
         self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Padding | None:
+        check_tensor("hidden_states", hidden_states)
+        if not hidden_states.is_floating_point():
+            raise bad("hidden_states", f"dtype {hidden_states.dtype}", "a floating dtype")
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
-            raise ValueError(
-                f"hidden_states: got shape {tuple(hidden_states.shape)}; wanted (batch, length, {self.hidden_size})"
-            )
+            wanted = f"(batch, length, {self.hidden_size})"
+            raise bad("hidden_states", f"shape {tuple(hidden_states.shape)}", wanted)
         if attention_mask is None:
             return None
         if self.context is not None:
             raise ValueError("attention_mask: got one for a sequence split over processes; wanted None, or cu_seqlens")
         if cu_seqlens is not None:
             raise ValueError("attention_mask: got one beside cu_seqlens; wanted at most one of the two")
-        return Padding.from_mask(attention_mask, *hidden_states.shape[:2])
+        return Padding.from_mask(attention_mask, hidden_states)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, L, HQ, D), k (B, L, H, D), v (B, L, H, D), of one dtype."""

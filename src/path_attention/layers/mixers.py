@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from path_attention.layers.attention import Attention
+from path_attention.layers.decay import ALiBiAttention, ForgettingAttention
 from path_attention.layers.path import PaTHAttention
 from path_attention.layers.softmax import SoftmaxAttention
+from path_attention.layers.stick_breaking import StickBreakingAttention
 
 Builder = Callable[[Any], Attention]
 _BUILDERS: dict[str, Builder] = {}
@@ -69,3 +71,6 @@ register_mixer("path", lambda config: _path(config, use_forget_gate=False))
 register_mixer("path_fox", lambda config: _path(config, use_forget_gate=True))
 register_mixer("rope", lambda config: SoftmaxAttention(**_shared(config), rope_theta=config.rope_theta))
 register_mixer("none", lambda config: SoftmaxAttention(**_shared(config), rope_theta=None))
+register_mixer("fox", lambda config: ForgettingAttention(**_shared(config)))
+register_mixer("stick_breaking", lambda config: StickBreakingAttention(**_shared(config)))
+register_mixer("alibi", lambda config: ALiBiAttention(**_shared(config)))

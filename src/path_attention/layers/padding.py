@@ -5,10 +5,13 @@ may be masked altogether. Whoever needs the tokens of a padded batch unpads once
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from path_attention.checks import bad
+from path_attention.ops.arguments import check_cu_seqlens, check_tensor, sequence_bounds
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,34 @@ class Padding:
     cu_seqlens: Tensor  # (batch + 1,) int32 on the host: boundaries of the rows in the packed one
 
     @classmethod
-    def from_mask(cls, attention_mask: Tensor, batch: int, length: int) -> "Padding":
-        """From a mask (batch, length) of 1 or True for real tokens, 0 or False for padding.
+    def from_mask(cls, attention_mask: Tensor, x: Tensor) -> "Padding | None":
+        """Of tokens x (batch, length, ...) and their mask (batch, length), 1 or True for real ones and 0 or False for
+        padding; None where there is no padding, and on meta, where no shape depends on it.
 
         Raises:
-            ValueError: the mask has another shape.
+            ValueError: the mask has another shape or device, or other values.
         """
+        check_tensor("attention_mask", attention_mask)
+        batch, length = x.shape[:2]
         if tuple(attention_mask.shape) != (batch, length):
-            raise ValueError(
-                f"attention_mask: got shape {tuple(attention_mask.shape)}; wanted ({batch}, {length}), "
-                "one entry for each token"
+            raise bad(
+                "attention_mask",
+                f"shape {tuple(attention_mask.shape)}",
+                f"({batch}, {length}), one entry for each token",
             )
+        if attention_mask.device != x.device:
+            raise bad("attention_mask", f"device {attention_mask.device}", f"the device of the tokens, {x.device}")
+        if x.is_meta:
+            return None
         real = attention_mask != 0
+        if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
+            # A mask to be added to logits, 0 for real tokens, would be read the wrong way round.
+            raise bad("attention_mask", "values other than 0 and 1", "1 for real tokens and 0 for padding")
+        indices = real.flatten().nonzero().squeeze(1)
+        if len(indices) == batch * length:
+            return None
         ends = real.sum(1).cumsum(0).to("cpu", torch.int32)
-        return cls(batch, length, real.flatten().nonzero().squeeze(1), torch.nn.functional.pad(ends, (1, 0)))
+        return cls(batch, length, indices, torch.nn.functional.pad(ends, (1, 0)))
 
     def unpad(self, x: Tensor) -> Tensor:
         """(batch, length, ...) -> (1, T, ...)."""
@@ -54,25 +71,23 @@ class Padding:
         return padded[own, :, own].movedim(-1, 1)
 
 
-def sequence_boundaries(cu_seqlens: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """``cu_seqlens`` on the host, where attention reads it in every layer, once it is known to fit (batch, length).
+def sequence_boundaries(cu_seqlens: Tensor | None, x: Tensor, processes: int = 1) -> Tensor | None:
+    """``cu_seqlens`` on the host, where attention reads it in every layer, once it is known to fit x (batch, length,
+    ...), or the row that so many processes have shards like x of. None on meta, where no shape depends on it.
 
     Raises:
         ValueError: it does not.
     """
     if cu_seqlens is None:
         return None
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: got one beside a batch of {batch}; wanted all sequences packed into one row")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens: got shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
-            "wanted (number of sequences + 1,) of int32 or int64"
-        )
+    check_cu_seqlens(cu_seqlens, x.device)
+    if x.shape[0] != 1:
+        raise bad("cu_seqlens", f"one beside a batch of {x.shape[0]}", "all sequences packed into one row")
+    if x.is_meta:
+        return None
     cu_seqlens = cu_seqlens.cpu()
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
-        raise ValueError(f"cu_seqlens: got {ends}; wanted 0 to {length}, the length, in values that never decrease")
+    if not (torch.compiler.is_compiling() or isinstance(cu_seqlens, FakeTensor)):  # else there are no values
+        sequence_bounds(cu_seqlens, x.shape[1] * processes)
     return cu_seqlens
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from path_attention.autocast import without_autocast
+from path_attention.checks import check_flag, check_integer
 from path_attention.layers.attention import Attention
 from path_attention.layers.padding import token_positions
 from path_attention.layers.short_convolution import ShortConvolution
@@ -84,12 +86,11 @@ class PaTHAttention(Attention):
             output_bias=output_bias,
             norm_eps=norm_eps,
         )
-        if w_rank is not None and w_rank < 1:
-            raise ValueError(f"w_rank: got {w_rank}; wanted at least 1, or None for full rank")
-        if conv_size < 0:
-            raise ValueError(f"conv_size: got {conv_size}; wanted at least 0 (0 for no convolution)")
-        if num_reflections < 1:
-            raise ValueError(f"num_reflections: got {num_reflections}; wanted at least 1")
+        if w_rank is not None:
+            check_integer("w_rank", w_rank, 1, "an integer, at least 1, or None for full rank")
+        check_integer("conv_size", conv_size, 0, "an integer, at least 0 (0 for no convolution)")
+        check_integer("num_reflections", num_reflections, 1)
+        check_flag("use_forget_gate", use_forget_gate)
         self.num_reflections = num_reflections
         transitions = num_reflections * self.num_kv_heads
         channels = transitions * self.head_dim
@@ -118,14 +119,14 @@ class PaTHAttention(Attention):
     def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, R * H * D) float32 at least, every D of them a unit vector."""
         w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
-        with torch.autocast(w.device.type, enabled=False):
+        with without_autocast(w.device):
             w = at_least_float32(w)
             if self.w_conv is not None:
                 w = self._convolve(self.w_conv, w, cu_seqlens)
             return F.normalize(w.unflatten(2, (-1, self.head_dim)), dim=-1, eps=NORM_EPS).flatten(2)
 
     def _convolve(self, convolution: ShortConvolution, w: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        positions = token_positions(cu_seqlens, self.whole_length(w), w.device)
+        positions = token_positions(cu_seqlens, w.shape[1] * self.num_processes, w.device)
         back = convolution.width - 1
         if self.context is None or back == 0:
             return convolution(w, positions)

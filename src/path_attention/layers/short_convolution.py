@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from path_attention.checks import check_integer
+
 
 class ShortConvolution(nn.Module):
     """y_t = SiLU(sum_{j < width} weight[:, width - 1 - j] * x_{t - j}), where x before its sequence's first token is 0.
@@ -16,8 +18,8 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int = 3) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width: got {width}; wanted at least 1")
+        check_integer("channels", channels, 1)
+        check_integer("width", width, 1)
         self.width = width
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.reset_parameters()

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from path_attention.autocast import without_autocast
+from path_attention.checks import check_number
 from path_attention.layers.attention import Attention
 from path_attention.layers.padding import token_positions
 
@@ -41,8 +43,7 @@ class SoftmaxAttention(Attention):
             norm_eps=norm_eps,
         )
         if rope_theta is not None:
-            if rope_theta <= 0:
-                raise ValueError(f"rope_theta: got {rope_theta}; wanted a positive number, or None")
+            check_number("rope_theta", rope_theta, zero=False)
             if self.head_dim % 2:
                 raise ValueError(f"head_dim: got {self.head_dim}; wanted an even number for rotary position encoding")
         self.rope_theta = rope_theta
@@ -66,7 +67,8 @@ class SoftmaxAttention(Attention):
             first = torch.arange(length, device=q.device) - token_positions(cu_seqlens, length, q.device)
             visible &= first[:, None] == first[None, :]
         dtype = torch.promote_types(q.dtype, torch.float32)
-        logits = q.to(dtype) @ k.to(dtype).mT * self.head_dim**-0.5
+        with without_autocast(q.device):
+            logits = q.to(dtype) @ k.to(dtype).mT * self.head_dim**-0.5
         return logits.masked_fill(~visible, float("-inf")).softmax(-1)
 
     def _rotated(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

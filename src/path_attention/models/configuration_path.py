@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from path_attention.checks import bad, check_integer, check_number
 from path_attention.layers.mixers import build_mixer
 
 
@@ -17,7 +18,8 @@ class PaTHConfig(PreTrainedConfig):
 
     Args:
         mixer: token mixer of every layer, a name of :func:`path_attention.layers.mixer_names`: ``path``, ``path_fox``
-            (with forget gate), ``rope``, ``none`` (no position encoding), or one registered by the user.
+            (with forget gate), ``rope``, ``none`` (no position encoding), ``fox`` (forgetting attention),
+            ``stick_breaking``, ``alibi``, or one registered by the user.
         w_rank: rank of the projection that makes w; None for full rank.
         conv_size: tokens of the causal convolution over w; 0 for none.
         num_reflections: transitions a token.
@@ -59,9 +61,7 @@ class PaTHConfig(PreTrainedConfig):
         self._take_from_llama(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; wanted at least 1")
+        self._check_own_fields()
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -71,6 +71,22 @@ class PaTHConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check_mixer()
         super().__post_init__(**kwargs)
+
+    def _check_own_fields(self) -> None:
+        """Those that the mixer does not check, or knows by other names."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "max_position_embeddings"):
+            check_integer(name, getattr(self, name), 1)
+        heads = self.num_key_value_heads
+        assert heads is not None
+        if heads < 1 or self.num_attention_heads % heads:
+            wanted = f"a divisor of num_attention_heads, {self.num_attention_heads}"
+            raise bad("num_key_value_heads", heads, wanted)
+        for name in ("rms_norm_eps", "initializer_range"):
+            check_number(name, getattr(self, name), zero=True)
+        check_number("rope_theta", self.rope_theta, zero=False)
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise bad("pad_token_id", self.pad_token_id, f"0 to {self.vocab_size - 1}, below vocab_size, or None")
 
     def _take_from_llama(self, kwargs: dict[str, Any]) -> None:
         """What a Llama configuration says in other words, and what it may say that these models cannot do."""

@@ -14,11 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
+from path_attention.checks import bad
 from path_attention.layers.attention import Attention
 from path_attention.layers.mixers import build_mixer
 from path_attention.layers.padding import Padding, sequence_boundaries
 from path_attention.layers.short_convolution import ShortConvolution
 from path_attention.models.configuration_path import PaTHConfig
+from path_attention.ops.arguments import check_tensor
 
 if TYPE_CHECKING:
     from path_attention.distributed.context import ContextParallel, Layout
@@ -63,7 +65,8 @@ class PaTHPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = False
 
-    context: "ContextParallel | None" = None  # the processes that share every sequence, where they are split
+    # The ContextParallel that shares every sequence, where they are split: Any, for transformers evaluates annotations.
+    context: Any = None
 
     def set_context_parallel(self, group: Any, layout: "Layout | None" = None) -> None:
         """From now on every sequence is split over the processes of ``group``; None: no longer.
@@ -153,15 +156,16 @@ class PaTHModel(PaTHPreTrainedModel):
         if self.context is not None:
             self._check_split(attention_mask, position_ids, output_attentions)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if cu_seqlens is None:
+        if cu_seq_lens_q is not None:
+            if cu_seqlens is not None:
+                raise bad("cu_seq_lens_q", "one beside cu_seqlens", "at most one of the two")
             cu_seqlens = cu_seq_lens_q
-        if cu_seqlens is None and attention_mask is None and position_ids is not None and len(x) == 1:
-            cu_seqlens = _restarts(position_ids)
-        whole_length = x.shape[1] * (1 if self.context is None else self.context.size)
-        cu_seqlens = sequence_boundaries(cu_seqlens, x.shape[0], whole_length)
-        padding = None if attention_mask is None else Padding.from_mask(attention_mask, *x.shape[:2])
-        if padding is not None and len(padding.indices) == x.shape[0] * x.shape[1]:
-            padding = None  # nothing is masked
+        if position_ids is not None:
+            _check_positions(position_ids, x)
+            if cu_seqlens is None and attention_mask is None and len(x) == 1 and not x.is_meta:
+                cu_seqlens = _restarts(position_ids)
+        cu_seqlens = sequence_boundaries(cu_seqlens, x, 1 if self.context is None else self.context.size)
+        padding = None if attention_mask is None else Padding.from_mask(attention_mask, x)
         if padding is not None:
             if cu_seqlens is not None:
                 raise ValueError("attention_mask: got padding beside cu_seqlens; wanted at most one of the two")
@@ -315,6 +319,13 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         added = covered.shape[-1] - inputs_embeds.shape[1]
         new = self.model.embed_tokens(input_ids[:, input_ids.shape[1] - added :])
         return inputs | {"inputs_embeds": torch.cat([inputs_embeds, new], dim=1)}
+
+
+def _check_positions(position_ids: Tensor, x: Tensor) -> None:
+    check_tensor("position_ids", position_ids)
+    batch, length = x.shape[:2]
+    if tuple(position_ids.shape) not in ((length,), (1, length), (batch, length)):
+        raise bad("position_ids", f"shape {tuple(position_ids.shape)}", f"({batch}, {length}), one for each token")
 
 
 def _restarts(position_ids: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from path_attention.autocast import without_autocast
 from path_attention.ops import dyadic
 from path_attention.ops.arguments import sequence_bounds
 from path_attention.ops.backends import AUTO, Backend, choose, reason_against
@@ -27,7 +28,7 @@ def out_of_autocast(function: Callable[Given, Result]) -> Callable[Given, Result
     @wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device):
             return function(*args, **kwargs)
 
     return run
@@ -43,6 +44,10 @@ def _problem(
         lengths = tuple(end - start for start, end in sequence_bounds(cu_seqlens, length))
     plan = plan_spans(lengths, dyadic.LEAF)
     return dyadic.Problem.pack(plan, q, k, v, w, beta, g, scale)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _serve(
@@ -81,17 +86,22 @@ def path_attention_forward(
     beta: Tensor,
     g: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, HQ, DV) in the dtype of q and log_sum_exp (B, L, HQ) in float32 at least.
 
-    w (B, L, R, H, D) and beta (B, L, R, H); backend one of BACKENDS or AUTO; the rest as in
+    w (B, L, R, H, D) and beta (B, L, R, H); scale None for D ** -0.5; backend one of BACKENDS or AUTO; the rest as in
     :func:`path_attention.path_attention`.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        # Here, where values are known also under torch.compile. Of those on a GPU the kernels that read them there take
+        # care: the host does not wait.
+        sequence_bounds(cu_seqlens, q.shape[1])
     if q.numel() == 0:
         return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+    scale = _scale(scale, q)
     chosen = _serve(backend, q, v, w, g, cu_seqlens, is_backward=False)
     if chosen != "torch":
         from path_attention.ops.engines import cuda  # triton is not needed on other devices
@@ -113,7 +123,7 @@ def _(
     beta: Tensor,
     g: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -133,7 +143,7 @@ def path_attention_backward(
     out: Tensor,
     log_sum_exp: Tensor,
     cu_seqlens: Tensor | None,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, w, beta and g; the last one empty where there is no g."""
@@ -141,6 +151,7 @@ def path_attention_backward(
     if q.numel() == 0:
         # Nothing to sum over: every gradient is as empty as its input.
         return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), empty if g is None else _empty(g)
+    scale = _scale(scale, q)
     chosen = _serve(backend, q, v, w, g, cu_seqlens, is_backward=True)
     if chosen != "torch":
         from path_attention.ops.engines import cuda
@@ -176,7 +187,7 @@ def _(
     out: Tensor,
     log_sum_exp: Tensor,
     cu_seqlens: Tensor | None,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), q.new_empty(0) if g is None else _empty(g)

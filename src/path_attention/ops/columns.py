@@ -3,8 +3,8 @@
 The G query heads of a group attend to the same keys, so they are extra rows of the same dense attention: no key is
 copied. The key's part of the gate, a number per query head and key, rides along as G extra columns: the query of head
 g has a one in column g, the key has its gate there, and the gradient of the key's columns is the column sum of dS.
-One more column, ones in the key and zeros in the query, gives the row sum of dS in the query's gradient. The gradient
-of the gate needs both: their errors (those of delta, from a rounded output) cancel only together.
+One more column, ones in the key and zeros in the query, gives the row sum of dS in the query's gradient. The gates
+after the keys take the one, those up to the queries the other.
 """
 
 from dataclasses import dataclass

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from path_attention.ops.arguments import LOWEST_GATE
 from path_attention.ops.columns import Columns, fold_queries, unfold_queries
 from path_attention.ops.engines import dense
 from path_attention.ops.leaf import (
@@ -36,6 +37,7 @@ from path_attention.ops.leaf import (
     leaf_backward,
     leaf_edges,
     leaf_forward,
+    sum_from_here,
 )
 from path_attention.ops.spans import SiblingPairs, SpanPlan
 
@@ -53,7 +55,7 @@ class Problem:
     heads: int  # H
     group: int  # G
     columns: Columns  # of the dense attentions' operands
-    gate: Tensor | None  # (H, G, N, B, 1)
+    gate: Tensor | None  # g, (H, G, N, B, 1)
 
     @classmethod
     def pack(
@@ -75,14 +77,15 @@ class Problem:
         beta_rows = plan.pack(beta.transpose(2, 3), dtype)
         gate = None
         if g is not None:
-            gate = plan.pack(g[..., None], dtype).cumsum(2).view(heads, group, plan.num_leaves, plan.leaf, 1)
+            gate = plan.pack(g[..., None], dtype).clamp_(min=LOWEST_GATE)
+            gate = gate.view(heads, group, plan.num_leaves, plan.leaf, 1)
         leaf = LeafInputs(
             q=_group_last(q_rows, group).reshape(leaves, group * plan.leaf, -1),
             k=plan.pack(k, dtype).flatten(0, 1),
             v=plan.pack(v, dtype).flatten(0, 1),
             w=w_rows.view(leaves, plan.leaf * reflections, -1),
             beta=beta_rows.view(leaves, plan.leaf * reflections),
-            gate=None if gate is None else gate.squeeze(-1).transpose(1, 2).flatten(0, 1),
+            g=None if gate is None else gate.squeeze(-1).transpose(1, 2).flatten(0, 1),
         )
         masks = LeafMasks.build(plan.leaf, group, reflections, leaf.q)
         columns = Columns.of(q, v, group, gated=gate is not None)
@@ -129,9 +132,10 @@ class _Tree:
             product=edges.product.view(problem.heads, problem.plan.num_leaves, *edges.product.shape[1:]),
         )
         if problem.gate is not None:
-            tree.gate_q = problem.gate.clone()
-            tree.gate_span = problem.gate[..., -1:, :].clone()
-            tree.gate_k = tree.gate_span - problem.gate
+            tree.gate_q = problem.gate.cumsum(-2)
+            tree.gate_span = tree.gate_q[..., -1:, :].clone()
+            # Not the span's sum less gate_q: small gates would be lost beside a large one.
+            tree.gate_k = sum_from_here(torch.nn.functional.pad(problem.gate[..., 1:, :], (0, 0, 0, 1)))
         return tree
 
     def ascend(self, pairs: SiblingPairs) -> None:
@@ -326,9 +330,8 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     rows += [d_k.flatten(0, 1), d_product.flatten(0, 1), t_inverse, u, y]
     leaf = LeafGradients(*_in_chunks(leaf_backward, problem.leaf, problem.masks, *rows))
     d_v = d_v[..., : leaf.v.shape[-1]].add_(problem.key_rows(leaf.v))
-    if d_gate is not None and leaf.gate is not None:
-        d_gate += problem.query_rows(leaf.gate.flatten(1)[..., None])
-        d_gate = _sum_to_the_right(problem.plan, d_gate)
+    if d_gate is not None and leaf.g is not None:
+        d_gate += problem.query_rows(leaf.g.flatten(1)[..., None])
     return _of_tokens(problem, leaf, d_v, d_gate)
 
 
@@ -372,8 +375,12 @@ def _descend(
     )
     pairs.left.add(d_v, d_values.transpose(0, 1))
     if d_gate is not None:
-        pairs.left.add(d_gate, columns.column_sums(d_keys).permute(1, 3, 0, 2)[..., None].neg())
-        pairs.right.add(d_gate, columns.row_sums(d_rows))
+        # A gate of the right sibling is in the logits of all queries from its token on, one of the left sibling in
+        # those of all keys before its token. Row sums less column sums, added up to the sequence's end, would say the
+        # same, with the rounding of everything on the way.
+        columns_sum = columns.column_sums(d_keys).permute(1, 3, 0, 2)[..., None]  # (H, G, pairs, keys, 1)
+        pairs.left.add(d_gate, torch.nn.functional.pad(columns_sum[..., :-1, :], (0, 0, 1, 0)).cumsum(-2))
+        pairs.right.add(d_gate, sum_from_here(columns.row_sums(d_rows)))
     d_rows = unfold_queries(d_rows[..., : columns.dim], columns.group).to(d_q.dtype)
     _move_back(move, d_rows, d_keys[..., : columns.dim].transpose(0, 1).to(d_k.dtype), d_q, d_k, d_product)
 
@@ -403,13 +410,6 @@ def _move_back(
         pairs.left.put(d_k, d_keys)
     if d_left is not None:
         pairs.left_root.put(d_product, d_left)
-
-
-def _sum_to_the_right(plan: SpanPlan, d_gate: Tensor) -> Tensor:
-    """Gradient of g from that of its running sum: dg_s = sum of d_gate_t over t >= s in the same sequence."""
-    leaves = [-(-length // plan.leaf) for length in plan.lengths]
-    parts = d_gate.split(leaves, dim=2)
-    return torch.cat([x.flatten(2).flip(-1).cumsum(-1).flip(-1).view_as(x) for x in parts], dim=2)
 
 
 # --- whole sequences as spans ----------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ Stack the vectors w of the leaf's B * R reflections into W and put D = diag(beta
     P = I - W^T U                         the whole leaf: a row x at its right edge is x P at its left edge
 
 (arXiv 2505.16381, section 3, there for one reflection a token and in other letters; docs/math.md has the derivation.)
-Everything is float32 (float64 for float64 inputs): the leaf's share of the arithmetic is linear in the length.
+Everything is float32 (float64 for float64 inputs), but T^{-1}, U and Y are made in float64 and then rounded: the leaf's
+share of the arithmetic is linear in the length.
 
 Shapes here: leaves of all heads in one batch dimension M = H * N; q rows of the G query heads of a group one after
 another.
@@ -51,7 +52,7 @@ class LeafInputs(NamedTuple):
     v: Tensor  # (M, B, DV)
     w: Tensor  # (M, B*R, D)
     beta: Tensor  # (M, B*R)
-    gate: Tensor | None  # (M, G, B): sum of g from the leaf's first token to this one
+    g: Tensor | None  # (M, G, B)
 
 
 class LeafEdges(NamedTuple):
@@ -73,25 +74,47 @@ def _x_and_z(inputs: LeafInputs, masks: LeafMasks) -> tuple[Tensor, Tensor]:
     return (q @ w.mT).mul_(masks.x), (w @ k.mT).mul_(masks.z)
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """What T is made and inverted in. Near-parallel reflections with beta near 2 make its condition number some 1e4,
+    and P, of norm 1 whatever it is, is what is left when large terms cancel: in float32 it was off by 4e-4, and the
+    error of many leaves adds up. In float64, and rounded after, it costs a hundredth of the operator's time on a CPU.
+    """
+    return x.dtype if x.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
 def _factors(inputs: LeafInputs, z: Tensor) -> Factors:
-    w, beta = inputs.w, inputs.beta
+    dtype, wide = inputs.w.dtype, _wide(inputs.w)
+    w, beta = inputs.w.to(wide), inputs.beta.to(wide)
     # solve_triangular reads the strict lower triangle only: the unit diagonal of T is implied.
-    identity = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
+    identity = torch.eye(w.shape[1], dtype=wide, device=w.device)
     t_inverse = torch.linalg.solve_triangular(
         (w @ w.mT).mul_(beta[..., None]), identity.expand(w.shape[0], -1, -1), upper=False, unitriangular=True
     )
     a = t_inverse * beta[:, None, :]
-    return Factors(t_inverse, a @ w, a @ z)
+    return Factors(t_inverse.to(dtype), (a @ w).to(dtype), (a @ z.to(wide)).to(dtype))
+
+
+def _gates_between(g: Tensor) -> Tensor:
+    """(M, G, B) -> (M, G, B, B): the sum of g over the tokens after the key, the column, up to the query, the row.
+
+    Each is summed by itself: the difference of two running sums that share a large gate would have lost the small ones.
+    """
+    return g[..., None].expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2)
+
+
+def sum_from_here(x: Tensor) -> Tensor:
+    """Sums of the rows (dimension -2) from each to the last."""
+    return x.flip(-2).cumsum(-2).flip(-2)
 
 
 def _weights(
     inputs: LeafInputs, masks: LeafMasks, x: Tensor, y: Tensor, log_sum_exp: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """exp(logits - log_sum_exp), 0 above the diagonal, and the log_sum_exp: the leaf's own where None is given."""
-    q, k, _, _, _, gate = inputs
+    q, k, _, _, _, g = inputs
     logits = torch.baddbmm(q @ k.mT, x, y, alpha=-1)
-    if gate is not None:
-        logits += (gate[..., :, None] - gate[..., None, :]).flatten(1, 2)
+    if g is not None:
+        logits += _gates_between(g).flatten(1, 2)
     logits.masked_fill_(masks.outside, float("-inf"))
     if log_sum_exp is None:
         log_sum_exp = logits.logsumexp(-1, keepdim=True)
@@ -137,7 +160,7 @@ class LeafGradients(NamedTuple):
     v: Tensor
     w: Tensor
     beta: Tensor
-    gate: Tensor | None  # (M, G, B): row sums less column sums of dS, the gradient of the summed gate
+    g: Tensor | None  # (M, G, B)
 
 
 def leaf_backward(
@@ -158,7 +181,7 @@ def leaf_backward(
     U and Y solve T U = D W and T Y = D Z. With G = T^{-T} dU and likewise F for Y, the gradients of D W and D Z are G
     and F, and that of T is -(G U^T + F Y^T) below the diagonal.
     """
-    q, k, v, w, beta, gate = inputs
+    q, k, v, w, beta, g = inputs
     d_out = d_out.to(q.dtype)
     delta = (d_out * out).sum(-1, keepdim=True)
     x, z = _x_and_z(inputs, masks)
@@ -186,8 +209,8 @@ def leaf_backward(
     d_w.baddbmm_(d_x.mT, q, alpha=-1).baddbmm_(d_z, k, alpha=-1)
     d_q = torch.baddbmm(d_q_left, d_logits, k).baddbmm_(d_x, w, alpha=-1)
     d_k = torch.baddbmm(d_k_right, d_logits.mT, q).baddbmm_(d_z.mT, w, alpha=-1)
-    d_gate = None
-    if gate is not None:
-        d_logits = d_logits.unflatten(1, gate.shape[1:])
-        d_gate = d_logits.sum(-1) - d_logits.sum(2)
-    return LeafGradients(d_q, d_k, d_v, d_w, d_beta, d_gate)
+    d_g = None
+    if g is not None:
+        from_here = sum_from_here(d_logits.unflatten(1, g.shape[1:]))
+        d_g = from_here.tril_(-1).sum(-1)  # g_s is in the logits of queries from s on and keys before s
+    return LeafGradients(d_q, d_k, d_v, d_w, d_beta, d_g)

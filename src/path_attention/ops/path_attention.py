@@ -1,8 +1,9 @@
 """The public operator: formula, shapes, errors."""
 
-import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from path_attention.checks import bad
 from path_attention.ops.arguments import check_values, validate_arguments
 from path_attention.ops.autograd import path_attention_forward
 from path_attention.ops.backends import AUTO, BACKENDS, Backend, reason_against
@@ -40,10 +41,12 @@ def path_attention(
             (or zero, the identity) are the caller's to provide.
         beta: reflection strengths (B, L, H), or (B, L, R, H), in [0, 2]: 0 the identity, 1 a projection, 2 a
             reflection; dtype of q or float32. Values outside let the products grow without bound.
-        g: log forget gates (B, L, HQ), at most 0, natural logarithm; dtype of q or float32.
+        g: log forget gates (B, L, HQ), at most 0, natural logarithm; dtype of q or float32. Any finite value closes as
+            it should, but on the Triton backends see docs/numerics.md for those below -1e5.
         scale: factor of the q.k part; None means D ** -0.5.
-        cu_seqlens: (N + 1,) int32 or int64, boundaries of N sequences packed into one row (B = 1), first 0, last L.
-            Equal to running each sequence alone; empty sequences are allowed.
+        cu_seqlens: (N + 1,) int32 or int64, boundaries of N sequences packed into one row (B = 1), first 0, last L, on
+            the device of q or on the host. Equal to running each sequence alone; empty sequences are allowed. Every
+            sequence is padded to whole leaves of 64 tokens: very many very short ones cost accordingly.
         check_inputs: also look at the values: NaN or infinity, beta outside [0, 2], w neither of unit length nor zero,
             g above 0, cu_seqlens out of order. Makes the host wait for the device.
         backend: what computes it. "torch" runs anywhere; "triton" is our CUDA kernels; "sdpa" is those with torch's
@@ -53,18 +56,21 @@ def path_attention(
 
     Returns:
         (B, L, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g, each gradient in the dtype of
-        its input. Under autocast q, k and v are cast to the autocast dtype, w, beta and g are left as they are.
+        its input; there is no forward mode (torch.func.jvp) and torch.func.vmap runs a loop. Under autocast q, k and v
+        are cast to the autocast dtype, w, beta and g are left as they are.
 
     Raises:
         ValueError: naming the argument, what was given and what is wanted, before anything is computed.
+        NotImplementedError: an input has a forward-mode tangent.
     """
-    q, k, v, w, beta, g = as_autocast_wants(q, k, v, w, beta, g)
     arguments = validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
-    if check_inputs:
-        check_values(q, k, v, w, beta, g, cu_seqlens)
-    w, beta = arguments.reflections(w, beta)
+    q, k, v, _, _, g, scale = arguments
+    if check_inputs and not q.is_meta:  # which has no values
+        check_values(*arguments[:6], cu_seqlens)
+    w, beta = arguments.reflections()
     check_backend(backend, q, v, w, g, cu_seqlens)
-    out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, arguments.scale, backend or AUTO)
+    _refuse_forward_mode(q, k, v, w, beta, g)
+    out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, scale, backend or AUTO)
     return out
 
 
@@ -84,38 +90,30 @@ def unsupported_reason(
     Raises:
         ValueError: naming the argument, as path_attention does.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}; wanted one of {', '.join(BACKENDS)}")
+    backend = _backend(backend, "one of {}")
     arguments = validate_arguments(q, k, v, w, beta, g, scale=None, cu_seqlens=cu_seqlens)
-    w, _ = arguments.reflections(w, beta)
-    return reason_against(backend, q, v, w, g, cu_seqlens)
+    return reason_against(backend, arguments.q, arguments.v, arguments.reflections()[0], arguments.g, cu_seqlens)
 
 
 def check_backend(
-    backend: Backend | None, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+    backend: object, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
     """Raises ValueError where the caller asks for a backend that cannot serve the call; w is (B, L, R, H, D)."""
     if backend is None:
         return
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}; wanted one of {', '.join(BACKENDS)}, or None")
-    if (reason := reason_against(backend, q, v, w, g, cu_seqlens)) is not None:
-        raise ValueError(f"backend: got {backend!r}, which cannot serve this call: {reason}")
+    name = _backend(backend, "one of {}, or None")
+    if (reason := reason_against(name, q, v, w, g, cu_seqlens)) is not None:
+        raise ValueError(f"backend: got {name!r}, which cannot serve this call: {reason}")
 
 
-def as_autocast_wants(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The arguments, where autocast is on in the dtypes it asks for."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v, w, beta, g
-    dtype = torch.get_autocast_dtype(q.device.type)
-    q, k, v = (_autocast(x, dtype) for x in (q, k, v))
-    # The rest may stay float32; only the other half precision would not go with q.
-    w, beta = (_autocast(x, torch.float32) if x.dtype != dtype else x for x in (w, beta))
-    return q, k, v, w, beta, _autocast(g, torch.float32) if g is not None and g.dtype != dtype else g
+def _backend(backend: object, wanted: str) -> Backend:
+    for name in BACKENDS:
+        if isinstance(backend, str) and backend == name:
+            return name
+    raise bad("backend", repr(backend), wanted.format(", ".join(BACKENDS)))
 
 
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does it: floating tensors but float64."""
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+def _refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """Without this torch would take the tangents of a registered operator for zero, without a word."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("path_attention: it has no forward-mode derivative; take gradients in reverse mode")

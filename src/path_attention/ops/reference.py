@@ -16,7 +16,8 @@ R reflections.
 import torch
 from torch import Tensor
 
-from path_attention.ops.arguments import sequence_bounds, validate_arguments
+from path_attention.autocast import without_autocast
+from path_attention.ops.arguments import LOWEST_GATE, Arguments, sequence_bounds, validate_arguments
 
 
 def _logits_one_sequence(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, scale: float) -> Tensor:
@@ -24,19 +25,19 @@ def _logits_one_sequence(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, g: Tenso
     length = q.shape[-2]
     columns: list[Tensor] = []
     moved = q[:, :, :0]  # queries i > t, each already times H_i ... H_{t+1}
+    between = q[:, :, :0, 0]  # sums g_{t+1} + ... + g_i for i > t: differences of running sums would lose small gates
     for t in reversed(range(length)):
         moved = torch.cat([q[:, :, t : t + 1], moved], dim=2)
         scores = scale * (moved @ k[:, :, t, :, None]).squeeze(-1)  # (B, HQ, L - t)
+        if g is not None:
+            between = torch.nn.functional.pad(between, (1, 0))
+            scores = scores + between
+            between = between + g[:, :, t, None]
         columns.append(torch.nn.functional.pad(scores, (t, 0), value=float("-inf")))
         for r in reversed(range(w.shape[-2])):  # H_t = H_{t,R} ... H_{t,1}: a row vector meets H_{t,R} first
             w_t, beta_t = w[:, :, t, r], beta[:, :, t, r, None, None]
             moved = moved - beta_t * (moved @ w_t[..., None]) * w_t[:, :, None, :]
-    logits = torch.stack(columns[::-1], dim=-1)
-    if g is not None:
-        total = g.cumsum(-1)
-        # logit(i, j) gains g_{j+1} + ... + g_i
-        logits = logits + (total[..., :, None] - total[..., None, :])
-    return logits
+    return torch.stack(columns[::-1], dim=-1)
 
 
 def path_attention_weights(
@@ -56,6 +57,13 @@ def path_attention_weights(
     ``v``. Computed by the definition in the promoted dtype of the inputs (float32 at least): quadratic time and memory.
     """
     arguments = validate_arguments(q, k, k, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
+    bounds = sequence_bounds(cu_seqlens, q.shape[1])
+    with without_autocast(q.device):
+        return _weights(arguments, bounds)
+
+
+def _weights(arguments: Arguments, bounds: list[tuple[int, int]]) -> Tensor:
+    q, k, _, _, _, g, scale = arguments
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
 
@@ -63,12 +71,12 @@ def path_attention_weights(
         x = x.to(dtype).movedim(2, 1)
         return x.repeat_interleave(group, dim=1) if x.shape[1] != q.shape[2] else x
 
-    w, beta = arguments.reflections(w, beta)
+    w, beta = arguments.reflections()
     q_, k_ = heads_first(q), heads_first(k)
     w_, beta_ = heads_first(w.movedim(2, -2)), heads_first(beta.movedim(2, -1))
-    g_ = None if g is None else g.to(dtype).movedim(2, 1)
+    g_ = None if g is None else g.to(dtype).clamp(min=LOWEST_GATE).movedim(2, 1)
     weights = q_.new_zeros(q_.shape[0], q_.shape[1], q.shape[1], q.shape[1])
-    for start, end in sequence_bounds(cu_seqlens, q.shape[1]):
+    for start, end in bounds:
         if start == end:
             continue
         part = slice(start, end)
@@ -78,7 +86,7 @@ def path_attention_weights(
             w_[:, :, part],
             beta_[:, :, part],
             None if g_ is None else g_[:, :, part],
-            arguments.scale,
+            q.shape[-1] ** -0.5 if scale is None else scale,
         )
         block = torch.nn.functional.pad(logits.softmax(-1), (start, q.shape[1] - end, start, q.shape[1] - end))
         weights = weights + block
@@ -103,7 +111,9 @@ def path_attention_reference(
     Returns (B, L, HQ, DV) in the promoted dtype of the inputs (float32 at least), differentiable in every input.
     Quadratic in time and memory; meant for float64 checks of a few thousand tokens at most.
     """
-    validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
-    weights = path_attention_weights(q, k, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
-    values = v.to(weights.dtype).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
-    return torch.einsum("bhij,bjhd->bihd", weights, values)
+    arguments = validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
+    bounds = sequence_bounds(cu_seqlens, q.shape[1])
+    with without_autocast(q.device):
+        weights = _weights(arguments, bounds)
+        values = arguments.v.to(weights.dtype).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+        return torch.einsum("bhij,bjhd->bihd", weights, values)

@@ -1,6 +1,34 @@
 """Synthetic tasks: data made on the fly from a seed, an oracle, a score."""
 
-from path_attention.tasks.base import IGNORED, Examples, Score, Task, register, task_class, task_names
+from path_attention.tasks.base import (
+    IGNORED,
+    Examples,
+    Score,
+    Sequences,
+    Task,
+    register,
+    score,
+    task_class,
+    task_names,
+)
 from path_attention.tasks.flip_flop import FlipFlop
+from path_attention.tasks.group_words import GroupWords
+from path_attention.tasks.phone_book import PhoneBook
+from path_attention.tasks.recall import AssociativeRecall, RecencyRecall
 
-__all__ = ["IGNORED", "Examples", "FlipFlop", "Score", "Task", "register", "task_class", "task_names"]
+__all__ = [
+    "IGNORED",
+    "AssociativeRecall",
+    "Examples",
+    "FlipFlop",
+    "GroupWords",
+    "PhoneBook",
+    "RecencyRecall",
+    "Score",
+    "Sequences",
+    "Task",
+    "register",
+    "score",
+    "task_class",
+    "task_names",
+]

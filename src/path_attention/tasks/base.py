@@ -1,21 +1,39 @@
 """What a synthetic task is, and the table of those there are."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 # The label that cross entropy skips, as everywhere in PyTorch and transformers.
 IGNORED = -100
 
+TRAIN = "train"
+
+
+class Sequences(NamedTuple):
+    """N sequences of T tokens, each int64 (N, T), on one device.
+
+    Labels and answers stand where the token they name would stand: what a model is to say after position t is at t + 1,
+    as Hugging Face models expect (they shift them). -100 where there is none.
+    """
+
+    input_ids: Tensor
+    labels: Tensor  # what is trained on
+    answers: Tensor  # what is scored
+
 
 class Examples(NamedTuple):
-    """N sequences of T tokens: ``input_ids`` and ``labels``, both int64 (N, T), labels unshifted, -100 where none."""
+    """:class:`Sequences` as NumPy arrays."""
 
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
+    answers: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,40 +52,63 @@ class Score:
         return self.errors / self.count if self.count else float("nan")
 
 
-class Task(Protocol):
+def wrong(answers: Tensor, predictions: Tensor) -> Tensor:
+    """Which answers are wrong, bool (N, T - 1): at t, whether ``answers[:, t + 1]`` is there and not predicted at t."""
+    asked = answers[:, 1:]
+    return (asked != IGNORED) & (predictions[:, :-1] != asked)
+
+
+def score(answers: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64]) -> Score:
+    """Answers, and those that are wrong.
+
+    Args:
+        answers: (N, T), of :class:`Examples`.
+        predictions: (N, T), the model's likeliest next token *after* each position (argmax of its logits there).
+    """
+    errors = wrong(torch.from_numpy(answers), torch.from_numpy(predictions))
+    return Score(count=int((answers[:, 1:] != IGNORED).sum()), errors=int(errors.sum()))
+
+
+class Task(ABC):
     """A synthetic task: sequences from a seed, the right answers, a score.
 
     A task is a frozen dataclass whose fields are what a recipe may set. It holds no state: sequence n of a split
-    is a function of (seed, split, n).
+    is a function of (seed, split, n), never of its neighbours in the batch or of the device.
     """
 
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
+    length: int  # tokens of a sequence
+    vocab_size: int  # number of different tokens; ids are 0 .. vocab_size - 1
+    tokens: tuple[str, ...]  # how each token is written, by id
+    splits: tuple[str, ...]  # names of the evaluation splits; "train" is a further one
 
     @property
-    def vocab_size(self) -> int:
-        """Number of different tokens; ids are 0 .. vocab_size - 1."""
+    def max_labels(self) -> int:
+        """No sequence has more labels than this."""
+        return self.length - 1
 
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """How each token is written, by id."""
+    @abstractmethod
+    def generate(self, seed: int, indices: Tensor, split: str = TRAIN) -> Sequences:
+        """Sequences number ``indices`` (N,) int64 of a split, made on the device of ``indices``.
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the evaluation splits; "train" is a further one."""
+        Raises:
+            ValueError: there is no such split.
+        """
 
-    def examples(self, seed: int, indices: Sequence[int], split: str = "train") -> Examples:
-        """Sequences number ``indices`` of a split."""
-
+    @abstractmethod
     def oracle(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The right answers of given sequences by the plainest program that solves the task, -100 where none."""
 
-    def score(self, input_ids: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64]) -> Score:
-        """Compares the likeliest next token after each position with the answers."""
+    def examples(self, seed: int, indices: Sequence[int], split: str = TRAIN) -> Examples:
+        """As :meth:`generate`, on the CPU and in NumPy."""
+        made = self.generate(seed, torch.tensor(list(indices), dtype=torch.int64), split)
+        return Examples(*(x.numpy() for x in made))
 
-    def expected_count(self, split: str) -> float:
-        """Mean number of answers of a sequence of a split."""
+    def _stream(self, split: str) -> int:
+        """The number of a split's stream of random numbers."""
+        names = (TRAIN, *self.splits)
+        if split not in names:
+            raise ValueError(f"split: wanted one of {', '.join(names)}, got {split!r}")
+        return names.index(split)
 
 
 _TASKS: dict[str, Callable[..., Any]] = {}

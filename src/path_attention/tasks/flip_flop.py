@@ -8,14 +8,16 @@ the first is always w, the last always r, the others are independent with P(i) =
 Bits after w and i are fair coins; the bit after r is the last bit written, and predicting it is the task.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from path_attention.tasks.base import IGNORED, Examples, Score, register
+from path_attention.tasks.base import IGNORED, TRAIN, Sequences, Task, register
+from path_attention.tasks.random import uniform
 
 TOKENS = ("w", "r", "i", "0", "1")
 WRITE, READ, IGNORE, ZERO, ONE = range(len(TOKENS))
@@ -26,7 +28,7 @@ IGNORE_PROBABILITY = MappingProxyType({"in_distribution": 0.8, "sparse": 0.98, "
 
 @register("flip_flop")
 @dataclass(frozen=True, kw_only=True)
-class FlipFlop:
+class FlipFlop(Task):
     """The task of this module's docstring.
 
     Args:
@@ -52,39 +54,28 @@ class FlipFlop:
         if not 0 <= self.ignore_probability <= 1:
             raise ValueError(f"flip_flop: ignore_probability must be in [0, 1], got {self.ignore_probability}")
 
-    def examples(self, seed: int, indices: Sequence[int], split: str = "train") -> Examples:
-        """Sequences number ``indices`` of a split: input_ids and labels, int64 (len(indices), T).
-
-        Sequence n depends on (seed, split, n) alone, never on its neighbours in the batch. Labels stand at the
-        position of the token they name, as Hugging Face models expect (they shift them), and are -100 elsewhere.
-        """
-        names = ("train", *self.splits)
-        if split not in names:
-            raise ValueError(f"flip_flop: split must be one of {', '.join(names)}, got {split!r}")
-        p_ignore = self.ignore_probability if split == "train" else IGNORE_PROBABILITY[split]
+    def generate(self, seed: int, indices: Tensor, split: str = TRAIN) -> Sequences:
+        """As :meth:`Task.generate`; answers are the bits after r, labels those too, or all tokens but the first."""
+        stream, p_ignore = self._stream(split), self._ignore_probability(split)
         pairs = self.length // 2
-        # Philox is a counter-based generator: the key names the stream, the counter the sequence within it, so any
-        # sequence can be had without those before it. Its highest word is never reached by drawing.
-        key = (seed, names.index(split))
-        draws = np.empty((len(indices), 2, pairs))
-        for row, n in zip(draws, indices, strict=True):
-            np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, n))).random(out=row)
-        instruction = np.where(
-            draws[:, 0] < p_ignore, IGNORE, np.where(draws[:, 0] < (1 + p_ignore) / 2, WRITE, READ)
-        ).astype(np.int64)
+        draws = uniform(seed, stream, indices, 2 * pairs).unflatten(1, (2, pairs))
+        instruction = torch.where(
+            draws[:, 0] < p_ignore, IGNORE, torch.where(draws[:, 0] < (1 + p_ignore) / 2, WRITE, READ)
+        )
         instruction[:, 0], instruction[:, -1] = WRITE, READ
-        bit = (draws[:, 1] < 0.5).astype(np.int64)
+        bit = (draws[:, 1] < 0.5).long()
         # The pair of the last write up to each pair: a running maximum over the pairs that write.
-        last_write = np.maximum.accumulate(np.where(instruction == WRITE, np.arange(pairs), 0), axis=1)
-        bit = np.where(instruction == READ, np.take_along_axis(bit, last_write, axis=1), bit)
-        input_ids = np.stack([instruction, ZERO + bit], axis=2).reshape(len(indices), self.length)
-        labels = input_ids.copy()
-        if self.clean:
-            labels[:, ::2] = IGNORED
-            labels[:, 1::2][instruction != READ] = IGNORED
-        else:
+        number = torch.arange(pairs, device=indices.device)
+        last_write = torch.where(instruction == WRITE, number, 0).cummax(1).values
+        bit = torch.where(instruction == READ, bit.gather(1, last_write), bit)
+        input_ids = torch.stack([instruction, ZERO + bit], dim=2).flatten(1)
+        answers = torch.full_like(input_ids, IGNORED)
+        answers[:, 1::2] = torch.where(instruction == READ, ZERO + bit, IGNORED)
+        labels = answers
+        if not self.clean:
+            labels = input_ids.clone()
             labels[:, 0] = IGNORED
-        return Examples(input_ids, labels)
+        return Sequences(input_ids, labels, answers)
 
     def oracle(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The right bit after every r, -100 elsewhere, (N, T) like ``input_ids``: a plain scan, token by token.
@@ -107,18 +98,9 @@ class FlipFlop:
                     answers[n, t + 1] = memory
         return answers
 
-    def score(self, input_ids: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64]) -> Score:
-        """Reads, and those answered wrongly.
-
-        Args:
-            input_ids: (N, T).
-            predictions: (N, T), the model's likeliest next token *after* each position (argmax of its logits there).
-        """
-        reads = input_ids[:, :-1] == READ
-        wrong = reads & (predictions[:, :-1] != input_ids[:, 1:])
-        return Score(count=int(reads.sum()), errors=int(wrong.sum()))
-
     def expected_count(self, split: str) -> float:
         """Mean number of reads of a sequence: the last pair, and (1 - p_i) / 2 of the T/2 - 2 in the middle."""
-        p_ignore = self.ignore_probability if split == "train" else IGNORE_PROBABILITY[split]
-        return 1 + (self.length // 2 - 2) * (1 - p_ignore) / 2
+        return 1 + (self.length // 2 - 2) * (1 - self._ignore_probability(split)) / 2
+
+    def _ignore_probability(self, split: str) -> float:
+        return self.ignore_probability if split == TRAIN else IGNORE_PROBABILITY[split]

@@ -19,7 +19,7 @@ from path_attention.data.bytes import ByteData
 from path_attention.tasks import Task, task_class
 from path_attention.training import strict
 
-Mixer = Literal["path", "path_fox", "rope", "none"]
+Mixer = Literal["path", "path_fox", "rope", "none", "fox", "stick_breaking", "alibi"]
 
 # They follow from the data, the mixer list and the context length, so a recipe may not set them.
 _DERIVED_MODEL_KEYS = ("vocab_size", "mixer")

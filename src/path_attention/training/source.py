@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from path_attention.data.bytes import ByteCorpus
-from path_attention.tasks import Score, Task
+from path_attention.tasks import Score, Task, score
 from path_attention.training.recipe import ByteEvaluation, Recipe, TaskEvaluation
 
 Progress = Callable[[int, int], None]
@@ -107,17 +107,17 @@ class TaskSource(Source):
         wanted = self.evaluation.quick_answers if quick else self.evaluation.answers
         results = {}
         for split in self.task.splits:
-            score, sequences = Score(), 0
+            total, sequences = Score(), 0
             report = progress(split) if progress else None
-            while score.count < wanted:
+            while total.count < wanted:
                 batch = range(sequences, sequences + self.evaluation.batch_size)
-                input_ids = self.task.examples(self.evaluation.seed, batch, split).input_ids
-                (predictions,) = _forward(model, [input_ids], lambda logits, _: logits.argmax(-1))
-                score += self.task.score(input_ids, predictions.cpu().numpy())
+                examples = self.task.examples(self.evaluation.seed, batch, split)
+                (predictions,) = _forward(model, [examples.input_ids], lambda logits, _: logits.argmax(-1))
+                total += score(examples.answers, predictions.cpu().numpy())
                 sequences += len(batch)
                 if report:
-                    report(min(score.count, wanted), wanted)
-            results[split] = Measurement(score.rate, "error rate", score.count, sequences, score.errors)
+                    report(min(total.count, wanted), wanted)
+            results[split] = Measurement(total.rate, "error rate", total.count, sequences, total.errors)
         return results
 
 
