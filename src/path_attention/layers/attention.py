@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from path_attention.checks import bad, check_flag, check_integer, check_number
 from path_attention.layers.padding import Padding, sequence_boundaries
+from path_attention.ops import path_attention
 from path_attention.ops.arguments import check_tensor
 
 if TYPE_CHECKING:  # it knows of these layers
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         if not self.supports_context_parallel:
             raise ValueError(
                 f"group: got one for {type(self).__name__}, which needs whole sequences on every process; wanted None, "
-                "or PaTHAttention (the mixers path and path_fox)"
+                "or attention by the PaTH operator (the mixers path, path_fox, fox and alibi)"
             )
         from path_attention.distributed.context import ContextParallel
 
@@ -158,6 +159,23 @@ class Attention(nn.Module):
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, L, HQ, D)."""
         raise NotImplementedError
+
+    def path_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """The operator, of whole sequences or of this process's shards of them."""
+        if self.context is None:
+            return path_attention(q, k, v, w, beta, g, cu_seqlens=cu_seqlens)
+        from path_attention.distributed.attention import path_attention_context_parallel
+
+        return path_attention_context_parallel(q, k, v, w, beta, g, group=self.context, cu_seqlens=cu_seqlens)
 
     def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, HQ, L, L)."""

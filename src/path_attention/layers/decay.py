@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 from path_attention.layers.attention import Attention
 from path_attention.layers.path import at_least_float32
-from path_attention.ops import path_attention, path_attention_weights
+from path_attention.ops import path_attention_weights
 
 
 class DecayingAttention(Attention):
     """Attention with a log gate for every token and query head, which a subclass gives; arguments of Attention."""
+
+    supports_context_parallel = True
 
     def log_gates(self, hidden_states: Tensor) -> Tensor:
         """(B, L, C) -> g (B, L, HQ), at most 0, float32 at least."""
@@ -29,7 +31,7 @@ class DecayingAttention(Attention):
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, v = self._project(hidden_states)
         w, beta = identity_transitions(k)
-        return path_attention(q, k, v, w, beta, self.log_gates(hidden_states), cu_seqlens=cu_seqlens)
+        return self.path_attention(q, k, v, w, beta, self.log_gates(hidden_states), cu_seqlens=cu_seqlens)
 
     def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, _ = self._project(hidden_states)

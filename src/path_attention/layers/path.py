@@ -11,7 +11,7 @@ from path_attention.checks import check_flag, check_integer
 from path_attention.layers.attention import Attention
 from path_attention.layers.padding import token_positions
 from path_attention.layers.short_convolution import ShortConvolution
-from path_attention.ops import path_attention, path_attention_weights
+from path_attention.ops import path_attention_weights
 
 # A w shorter than this is padding or next to it and stays as it is; it bounds the gradient of the norm at 0.
 NORM_EPS = 1e-6
@@ -140,12 +140,7 @@ class PaTHAttention(Attention):
         return torch.cat(out, dim=1)
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        inputs = self.project(hidden_states, cu_seqlens)
-        if self.context is not None:
-            from path_attention.distributed import path_attention_context_parallel
-
-            return path_attention_context_parallel(*inputs, group=self.context, cu_seqlens=cu_seqlens)
-        return path_attention(*inputs, cu_seqlens=cu_seqlens)
+        return self.path_attention(*self.project(hidden_states, cu_seqlens), cu_seqlens=cu_seqlens)
 
     def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, _, w, beta, g = self.project(hidden_states, cu_seqlens)
