@@ -13,6 +13,7 @@ from path_attention.distributed import ContextParallel, path_attention_context_p
 from path_attention.distributed.pairs import Call
 from tests.distributed.processes import RANKS, in_processes, with_processes
 from tests.ops.inputs import Inputs, Shape, assert_same, make_inputs, oracle, out_and_gradients, output_gradient
+from tests.ops.test_memory import LiveBytes
 from tests.ops.test_precision import FLOAT32_FACTOR, HALF_FACTOR, assert_within, errors, softmax_errors
 
 
@@ -108,6 +109,44 @@ def check_sharding(context: ContextParallel) -> None:
     torch.testing.assert_close(following, expected, rtol=0, atol=0)
 
 
+def check_memory(two: ContextParallel, four: ContextParallel) -> None:
+    """Of a process: as the length of its shard, and no more with more processes but for their products."""
+
+    def peak(context: ContextParallel, local_length: int) -> int:
+        shape = Shape(local_length * context.size, query_heads=1, heads=1)
+        inputs = {name: context.shard(x.detach()) for name, x in make_inputs(shape, gated=True).items()}
+        with LiveBytes() as counter:
+            leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+            path_attention_context_parallel(**leaves, group=context).sum().backward()
+        return counter.peak
+
+    # The leaf stage works on 32 leaves at a time: shards of 2048 tokens are one chunk, those of 4096 two.
+    assert peak(four, 4096) < 2 * peak(four, 2048)
+    assert peak(four, 2048) < 1.1 * peak(two, 2048)
+
+
+def check_volume(context: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/distributed.md says that a process sends around the ring, in numbers of each kind."""
+    batch, length, dim, value_dim, query_heads, heads = 2, 2 * context.size, 8, 12, 4, 2
+    shape = Shape(length * context.size, batch, query_heads, heads, dim, value_dim)
+    inputs = make_inputs(shape, gated=True, dtype=torch.bfloat16)
+    sent: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 0}
+    send = dist.batch_isend_irecv
+
+    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        for operation in operations:
+            if operation.op is dist.isend:
+                sent[operation.tensor.dtype] += operation.tensor.numel()
+        return send(operations)
+
+    monkeypatch.setattr(dist, "batch_isend_irecv", counted)
+    split(context, inputs)
+    rows, n = batch * length, context.size
+    keys_and_values, gates = rows * heads * (dim + value_dim), rows * query_heads
+    assert sent[torch.bfloat16] == 2 * (n - 1) * keys_and_values  # forward and backward
+    assert sent[torch.float32] == 2 * (n - 1) * gates + n * (keys_and_values + gates)
+
+
 def check_refusals(context: ContextParallel) -> None:
     inputs = {name: x.detach() for name, x in make_inputs(Shape(2)).items()}
     odd = {name: x[:, :1] for name, x in inputs.items()}
@@ -143,6 +182,9 @@ def work(rank: int) -> None:
     check_autocast(everyone)
     check_balance(everyone)
     check_sharding(everyone)
+    check_memory(ContextParallel(mesh["context"]), everyone)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_volume(everyone, monkeypatch)
     check_refusals(everyone)
 
 

@@ -1,5 +1,6 @@
 """Layers and models over split sequences: the loss and the gradients of one process, together with FSDP2."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,7 @@ def check_layer(context: ContextParallel, *, conv_size: int, packed: bool, fox: 
         {"out": context.unshard(got.detach()), "x": context.unshard(got_x.grad), **gradients(split)},
         {"out": wanted.detach(), "x": wanted_x.grad, **gradients(whole)},
     )
+    assert copy.deepcopy(split).context is context  # a copy belongs to the same processes
     split.set_context_parallel(None)
     torch.testing.assert_close(split(x, cu_seqlens=cu_seqlens), wanted, rtol=0, atol=0)
 
