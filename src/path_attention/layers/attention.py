@@ -3,13 +3,16 @@
 Legend: B batch, L length, C hidden size, HQ query heads, H key/value heads, D head_dim.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from path_attention.checks import bad, check_flag, check_integer, check_number
 from path_attention.layers.padding import Padding, sequence_boundaries
 from path_attention.ops.arguments import check_tensor
+
+if TYPE_CHECKING:  # it knows of these layers
+    from path_attention.distributed.context import ContextParallel, Layout
 
 
 class HeadRMSNorm(nn.RMSNorm):
@@ -40,6 +43,8 @@ class Attention(nn.Module):
     """
 
     cache_type = "full_attention"  # the kind of cache it wants, by transformers' name: keys and values
+    supports_context_parallel = False
+    context: "ContextParallel | None" = None  # the processes that share every sequence, where they are split
 
     def __init__(
         self,
@@ -83,6 +88,31 @@ class Attention(nn.Module):
         self.q_norm = HeadRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = HeadRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
+    def set_context_parallel(self, group: Any, layout: "Layout | None" = None) -> None:
+        """From now on sequences are split over the processes of ``group``; None: no longer.
+
+        ``hidden_states`` is then the process's shard of the length, as :meth:`ContextParallel.shard` cuts it, and
+        cu_seqlens has the boundaries in the whole row.
+
+        Args:
+            group: a process group, a DeviceMesh of one dimension, a :class:`ContextParallel`, or None.
+            layout: which pieces a process holds, see :class:`ContextParallel`; None means "zigzag".
+
+        Raises:
+            ValueError: this attention needs whole sequences, or what :class:`ContextParallel` raises.
+        """
+        if group is None:
+            self.context = None
+            return
+        if not self.supports_context_parallel:
+            raise ValueError(
+                f"group: got one for {type(self).__name__}, which needs whole sequences on every process; wanted None, "
+                "or attention by the PaTH operator (the mixers path, path_fox, fox and alibi)"
+            )
+        from path_attention.distributed.context import ContextParallel
+
+        self.context = ContextParallel.of(group, layout)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -109,21 +139,33 @@ class Attention(nn.Module):
             ValueError: types, shapes, values of the mask or boundaries that do not fit, or both a mask and cu_seqlens.
         """
         if cache is not None:
+            if self.context is not None:
+                raise bad("cache", "one under context parallelism", "None, or whole sequences")
             return self.o_proj(self.attend_cached(hidden_states, attention_mask, cu_seqlens, cache).flatten(2))
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad(self.forward(padding.unpad(hidden_states), cu_seqlens=padding.cu_seqlens))
-        cu_seqlens = sequence_boundaries(cu_seqlens, hidden_states)
+        cu_seqlens = sequence_boundaries(cu_seqlens, hidden_states, self.num_processes)
         return self.o_proj(self.attend(hidden_states, cu_seqlens).flatten(2))
 
     def attention_weights(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """The attention matrix (B, HQ, L, L) of the same call, for looking at: time and memory are quadratic in L."""
+        """The attention matrix (B, HQ, L, L) of the same call, for looking at: time and memory are quadratic in L.
+
+        Of whole sequences only: raises ValueError under context parallelism.
+        """
+        if self.context is not None:
+            raise ValueError("attention_weights: got a sequence split over processes; wanted whole sequences")
         padding = self._padding(hidden_states, attention_mask, cu_seqlens)
         if padding is not None:
             return padding.pad_weights(self.weigh(padding.unpad(hidden_states), padding.cu_seqlens))
         return self.weigh(hidden_states, sequence_boundaries(cu_seqlens, hidden_states))
+
+    @property
+    def num_processes(self) -> int:
+        """Those that share every sequence."""
+        return 1 if self.context is None else self.context.size
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, L, HQ, D)."""
@@ -150,6 +192,8 @@ class Attention(nn.Module):
             raise bad("hidden_states", f"shape {tuple(hidden_states.shape)}", wanted)
         if attention_mask is None:
             return None
+        if self.context is not None:
+            raise ValueError("attention_mask: got one for a sequence split over processes; wanted None, or cu_seqlens")
         if cu_seqlens is not None:
             raise ValueError("attention_mask: got one beside cu_seqlens; wanted at most one of the two")
         return Padding.from_mask(attention_mask, hidden_states)

@@ -14,33 +14,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from path_attention.layers.attention import Attention
-from path_attention.layers.path import at_least_float32
-from path_attention.ops import path_attention, path_attention_weights
+from path_attention.layers.operator import OperatorAttention, PaTHInputs, at_least_float32
+from path_attention.layers.short_convolution import ConvolutionState
 
 
-class DecayingAttention(Attention):
+class DecayingAttention(OperatorAttention):
     """Attention with a log gate for every token and query head, which a subclass gives; arguments of Attention."""
+
+    w_conv = None
 
     def log_gates(self, hidden_states: Tensor) -> Tensor:
         """(B, L, C) -> g (B, L, HQ), at most 0, float32 at least."""
         raise NotImplementedError
 
-    def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def project(
+        self, hidden_states: Tensor, cu_seqlens: Tensor | None = None, convolution: ConvolutionState | None = None
+    ) -> PaTHInputs:
         q, k, v = self._project(hidden_states)
         w, beta = identity_transitions(k)
-        return path_attention(q, k, v, w, beta, self.log_gates(hidden_states), cu_seqlens=cu_seqlens)
-
-    def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        q, k, _ = self._project(hidden_states)
-        w, beta = identity_transitions(k)
-        return path_attention_weights(q, k, w, beta, self.log_gates(hidden_states), cu_seqlens=cu_seqlens)
+        return PaTHInputs(q, k, v, w, beta, self.log_gates(hidden_states))
 
 
 def identity_transitions(k: Tensor) -> tuple[Tensor, Tensor]:
-    """w and beta of transitions that change nothing, for keys k (B, L, H, D): both 0, in float32 at least."""
+    """w (B, L, 1, H, D) and beta (B, L, 1, H) of transitions that change nothing, for keys k (B, L, H, D): both 0, in
+    float32 at least.
+    """
     dtype = torch.promote_types(k.dtype, torch.float32)
-    return torch.zeros_like(k, dtype=dtype), torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
+    w = torch.zeros_like(k, dtype=dtype).unsqueeze(2)
+    return w, w[..., 0]
 
 
 class ForgettingAttention(DecayingAttention):

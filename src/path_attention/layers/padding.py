@@ -71,9 +71,9 @@ class Padding:
         return padded[own, :, own].movedim(-1, 1)
 
 
-def sequence_boundaries(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
+def sequence_boundaries(cu_seqlens: Tensor | None, x: Tensor, processes: int = 1) -> Tensor | None:
     """``cu_seqlens`` on the host, where attention reads it in every layer, once it is known to fit x (batch, length,
-    ...). None on meta, where no shape depends on it.
+    ...), or the row that so many processes have shards like x of. None on meta, where no shape depends on it.
 
     Raises:
         ValueError: it does not.
@@ -87,7 +87,7 @@ def sequence_boundaries(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     cu_seqlens = cu_seqlens.cpu()
     if not (torch.compiler.is_compiling() or isinstance(cu_seqlens, FakeTensor)):  # else there are no values
-        sequence_bounds(cu_seqlens, x.shape[1])
+        sequence_bounds(cu_seqlens, x.shape[1] * processes)
     return cu_seqlens
 
 

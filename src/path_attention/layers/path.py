@@ -1,34 +1,20 @@
 """The PaTH attention layer (arXiv 2505.16381, section 2.2): what makes w, beta and g out of the tokens."""
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from path_attention.autocast import without_autocast
 from path_attention.checks import check_flag, check_integer
-from path_attention.layers.attention import Attention
-from path_attention.layers.padding import Padding, token_positions
+from path_attention.layers.operator import OperatorAttention, PaTHInputs, at_least_float32
+from path_attention.layers.padding import token_positions
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
-from path_attention.ops import path_attention, path_attention_weights
 
 # A w shorter than this is padding or next to it and stays as it is; it bounds the gradient of the norm at 0.
 NORM_EPS = 1e-6
 
 
-class PaTHInputs(NamedTuple):
-    """What the layer feeds :func:`path_attention.path_attention`."""
-
-    q: Tensor  # (B, L, HQ, D)
-    k: Tensor  # (B, L, H, D)
-    v: Tensor  # (B, L, H, D)
-    w: Tensor  # (B, L, R, H, D) float32 at least, unit vectors
-    beta: Tensor  # (B, L, R, H) float32 at least, in (0, 2)
-    g: Tensor | None  # (B, L, HQ) float32 at least, at most 0
-
-
-class PaTHAttention(Attention):
+class PaTHAttention(OperatorAttention):
     """Attention whose position encoding is a product of Householder-like matrices made from the tokens.
 
         w_t    = normalise(SiLU(convolve(W_up W_down x_t)))       one unit vector a reflection and key/value head
@@ -57,8 +43,6 @@ class PaTHAttention(Attention):
     Raises:
         ValueError: naming the argument, what was given and what is wanted.
     """
-
-    cache_type = "path_attention"
 
     def __init__(
         self,
@@ -128,42 +112,22 @@ class PaTHAttention(Attention):
         with without_autocast(w.device):
             w = at_least_float32(w)
             if self.w_conv is not None and convolution is not None:
-                w = self.w_conv.continue_from(
-                    convolution, w, None if cu_seqlens is None else cu_seqlens.diff().tolist()
-                )
+                lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()
+                w = self.w_conv.continue_from(convolution, w, lengths)
             elif self.w_conv is not None:
-                w = self.w_conv(w, token_positions(cu_seqlens, w.shape[1], w.device))
+                w = self._convolve(self.w_conv, w, cu_seqlens)
             return F.normalize(w.unflatten(2, (-1, self.head_dim)), dim=-1, eps=NORM_EPS).flatten(2)
 
-    def attend_cached(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
-    ) -> Tensor:
-        batch, length = hidden_states.shape[:2]
-        padding = None
-        # Whoever compiles a step gives every sequence a token: looking at the mask would make the host wait.
-        if attention_mask is not None and not (length == 1 and torch.compiler.is_compiling()):
-            padding = Padding.from_mask(attention_mask[:, attention_mask.shape[1] - length :], hidden_states)
-        if padding is not None:
-            hidden_states, cu_seqlens = padding.unpad(hidden_states), padding.cu_seqlens
-        convolution = None
-        if self.w_conv is not None:
-            sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-            convolution = cache.convolution(sequences, self.w_conv, at_least_float32(hidden_states))
-        inputs = self.project(hidden_states, cu_seqlens, convolution)
-        out = cache.attend(inputs, cu_seqlens, attention_mask, length)
-        if convolution is not None:
-            convolution.take_in()  # only now: the cache may have refused the tokens
-        return out if padding is None else padding.pad(out)
-
-    def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        inputs = self.project(hidden_states, cu_seqlens)
-        return path_attention(*inputs, cu_seqlens=cu_seqlens)
-
-    def weigh(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        q, k, _, w, beta, g = self.project(hidden_states, cu_seqlens)
-        return path_attention_weights(q, k, w, beta, g, cu_seqlens=cu_seqlens)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    def _convolve(self, convolution: ShortConvolution, w: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        positions = token_positions(cu_seqlens, w.shape[1] * self.num_processes, w.device)
+        back = convolution.width - 1
+        if self.context is None or back == 0:
+            return convolution(w, positions)
+        before = self.context.before(w, back)
+        pieces, positions = self.context.split(w), self.context.split(self.context.shard(positions, dim=0), dim=0)
+        out = [
+            # What comes before a piece is convolved too, from nothing, and left out.
+            convolution(torch.cat([earlier, piece.transpose(0, 1)], dim=1), F.pad(position, (back, 0)))[:, back:]
+            for earlier, piece, position in zip(before, pieces, positions, strict=True)
+        ]
+        return torch.cat(out, dim=1)

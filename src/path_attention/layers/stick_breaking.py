@@ -1,11 +1,13 @@
 """Stick-breaking attention (SBA, arXiv 2410.17980): every key in turn takes a share of what is left."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from path_attention.checks import bad
 from path_attention.layers.attention import Attention
 
 
@@ -40,27 +42,48 @@ class StickBreakingAttention(Attention):
             weights[:, :, part, part] = stick_breaking_weights(q[:, part], k[:, part], group)
         return weights
 
+    def attend_cached(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
+    ) -> Tensor:
+        if cu_seqlens is not None:
+            raise bad("cu_seqlens", "boundaries beside a cache", "None: keys and values have a row each")
+        length, group = hidden_states.shape[1], self.num_heads // self.num_kv_heads
+        rows = cache.length + torch.arange(length, device=hidden_states.device)
+        q, k, v = self._project(hidden_states)
+        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))
+        real = None
+        if attention_mask is not None:
+            real = F.pad(attention_mask != 0, (0, keys.shape[2] - attention_mask.shape[1]), value=True)
+        weights = stick_breaking_weights(q, keys.transpose(1, 2), group, rows, real).to(values.dtype)
+        return (weights @ values.repeat_interleave(group, dim=1)).transpose(1, 2)
+
     @staticmethod
     def _mix(group: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = stick_breaking_weights(q, k, group).to(v.dtype)
         return (weights @ v.transpose(1, 2).repeat_interleave(group, dim=1)).transpose(1, 2)
 
 
-def stick_breaking_weights(q: Tensor, k: Tensor, group: int = 1) -> Tensor:
-    """A with the remainders on its diagonal, (B, HQ, L, L), in float32 at least.
+def stick_breaking_weights(
+    q: Tensor, k: Tensor, group: int = 1, rows: Tensor | None = None, real: Tensor | None = None
+) -> Tensor:
+    """A with the remainders on its diagonal, (B, HQ, L, K), in float32 at least.
 
-    q is (B, L, HQ, D) and k (B, L, HQ / group, D).
+    q is (B, L, HQ, D) and k (B, K, HQ / group, D); rows (L,), the key that is each query's own token, counts from 0
+    where it is None; keys that ``real`` (B, K) calls False are as if absent.
 
     log A_ij = z_ij - sum_{j <= k < i} softplus(z_ik) and log remainder_i = - sum_{k < i} softplus(z_ik): sums of terms
     of one sign, of which nothing cancels. The keys are taken in reverse, so that the sums are running ones.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    length = q.shape[1]
+    length, keys = q.shape[1], k.shape[1]
     q, k = q.transpose(1, 2), k.flip(1).transpose(1, 2).repeat_interleave(group, dim=1)
     z = (q @ k.mT).to(dtype) * q.shape[-1] ** -0.5
-    column = length - 1 - torch.arange(length, device=q.device)  # the token of each column
-    row = torch.arange(length, device=q.device)[:, None]
+    column = keys - 1 - torch.arange(keys, device=q.device)  # the token of each column
+    row = (torch.arange(length, device=q.device) if rows is None else rows)[:, None]
+    hidden = column >= row
+    if real is not None:
+        hidden = hidden | ~real.flip(1)[:, None, None, :]
     # Columns from the query on break nothing off: softplus -> 0. Under autocast softplus stays in its input's dtype.
-    broken = F.softplus(z).masked_fill(column >= row, 0).cumsum(-1)
-    log_weights = torch.where(column == row, -broken[..., -1:], (z - broken).masked_fill(column > row, float("-inf")))
+    broken = F.softplus(z).masked_fill(hidden, 0).cumsum(-1)
+    log_weights = torch.where(column == row, -broken[..., -1:], (z - broken).masked_fill(hidden, float("-inf")))
     return log_weights.exp().flip(-1)

@@ -4,7 +4,7 @@ Modules are named as Llama's, so that a Llama checkpoint of the same shape loads
 other but for what that mixer adds.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from path_attention.checks import bad
+from path_attention.layers.attention import Attention
 from path_attention.layers.mixers import build_mixer
 from path_attention.layers.padding import Padding, sequence_boundaries
 from path_attention.layers.short_convolution import ShortConvolution
 from path_attention.models.cache_path import LayerCache, check_cache
 from path_attention.models.configuration_path import PaTHConfig
 from path_attention.ops.arguments import check_tensor
+
+if TYPE_CHECKING:
+    from path_attention.distributed.context import ContextParallel, Layout
 
 
 class PaTHMLP(nn.Module):
@@ -67,6 +71,30 @@ class PaTHPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+
+    # The ContextParallel that shares every sequence, where they are split: Any, for transformers evaluates annotations.
+    context: Any = None
+
+    def set_context_parallel(self, group: Any, layout: "Layout | None" = None) -> None:
+        """From now on every sequence is split over the processes of ``group``; None: no longer.
+
+        Each process then passes its shard of input_ids and labels, as :meth:`ContextParallel.shard` cuts them, and gets
+        the logits of its shard and the loss of whole sequences. Boundaries in cu_seqlens are those of the whole row.
+
+        Args:
+            group: a process group, a DeviceMesh of one dimension such as mesh["context"], a :class:`ContextParallel`,
+                or None.
+            layout: which pieces a process holds, see :class:`ContextParallel`; None means "zigzag".
+
+        Raises:
+            ValueError: a mixer that needs whole sequences, or what :class:`ContextParallel` raises.
+        """
+        mixers = [module for module in self.modules() if isinstance(module, Attention)]
+        for mixer in mixers:  # the first refuses for all: they are of one kind
+            mixer.set_context_parallel(group, layout)
+        for module in self.modules():
+            if isinstance(module, PaTHPreTrainedModel):
+                module.context = mixers[0].context
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -135,6 +163,8 @@ class PaTHModel(PaTHPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        if self.context is not None:
+            self._check_split(attention_mask, position_ids, output_attentions)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if cu_seq_lens_q is not None:
             if cu_seqlens is not None:
@@ -147,11 +177,13 @@ class PaTHModel(PaTHPreTrainedModel):
         if past_key_values is not None:
             if output_attentions:
                 raise bad("output_attentions", "True beside a cache", "False, or use_cache=False")
+            if self.context is not None:
+                raise bad("past_key_values", "a cache under context parallelism", "None, or whole sequences")
             cu_seqlens = sequence_boundaries(cu_seqlens, x)
             return self._continue(x, attention_mask, cu_seqlens, past_key_values, bool(output_hidden_states))
         if cu_seqlens is None and attention_mask is None and position_ids is not None and len(x) == 1 and not x.is_meta:
             cu_seqlens = _restarts(position_ids)
-        cu_seqlens = sequence_boundaries(cu_seqlens, x)
+        cu_seqlens = sequence_boundaries(cu_seqlens, x, 1 if self.context is None else self.context.size)
         padding = None if attention_mask is None else Padding.from_mask(attention_mask, x)
         if padding is not None:
             if cu_seqlens is not None:
@@ -205,6 +237,21 @@ class PaTHModel(PaTHPreTrainedModel):
         hidden_states = tuple(states) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=hidden_states)
 
+    @staticmethod
+    def _check_split(
+        attention_mask: Tensor | None, position_ids: Tensor | None, output_attentions: bool | None
+    ) -> None:
+        """What cannot be had of sequences that are split over processes."""
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            raise ValueError(
+                "attention_mask: got padding beside context parallelism; wanted none: pad at the end, which changes "
+                "nothing before it, with labels of -100"
+            )
+        if position_ids is not None:
+            raise ValueError("position_ids: got some beside context parallelism; wanted None, or cu_seqlens")
+        if output_attentions:
+            raise ValueError("output_attentions: got True beside context parallelism; wanted whole sequences")
+
 
 class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
@@ -238,6 +285,9 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             labels: (B, L) token ids, -100 where none counts, as at the first token of a packed sequence; shifted here:
                 position t is scored on the label of t + 1.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
+
+        Under context parallelism the loss, the mean over all labels of the whole sequences, is the same on every
+        process of the group; averaging gradients over processes, as FSDP and DDP do, then gives its gradient.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -253,7 +303,10 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.context is None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            else:
+                loss = self._shared_loss(self.context, logits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -278,6 +331,32 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         missing = past_key_values.get_max_length() - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, missing), value=1)
 
+    def _shared_loss(
+        self,
+        context: "ContextParallel",
+        logits: Tensor,
+        labels: Tensor,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of sequences whose shards these are: the label after a piece's last token is on another process."""
+        if shift_labels is None:
+            shift_labels = context.next_tokens(labels, ignore_index)
+        if num_items_in_batch is None:
+            num_items_in_batch = context.sum((shift_labels != ignore_index).sum())
+        total = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            shift_labels=shift_labels,
+            num_items_in_batch=1,  # the sum
+            ignore_index=ignore_index,
+            **kwargs,
+        )
+        return context.sum(total) / num_items_in_batch
+
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
@@ -288,6 +367,8 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The new tokens with a cache; the whole sequence at every step without one."""
+        if self.context is not None:
+            raise bad("generate", "a model under context parallelism", "set_context_parallel(None) first")
         if past_key_values is not None:
             kwargs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
             parent: Any = super()

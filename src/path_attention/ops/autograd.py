@@ -22,7 +22,7 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def _out_of_autocast(function: Callable[Given, Result]) -> Callable[Given, Result]:
+def out_of_autocast(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Autocast reaches into operators and would round the float32 products of leaves and transitions to half."""
 
     @wraps(function)
@@ -77,7 +77,7 @@ def _warn_of_slow_engine(reason: str) -> None:
 
 
 @torch.library.custom_op("path_attention::forward", mutates_args=())
-@_out_of_autocast
+@out_of_autocast
 def path_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -131,7 +131,7 @@ def _(
 
 
 @torch.library.custom_op("path_attention::backward", mutates_args=())
-@_out_of_autocast
+@out_of_autocast
 def path_attention_backward(
     d_out: Tensor,
     q: Tensor,
@@ -156,9 +156,8 @@ def path_attention_backward(
     if chosen != "torch":
         from path_attention.ops.engines import cuda
 
-        inputs = (q, k, v, w, beta, g)
-        found = cuda.backward(chosen, d_out, *inputs, out, log_sum_exp, cu_seqlens, scale)
-        return *found[:5], empty if found[5] is None else found[5]
+        of_cuda = cuda.backward(chosen, d_out, q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens, scale)
+        return *of_cuda[:5], empty if of_cuda[5] is None else of_cuda[5]
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
     plan, batch = problem.plan, q.shape[0]
     gradients = dyadic.backward(
@@ -168,20 +167,12 @@ def path_attention_backward(
         plan.pack(d_out, out.dtype),
     )
 
-    def tokens(x: Tensor, like: Tensor) -> Tensor:  # rows of leaves -> (B, L, heads, dim) in the dtype of the input
-        return plan.unpack(x, batch).to(like.dtype).reshape(like.shape).contiguous()
-
-    reflections = w.shape[2]
-    d_w = plan.unpack(gradients.w, batch).unflatten(-1, (reflections, -1)).transpose(2, 3)
-    d_beta = plan.unpack(gradients.beta, batch).transpose(2, 3)
-    return (
-        tokens(gradients.q.mul_(scale), q),
-        tokens(gradients.k, k),
-        tokens(gradients.v, v),
-        d_w.to(w.dtype).contiguous(),
-        d_beta.to(beta.dtype).contiguous(),
-        empty if g is None or gradients.g is None else tokens(gradients.g, g),
+    inputs = (q, k, v, w, beta, g)
+    found = gradients.tokens(plan, batch, w.shape[2], scale)
+    d_q, d_k, d_v, d_w, d_beta, d_g = (
+        empty if d is None or x is None else d.to(x.dtype).contiguous() for d, x in zip(found, inputs, strict=True)
     )
+    return d_q, d_k, d_v, d_w, d_beta, d_g
 
 
 @path_attention_backward.register_fake

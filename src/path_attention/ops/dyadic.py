@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from path_attention.ops.arguments import LOWEST_GATE
+from path_attention.ops.columns import Columns, fold_queries, unfold_queries
 from path_attention.ops.engines import dense
 from path_attention.ops.leaf import (
     LeafEdges,
@@ -53,7 +54,7 @@ class Problem:
     masks: LeafMasks
     heads: int  # H
     group: int  # G
-    dense_dtype: torch.dtype  # what the dense attentions run in
+    columns: Columns  # of the dense attentions' operands
     gate: Tensor | None  # g, (H, G, N, B, 1)
 
     @classmethod
@@ -87,7 +88,8 @@ class Problem:
             g=None if gate is None else gate.squeeze(-1).transpose(1, 2).flatten(0, 1),
         )
         masks = LeafMasks.build(plan.leaf, group, reflections, leaf.q)
-        return cls(plan, leaf, masks, heads, group, _dense_dtype(q, gate), gate)
+        columns = Columns.of(q, v, group, gated=gate is not None)
+        return cls(plan, leaf, masks, heads, group, columns, gate)
 
     def query_rows(self, x: Tensor) -> Tensor:
         """(M, G*B, dim) of the leaf stage -> (H, G, N, B, dim), contiguous."""
@@ -106,64 +108,6 @@ class Problem:
 def _group_last(x: Tensor, group: int) -> Tensor:
     """(HQ, N, B, dim) -> (H, N, G, B, dim)."""
     return x.unflatten(0, (-1, group)).transpose(1, 2)
-
-
-# --- rows of a level as the dense attention takes them ---------------------------------------------------------------
-#
-# The G query heads of a group attend to the same keys, so they are extra rows of the same dense attention: no key is
-# copied. The key's part of the gate, a number per query head and key, rides along as G extra columns: the query of head
-# g has a one in column g, the key has its gate there, and the gradient of the key's columns is the column sum of dS.
-# One more column, ones in the key and zeros in the query, gives the row sum of dS in the query's gradient. The gates
-# of the right sibling take the one, those of the left sibling the other.
-
-
-def _dense_dtype(q: Tensor, gate: Tensor | None) -> torch.dtype:
-    """What the dense attentions run in: the dtype of q, but float32 where half precision would not do."""
-    if q.dtype in (torch.float16, torch.bfloat16):
-        if gate is not None:
-            return torch.float32  # the gate's columns and their gradient need more than the 8 or 11 bits of a half
-        if q.dtype == torch.float16 and q.device.type == "cpu":
-            return torch.float32  # torch's CPU kernel takes 9 times as long to go backward in float16 as in float32
-    return q.dtype
-
-
-def _fold_queries(x: Tensor) -> Tensor:
-    """(H, G, pairs, rows, dim) -> (pairs, H, G * rows, dim)."""
-    return x.permute(2, 0, 1, 3, 4).flatten(2, 3)
-
-
-def _unfold_queries(x: Tensor, group: int) -> Tensor:
-    """(pairs, H, G * rows, dim) -> (H, G, pairs, rows, dim)."""
-    return x.unflatten(2, (group, -1)).permute(1, 2, 0, 3, 4)
-
-
-def _pad_columns(x: Tensor, columns: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, columns - x.shape[-1])) if x.shape[-1] < columns else x
-
-
-def _query_columns(problem: Problem, x: Tensor, columns: int) -> Tensor:
-    """(H, G, pairs, rows, D) -> (pairs, H, G * rows, columns) in the dense dtype, with the gate's ones."""
-    if problem.gate is not None:
-        ones = torch.eye(problem.group, problem.group + 1, dtype=x.dtype, device=x.device)
-        x = torch.cat([x, ones[None, :, None, None, :].expand(*x.shape[:-1], -1)], dim=-1)
-    return _pad_columns(_fold_queries(x).to(problem.dense_dtype), columns)
-
-
-def _key_columns(problem: Problem, x: Tensor, gate: Tensor | None, columns: int) -> Tensor:
-    """(H, pairs, keys, D) and (H, G, pairs, keys, 1) -> (pairs, H, keys, columns) in the dense dtype."""
-    rows = x.transpose(0, 1).to(problem.dense_dtype)
-    if gate is not None:
-        columns_gate = gate.squeeze(-1).permute(2, 0, 3, 1)  # (pairs, H, keys, G)
-        rows = torch.cat([rows, columns_gate, torch.ones_like(columns_gate[..., :1])], dim=-1)
-    return _pad_columns(rows, columns)
-
-
-def _dense_columns(problem: Problem) -> int:
-    """Columns of every operand of the dense attention: torch's kernels want one width for q, k and v."""
-    dim, value_dim = problem.leaf.k.shape[-1], problem.leaf.v.shape[-1]
-    columns = max(dim + (0 if problem.gate is None else problem.group + 1), value_dim)
-    multiple = dense.CUDA_COLUMNS if problem.leaf.k.is_cuda else 1
-    return -(-columns // multiple) * multiple
 
 
 # --- going up the tree -----------------------------------------------------------------------------------------------
@@ -220,19 +164,20 @@ class _Operands(NamedTuple):
 
 
 def _operands(problem: Problem, tree: _Tree, values: Tensor, pairs: SiblingPairs) -> _Operands:
-    columns = values.shape[-1]
-    gate_k = None if tree.gate_k is None else pairs.left.take(tree.gate_k)
+    gate_k = None
+    if tree.gate_k is not None:
+        gate_k = pairs.left.take(tree.gate_k).squeeze(-1).permute(2, 0, 3, 1)  # (pairs, H, keys, G)
     return _Operands(
-        q=_query_columns(problem, pairs.right.take(tree.q), columns),
-        k=_key_columns(problem, pairs.left.take(tree.k), gate_k, columns),
+        q=problem.columns.queries(pairs.right.take(tree.q)),
+        k=problem.columns.keys(pairs.left.take(tree.k).transpose(0, 1), gate_k),
         v=pairs.left.take(values).transpose(0, 1),
-        gate_q=None if tree.gate_q is None else _fold_queries(pairs.right.take(tree.gate_q)),
+        gate_q=None if tree.gate_q is None else fold_queries(pairs.right.take(tree.gate_q)),
     )
 
 
 def _values(problem: Problem) -> Tensor:
     """v as rows (H, N, B, columns) in the dense dtype."""
-    return _pad_columns(problem.key_rows(problem.leaf.v).to(problem.dense_dtype), _dense_columns(problem))
+    return problem.columns.fill(problem.key_rows(problem.leaf.v))
 
 
 # Leaves worked on at once: bounds the B x B temporaries of the leaf stage whatever the length, some 20 of 16 KB a leaf
@@ -277,8 +222,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
             part_log_sum_exp = part_log_sum_exp[..., None]
             if operands.gate_q is not None:
                 part_log_sum_exp = part_log_sum_exp + operands.gate_q
-            part = _unfold_queries(part[..., :value_dim], problem.group)
-            part_log_sum_exp = _unfold_queries(part_log_sum_exp, problem.group)
+            part = unfold_queries(part[..., :value_dim], problem.group)
+            part_log_sum_exp = unfold_queries(part_log_sum_exp, problem.group)
             _merge(out, log_sum_exp, pairs, part, part_log_sum_exp)
             tree.ascend(pairs)
     return out.flatten(0, 1), log_sum_exp.flatten(0, 1)
@@ -286,12 +231,17 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _merge(out: Tensor, log_sum_exp: Tensor, pairs: SiblingPairs, part: Tensor, part_log_sum_exp: Tensor) -> None:
     """Join a partial attention over further keys to the rows of the right siblings, in place."""
-    before = pairs.right.take(log_sum_exp)
-    total = torch.logaddexp(before, part_log_sum_exp)
-    rows = pairs.right.take(out)
-    rows.mul_((before - total).exp()).addcmul_(part.to(rows.dtype), (part_log_sum_exp - total).exp())
+    rows, rows_log_sum_exp = pairs.right.take(out), pairs.right.take(log_sum_exp)
+    merge(rows, rows_log_sum_exp, part, part_log_sum_exp)
     pairs.right.put(out, rows)
-    pairs.right.put(log_sum_exp, total)
+    pairs.right.put(log_sum_exp, rows_log_sum_exp)
+
+
+def merge(out: Tensor, log_sum_exp: Tensor, part: Tensor, part_log_sum_exp: Tensor) -> None:
+    """Join the partial attention of the same rows over further keys, in place: out (..., DV), log_sum_exp (..., 1)."""
+    total = torch.logaddexp(log_sum_exp, part_log_sum_exp)
+    out.mul_((log_sum_exp - total).exp()).addcmul_(part.to(out.dtype), (part_log_sum_exp - total).exp())
+    log_sum_exp.copy_(total)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -307,19 +257,34 @@ class Gradients(NamedTuple):
     beta: Tensor  # (H, N, B, R)
     g: Tensor | None  # (HQ, N, B, 1)
 
+    def tokens(self, plan: SpanPlan, batch: int, reflections: int, scale: float) -> "Gradients":
+        """In the layout of the operator's arguments, q's of the query before it was scaled."""
+        return Gradients(
+            q=plan.unpack(self.q.mul_(scale), batch),  # in place: these gradients end here
+            k=plan.unpack(self.k, batch),
+            v=plan.unpack(self.v, batch),
+            w=plan.unpack(self.w, batch).unflatten(-1, (reflections, -1)).transpose(2, 3),
+            beta=plan.unpack(self.beta, batch).transpose(2, 3),
+            g=None if self.g is None else plan.unpack(self.g, batch).squeeze(-1),
+        )
 
-class _Climbed(NamedTuple):
-    """What the way down needs of one group of pairs."""
+
+class _Move(NamedTuple):
+    """What the way down needs of one group of pairs whose rows moved on."""
 
     pairs: SiblingPairs
-    operands: _Operands
     q: Tensor  # right siblings' rows before they moved on
     k: Tensor  # left siblings' rows before they moved on
     left: Tensor  # P_left
     right: Tensor | None  # P_right, where the keys move on
 
+    @classmethod
+    def of(cls, tree: _Tree, pairs: SiblingPairs, q: Tensor, k: Tensor) -> "_Move":
+        right = pairs.right_root.take(tree.product).clone() if pairs.keys_move_on else None
+        return cls(pairs, q, k, pairs.left_root.take(tree.product).clone(), right)
 
-def _climb(problem: Problem, tree: _Tree, values: Tensor) -> list[_Climbed]:
+
+def _climb(problem: Problem, tree: _Tree, values: Tensor) -> list[tuple[_Move, _Operands]]:
     climbed = []
     for level in problem.plan.levels:
         for pairs in level:
@@ -327,26 +292,15 @@ def _climb(problem: Problem, tree: _Tree, values: Tensor) -> list[_Climbed]:
             # ascend() writes over the rows that its operands may be views of.
             operands = operands._replace(q=_own(operands.q, tree.q), k=_own(operands.k, tree.k))
             operands = operands._replace(gate_q=None if operands.gate_q is None else operands.gate_q.clone())
-            climbed.append(
-                _Climbed(
-                    pairs,
-                    operands,
-                    q=_rows_of_operand(problem, operands.q, tree.q),
-                    k=operands.k[..., : tree.k.shape[-1]].transpose(0, 1),
-                    left=pairs.left_root.take(tree.product).clone(),
-                    right=pairs.right_root.take(tree.product).clone() if pairs.keys_move_on else None,
-                )
-            )
+            q, k = operands.q[..., : tree.q.shape[-1]], operands.k[..., : tree.k.shape[-1]]
+            move = _Move.of(tree, pairs, unfold_queries(q, problem.group), k.transpose(0, 1))
+            climbed.append((move, operands))
             tree.ascend(pairs)
     return climbed
 
 
 def _own(x: Tensor, source: Tensor) -> Tensor:
     return x.clone() if x.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() else x
-
-
-def _rows_of_operand(problem: Problem, q: Tensor, rows: Tensor) -> Tensor:
-    return _unfold_queries(q[..., : rows.shape[-1]], problem.group)
 
 
 def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) -> Gradients:
@@ -358,7 +312,7 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     """
     heads, group = problem.heads, problem.group
     dtype = problem.leaf.q.dtype
-    out, d_out = (x.to(problem.dense_dtype).unflatten(0, (heads, group)) for x in (out, d_out))
+    out, d_out = (x.to(problem.columns.dtype).unflatten(0, (heads, group)) for x in (out, d_out))
     log_sum_exp = log_sum_exp.unflatten(0, (heads, group))
     *edges, t_inverse, u, y = _in_chunks(leaf_edges, problem.leaf, problem.masks)
     tree = _Tree.grow(problem, LeafEdges(*edges))
@@ -370,7 +324,7 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     d_v, d_gate = torch.zeros_like(values, dtype=dtype), None if gate is None else torch.zeros_like(gate)
     del tree
     while climbed:
-        _descend(problem, climbed.pop(), values, out, log_sum_exp, d_out, d_q, d_k, d_v, d_product, d_gate)
+        _descend(problem, *climbed.pop(), out, log_sum_exp, d_out, d_q, d_k, d_v, d_product, d_gate)
 
     rows = [problem.leaf_rows(x) for x in (out, log_sum_exp, d_out, d_q)]
     rows += [d_k.flatten(0, 1), d_product.flatten(0, 1), t_inverse, u, y]
@@ -378,9 +332,14 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     d_v = d_v[..., : leaf.v.shape[-1]].add_(problem.key_rows(leaf.v))
     if d_gate is not None and leaf.g is not None:
         d_gate += problem.query_rows(leaf.g.flatten(1)[..., None])
+    return _of_tokens(problem, leaf, d_v, d_gate)
+
+
+def _of_tokens(problem: Problem, leaf: LeafGradients, d_v: Tensor, d_gate: Tensor | None) -> Gradients:
+    d_k = problem.key_rows(leaf.k)
     return Gradients(
         q=problem.query_rows(leaf.q).flatten(0, 1),
-        k=problem.key_rows(leaf.k),
+        k=d_k,
         v=d_v,
         w=leaf.w.view(*d_k.shape[:3], -1),
         beta=leaf.beta.view(*d_k.shape[:3], -1),
@@ -390,8 +349,8 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
 
 def _descend(
     problem: Problem,
-    climbed: _Climbed,
-    values: Tensor,
+    move: _Move,
+    operands: _Operands,
     out: Tensor,
     log_sum_exp: Tensor,
     d_out: Tensor,
@@ -402,17 +361,16 @@ def _descend(
     d_gate: Tensor | None,
 ) -> None:
     """One group of pairs on the way down: d_q and what follows hold the parents' gradients and take the pairs'."""
-    pairs, operands = climbed.pairs, climbed.operands
-    dim, columns = d_q.shape[-1], values.shape[-1]
-    rows_log_sum_exp = _fold_queries(pairs.right.take(log_sum_exp))
+    pairs, columns = move.pairs, problem.columns
+    rows_log_sum_exp = fold_queries(pairs.right.take(log_sum_exp))
     if operands.gate_q is not None:
         rows_log_sum_exp = rows_log_sum_exp - operands.gate_q
     d_rows, d_keys, d_values = dense.select(operands.q).backward(
-        _pad_columns(_fold_queries(pairs.right.take(d_out)), columns),
+        columns.fill(fold_queries(pairs.right.take(d_out))),
         operands.q,
         operands.k,
         operands.v,
-        _pad_columns(_fold_queries(pairs.right.take(out)), columns),
+        columns.fill(fold_queries(pairs.right.take(out))),
         rows_log_sum_exp.squeeze(-1),
     )
     pairs.left.add(d_v, d_values.transpose(0, 1))
@@ -420,27 +378,100 @@ def _descend(
         # A gate of the right sibling is in the logits of all queries from its token on, one of the left sibling in
         # those of all keys before its token. Row sums less column sums, added up to the sequence's end, would say the
         # same, with the rounding of everything on the way.
-        columns_sum = d_keys[..., dim : dim + problem.group].permute(1, 3, 0, 2)[..., None]  # (H, G, pairs, keys, 1)
+        columns_sum = columns.column_sums(d_keys).permute(1, 3, 0, 2)[..., None]  # (H, G, pairs, keys, 1)
         pairs.left.add(d_gate, torch.nn.functional.pad(columns_sum[..., :-1, :], (0, 0, 1, 0)).cumsum(-2))
-        rows_sum = _unfold_queries(d_rows[..., dim + problem.group :][..., :1], problem.group)
-        pairs.right.add(d_gate, sum_from_here(rows_sum))
+        pairs.right.add(d_gate, sum_from_here(columns.row_sums(d_rows)))
+    d_rows = unfold_queries(d_rows[..., : columns.dim], columns.group).to(d_q.dtype)
+    _move_back(move, d_rows, d_keys[..., : columns.dim].transpose(0, 1).to(d_k.dtype), d_q, d_k, d_product)
 
-    left, right = climbed.left, climbed.right
-    d_rows = _unfold_queries(d_rows[..., :dim], problem.group).to(d_q.dtype)
-    d_keys = d_keys[..., :dim].transpose(0, 1).to(d_k.dtype)
+
+def _move_back(
+    move: _Move, d_rows: Tensor | None, d_keys: Tensor | None, d_q: Tensor, d_k: Tensor, d_product: Tensor
+) -> None:
+    """From the parents' edges to the pairs'; d_rows and d_keys are what the rows' gradients are there already."""
+    pairs, left, right = move.pairs, move.left, move.right
     d_left = None
     if pairs.queries_move_on:
         moved = pairs.right.take(d_q)
-        d_left = (climbed.q.to(moved.dtype).mT @ moved).sum(1)
-        d_rows = d_rows + moved @ left[:, None].mT
+        d_left = (move.q.to(moved.dtype).mT @ moved).sum(1)
+        moved = moved @ left[:, None].mT
+        d_rows = moved if d_rows is None else d_rows + moved
     if right is not None:
         moved = pairs.left.take(d_k)
         d_parent = pairs.left_root.take(d_product)
-        d_right = moved.mT @ climbed.k.to(moved.dtype) + d_parent @ left.mT
-        d_keys = d_keys + moved @ right
+        d_right = moved.mT @ move.k.to(moved.dtype) + d_parent @ left.mT
+        moved = moved @ right
+        d_keys = moved if d_keys is None else d_keys + moved
         pairs.right_root.add(d_product, d_right)
         d_left = right.mT @ d_parent if d_left is None else d_left + right.mT @ d_parent
-    pairs.right.put(d_q, d_rows)
-    pairs.left.put(d_k, d_keys)
+    if d_rows is not None:
+        pairs.right.put(d_q, d_rows)
+    if d_keys is not None:
+        pairs.left.put(d_k, d_keys)
     if d_left is not None:
         pairs.left_root.put(d_product, d_left)
+
+
+# --- whole sequences as spans ----------------------------------------------------------------------------------------
+
+
+class Edges(NamedTuple):
+    """Whole sequences, S of them, as spans of something longer: what meets at their edges."""
+
+    q_left: Tensor  # (H, G, S, length, D), times the scale
+    k_right: Tensor  # (H, S, length, D)
+    product: Tensor  # P, (H, S, D, D)
+
+
+def edges(problem: Problem) -> Edges:
+    """Rows at the edges of their sequences. The plan goes ``to_edges`` and its sequences have one length."""
+    tree = _Tree.grow(problem, LeafEdges(*_in_chunks(leaf_edges, problem.leaf, problem.masks)[:3]))
+    for level in problem.plan.levels:
+        for pairs in level:
+            tree.ascend(pairs)
+    return Edges(_by_sequence(problem, tree.q), _by_sequence(problem, tree.k), tree.product[:, _first_leaves(problem)])
+
+
+def edges_backward(problem: Problem, d_edges: Edges) -> Gradients:
+    """Gradients of :func:`edges`; that of v is 0."""
+    *found, t_inverse, u, y = _in_chunks(leaf_edges, problem.leaf, problem.masks)
+    tree = _Tree.grow(problem, LeafEdges(*found))
+    del found
+    moves = []
+    for level in problem.plan.levels:
+        for pairs in level:
+            q, k = pairs.right.take(tree.q).clone(), pairs.left.take(tree.k).clone()  # ascend() writes over the rows
+            moves.append(_Move.of(tree, pairs, q, k))
+            tree.ascend(pairs)
+    d_q, d_k = _by_leaf(problem, d_edges.q_left, tree.q), _by_leaf(problem, d_edges.k_right, tree.k)
+    d_product = torch.zeros_like(tree.product)
+    d_product[:, _first_leaves(problem)] = d_edges.product
+    del tree
+    while moves:
+        _move_back(moves.pop(), None, None, d_q, d_k, d_product)
+    # No attention in here: its output has no gradient, and a log-sum-exp of infinity makes every weight 0.
+    count, rows = problem.leaf.q.shape[:2]
+    nothing = d_q.new_zeros(()).expand(count, rows, problem.leaf.v.shape[-1])
+    everything = d_q.new_full((), float("inf")).expand(count, rows, 1)
+    at_edges = [problem.leaf_rows(d_q), d_k.flatten(0, 1), d_product.flatten(0, 1), t_inverse, u, y]
+    leaf = LeafGradients(
+        *_in_chunks(leaf_backward, problem.leaf, problem.masks, nothing, everything, nothing, *at_edges)
+    )
+    return _of_tokens(problem, leaf, problem.key_rows(leaf.v), None)
+
+
+def _first_leaves(problem: Problem) -> slice:
+    return slice(0, None, problem.plan.num_leaves // len(problem.plan.lengths))
+
+
+def _by_sequence(problem: Problem, x: Tensor) -> Tensor:
+    """(..., N, B, D) -> (..., S, length, D)."""
+    lengths = problem.plan.lengths
+    return x.flatten(-3, -2).unflatten(-2, (len(lengths), -1))[..., : lengths[0], :]
+
+
+def _by_leaf(problem: Problem, x: Tensor, like: Tensor) -> Tensor:
+    """(..., S, length, D) -> (..., N, B, D), zeros where a leaf is not full: the inverse of :func:`_by_sequence`."""
+    rows = torch.zeros_like(like)
+    _by_sequence(problem, rows).copy_(x)
+    return rows

@@ -68,10 +68,7 @@ def path_attention(
     if check_inputs and not q.is_meta:  # which has no values
         check_values(*arguments[:6], cu_seqlens)
     w, beta = arguments.reflections()
-    if backend is not None:
-        _check_backend(backend, "one of {}, or None")
-        if (reason := reason_against(backend, q, v, w, g, cu_seqlens)) is not None:
-            raise ValueError(f"backend: got {backend!r}, which cannot serve this call: {reason}")
+    check_backend(backend, q, v, w, g, cu_seqlens)
     _refuse_forward_mode(q, k, v, w, beta, g)
     out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, scale, backend or AUTO)
     return out
@@ -93,14 +90,27 @@ def unsupported_reason(
     Raises:
         ValueError: naming the argument, as path_attention does.
     """
-    _check_backend(backend, "one of {}")
+    backend = _backend(backend, "one of {}")
     arguments = validate_arguments(q, k, v, w, beta, g, scale=None, cu_seqlens=cu_seqlens)
     return reason_against(backend, arguments.q, arguments.v, arguments.reflections()[0], arguments.g, cu_seqlens)
 
 
-def _check_backend(backend: object, wanted: str) -> None:
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise bad("backend", repr(backend), wanted.format(", ".join(BACKENDS)))
+def check_backend(
+    backend: object, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Raises ValueError where the caller asks for a backend that cannot serve the call; w is (B, L, R, H, D)."""
+    if backend is None:
+        return
+    name = _backend(backend, "one of {}, or None")
+    if (reason := reason_against(name, q, v, w, g, cu_seqlens)) is not None:
+        raise ValueError(f"backend: got {name!r}, which cannot serve this call: {reason}")
+
+
+def _backend(backend: object, wanted: str) -> Backend:
+    for name in BACKENDS:
+        if isinstance(backend, str) and backend == name:
+            return name
+    raise bad("backend", repr(backend), wanted.format(", ".join(BACKENDS)))
 
 
 def _refuse_forward_mode(*inputs: Tensor | None) -> None:

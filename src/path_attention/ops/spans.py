@@ -153,8 +153,11 @@ def _token_rows(plan: SpanPlan, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def plan_spans(lengths: tuple[int, ...], leaf: int) -> SpanPlan:
-    """The plan of sequences of these lengths (tokens; zero allowed) with leaves of ``leaf`` tokens."""
+def plan_spans(lengths: tuple[int, ...], leaf: int, to_edges: bool = False) -> SpanPlan:
+    """The plan of sequences of these lengths (tokens; zero allowed) with leaves of ``leaf`` tokens.
+
+    ``to_edges``: rows move on to the edges of their sequences, for sequences that are spans of something longer.
+    """
     found: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(
         list
     )  # (level, right leaves) -> (first leaf, leaves)
@@ -179,8 +182,8 @@ def plan_spans(lengths: tuple[int, ...], leaf: int) -> SpanPlan:
                 level=level,
                 left=LeafRuns(starts, span),
                 right=LeafRuns(tuple(start + span for start in starts), right_leaves),
-                queries_move_on=any(start not in sequence_start for start in starts),
-                keys_move_on=any(end > start + 2 * span for start, end in pairs),
+                queries_move_on=to_edges or any(start not in sequence_start for start in starts),
+                keys_move_on=to_edges or any(end > start + 2 * span for start, end in pairs),
             )
         )
     return SpanPlan(leaf=leaf, lengths=lengths, num_leaves=first, levels=tuple(tuple(level) for level in levels))
