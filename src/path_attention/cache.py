@@ -175,12 +175,12 @@ class PathCache:
             self._check(tokens, [1] * (q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1))
             if cu_seqlens is None:
                 # Lengths are on the device and in no guard: one compiled step serves them all.
-                return history.append_operator(*vars(tokens).values(), self.keep, *self._state.tensors().values())
+                return history.append_operator(*tokens, self.keep, *self._state.tensors().values())
         return self._attend_on_host(tokens, cu_seqlens)
 
     @torch.compiler.disable
     def _attend_on_host(self, tokens: Tokens, cu_seqlens: Tensor | None) -> Tensor:
-        q, k, v, w, beta, g, scale = vars(tokens).values()
+        q, k, v, w, beta, g, scale = tokens
         counts = [q.shape[1]] * q.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
         self._check(tokens, counts)
         before = self.lengths or [0] * len(counts)

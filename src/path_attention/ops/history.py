@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,8 +92,7 @@ BLOCK_FIELDS = ("keys", "values", "products", "gates", "gate_totals")
 ROW_FIELDS = tuple(field.name for field in fields(State) if field.name not in BLOCK_FIELDS)
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """T new tokens of each of some sequences; w (b, T, R, H, D) and beta (b, T, R, H) as the operator takes them."""
 
     q: Tensor
