@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 # torch: the dyadic algorithm in torch operators, any device and every feature.
-# triton: our kernels alone. sdpa: our kernels, with torch's fastest attention kernel between sibling spans.
-Backend = Literal["torch", "triton", "sdpa"]
-BACKENDS: tuple[Backend, ...] = ("torch", "triton", "sdpa")
+# triton: our portable kernels alone. hopper and sdpa: those, and between sibling spans kernels of ours for Hopper GPUs,
+# or torch's fastest attention kernel.
+Backend = Literal["torch", "triton", "hopper", "sdpa"]
+BACKENDS: tuple[Backend, ...] = ("torch", "triton", "hopper", "sdpa")
 AUTO = "auto"
 
 
@@ -46,24 +47,28 @@ def choose(
 ) -> Backend:
     """The backend that computes one direction of a call; ``backend`` is one of them, or AUTO.
 
-    torch's attention kernels add up gradients in no fixed order: under torch.use_deterministic_algorithms the backward
-    pass between siblings is always ours.
+    torch's attention kernels and ours for Hopper add up gradients in no fixed order: under
+    torch.use_deterministic_algorithms the backward pass between siblings is always the portable one.
     """
     deterministic = is_backward and torch.are_deterministic_algorithms_enabled()
-    if backend == "sdpa" and deterministic:
+    if backend in ("hopper", "sdpa") and deterministic:
         return "triton"
     for name in BACKENDS:
         if backend == name:
             return name
     if reason_against("triton", q, v, w, g, cu_seqlens) is not None:
         return "torch"
-    if deterministic or reason_against("sdpa", q, v, w, g, cu_seqlens) is not None:
+    if deterministic:
+        return "triton"
+    if reason_against("hopper", q, v, w, g, cu_seqlens) is None:
+        return "hopper"
+    if reason_against("sdpa", q, v, w, g, cu_seqlens) is not None:
         return "triton"
     return _faster(q)
 
 
 def _faster(q: Tensor) -> Backend:
-    """Of the two that can both serve a call on CUDA.
+    """Of triton and sdpa, where both can serve a call.
 
     Measured on an H200, both directions alike (docs/kernels.md): torch's kernel makes up for a launch a level and for
     its partial outputs on the way through memory from these lengths on.

@@ -46,7 +46,7 @@ def within(leaf: int, level: int) -> int:
 
 def pairs(table: LeafTable) -> list[Pair]:
     found = []
-    start, length, index, _, query_base, key_base = table.written_out().T.tolist()
+    start, length, index, _, query_base, key_base, _ = table.written_out().T.tolist()
     for leaf in range(table.num_leaves):
         for level in range(table.num_levels):
             if length[leaf] and index[leaf] >> level & 1:

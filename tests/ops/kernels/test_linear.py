@@ -30,7 +30,7 @@ class Pair:
     """One query leaf and its left sibling at one level: rows and slots by the leaf table's own description."""
 
     def __init__(self, table: LeafTable, leaf: int, level: int) -> None:
-        start, length, index, _, query_base, key_base = table.written_out()[leaf].tolist()
+        start, length, index, _, query_base, key_base, _ = table.written_out()[leaf].tolist()
         first = ((index >> level) - 1) << level
         self.query_slot = query_base + within(index, level)
         key_slot = key_base + within(first, level)
@@ -79,13 +79,14 @@ def attend(inputs: linear.Inputs, table: LeafTable) -> tuple[linear.Levels, Tens
 def attend_backward(
     inputs: linear.Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor, d_out: Tensor
 ) -> tuple[linear.Gradients, Tensor | None]:
-    levels, leaves = linear.recompute(inputs, table)
+    levels, leaves = linear.recompute(inputs, table, inputs.q.dtype)
     group = inputs.query_heads // inputs.heads
     dense = linear.DenseGradients(
         query_rows=torch.full_like(levels.query_rows, float("nan")),
         key_rows=torch.zeros_like(levels.key_rows),
         values=torch.zeros_like(inputs.v),
         gate=None if inputs.g is None else torch.zeros_like(log_sum_exp),
+        factor=None,
     )
     delta = (d_out * out).sum(-1)
 
@@ -106,7 +107,7 @@ def attend_backward(
             dense.gate[pair.rows] += d_scores.sum(2).T
             dense.gate[pair.keys] -= d_scores.sum(1).T
     edges = linear.levels_backward(inputs, table, levels, leaves, dense)
-    of_dense = (dense.values, dense.gate)
+    of_dense = (dense.values, dense.factor, dense.gate)
     gradients = linear.Gradients(
         *(torch.full_like(getattr(inputs, x), float("nan")) for x in ["q", "k", "v", "w", "beta"])
     )

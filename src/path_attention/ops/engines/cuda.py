@@ -14,13 +14,19 @@ from path_attention.ops.engines import dense, siblings
 from path_attention.ops.kernels import linear
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table
 from path_attention.ops.kernels.linear import Inputs
-from path_attention.ops.kernels.merge_kernels import delta_kernel
+from path_attention.ops.kernels.merge_kernels import delta_kernel, factor_kernel
 
-# How the attention between siblings is computed: by our fused kernel, or by torch's fastest one, level by level.
-Siblings = Literal["triton", "sdpa"]
+# How the attention between siblings is computed: by our fused kernels, portable or for Hopper, or by the fastest one of
+# torch, level by level.
+Siblings = Literal["triton", "hopper", "sdpa"]
 
 # Widest row for which a leaf's tiles fit an SM; wider ones would spill (docs/kernels.md).
 MAX_DIM = 128
+# What the kernels for Hopper are made for, and the versions of Triton that compiled them well: registers, spills and
+# the order of instructions are read for each (docs/kernels.md).
+HOPPER = (9, 0)
+HOPPER_DIMS = (64, 128)
+TRITON_VERSIONS = ("3.6",)
 # Rows are padded to a multiple of this many columns: what tensor descriptors and torch's kernels ask of half precision.
 COLUMNS = 16
 # Leaves times key heads of a part: some 1 GB of rows and matrices at head_dim 64, and still enough programs to fill
@@ -28,6 +34,10 @@ COLUMNS = 16
 PART = 4096
 # Rows of one program of the delta kernel: 64 x 64 tiles keep loads wide and registers few.
 DELTA_ROWS = 64
+# |dS| <= |d_out . (v - out)|: with entries of d_out and v below twice their powers of two a row of 256 columns gives at
+# most 2^11 times both, and 2^4 more is float16's largest. Typical entries, some 2^-4 of that for weights near 1, leave
+# weights down to 1e-6 with all their bits.
+HEADROOM = 4
 
 
 def unsupported_reason(
@@ -45,6 +55,8 @@ def unsupported_reason(
         return f"head_dim {dim} and value_dim {value_dim} are not both at most {MAX_DIM}"
     if siblings_by == "triton":
         return None
+    if siblings_by == "hopper":
+        return _reason_against_hopper(q, v, g)
     leaves = length // LEAF
     if g is not None:
         return "torch's attention kernels take no forget gates"
@@ -54,6 +66,22 @@ def unsupported_reason(
         return f"head_dim {dim} and value_dim {value_dim} are not equal and a multiple of {dense.CUDA_COLUMNS}"
     if length % LEAF or leaves & (leaves - 1):
         return f"length {length} is not {LEAF} times a power of two"
+    return None
+
+
+def _reason_against_hopper(q: Tensor, v: Tensor, g: Tensor | None) -> str | None:
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability != HOPPER:
+        return f"compute capability {capability[0]}.{capability[1]}, not {HOPPER[0]}.{HOPPER[1]}"
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version not in TRITON_VERSIONS:
+        return f"Triton {version}, not one that these kernels were tested with: {', '.join(TRITON_VERSIONS)}"
+    if q.dtype != torch.bfloat16:
+        return f"q is {q.dtype}, not bfloat16"
+    if q.shape[3] != v.shape[3] or q.shape[3] not in HOPPER_DIMS:
+        return f"head_dim {q.shape[3]} and value_dim {v.shape[3]} are not both one of {HOPPER_DIMS}"
+    if g is not None:
+        return "its kernels take no forget gates"
     return None
 
 
@@ -103,6 +131,11 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
             )
 
 
+def _row_dtype(siblings_by: Siblings, inputs: Inputs) -> torch.dtype:
+    """Of the rows at the levels' edges: our kernels take them in float16 beside bfloat16 values, torch's want one."""
+    return inputs.q.dtype if siblings_by == "sdpa" else inputs.work_dtype
+
+
 def _even(total: int, most: int) -> int:
     """The size of ceil(total / most) parts that differ as little as may be."""
     return -(-total // -(-total // most))
@@ -145,13 +178,11 @@ def forward(
     """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, 1, H, D), beta (B, L, 1, H)."""
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    attend = siblings.triton_forward if siblings_by == "triton" else siblings.sdpa_forward
+    attend = siblings.FORWARD[siblings_by]
     for part in _parts(q, k, cu_seqlens):
         inputs = part.of(q, k, v, w, beta, g, scale)
         out, log_sum_exp = _place(result, part.queries), _place(result_log_sum_exp, part.queries)
-        # Our kernel takes rows in float16 whatever the values are in; torch's want one dtype.
-        row_dtype = inputs.work_dtype if siblings_by == "triton" else q.dtype
-        levels = linear.forward(inputs, part.table, out, log_sum_exp, row_dtype)
+        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs))
         attend(inputs, part.table, levels, out, log_sum_exp)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)
@@ -209,33 +240,47 @@ def _part_backward(
     result: linear.Gradients,
 ) -> Tensor | None:
     """Write a part's gradients to result; returns row sums less column sums of dS, (T, HQ), where there are gates."""
-    delta = _delta(out, d_out)
-    levels, leaves = linear.recompute(inputs, table)
+    delta, factor = _delta(out, d_out, inputs)
+    levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs))
     if siblings_by == "triton":
-        gradients = siblings.triton_backward(inputs, table, levels, d_out, log_sum_exp, delta)
+        gradients = siblings.triton_backward(inputs, table, levels, d_out, log_sum_exp, delta, factor)
+    elif siblings_by == "hopper":
+        assert factor is not None, "float32 inputs have no kernels here"
+        gradients = siblings.hopper_backward(inputs, table, levels, d_out, log_sum_exp, delta, factor)
     else:
         gradients = siblings.sdpa_backward(inputs, table, levels, d_out, out, log_sum_exp)
     edges = linear.levels_backward(inputs, table, levels, leaves, gradients)
-    d_values, d_gate = gradients.values, gradients.gate
+    d_values, factor, d_gate = gradients.values, gradients.factor, gradients.gate
     del levels, gradients  # the largest buffers: their memory serves the leaves' gradients
-    linear.leaves_backward(inputs, table, leaves, edges, d_values, d_gate, log_sum_exp, delta, d_out, result)
+    linear.leaves_backward(inputs, table, leaves, edges, d_values, factor, d_gate, log_sum_exp, delta, d_out, result)
     return d_gate
 
 
-def _delta(out: Tensor, d_out: Tensor) -> Tensor:
-    """rowsum(d_out * out) of (T, HQ, DV) in float32, (T, HQ)."""
+def _delta(out: Tensor, d_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """rowsum(d_out * out) of (T, HQ, DV) in float32, (T, HQ); and what gradients are multiplied by on their way through
+    half precision, (1,), None for float32 inputs.
+    """
     delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+    is_half = inputs.work_dtype != torch.float32
+    largest = torch.zeros(2, dtype=torch.int32, device=out.device) if is_half else None
     delta_kernel[(triton.cdiv(delta.numel(), DELTA_ROWS),)](
         p_out=out,
         p_d_out=d_out,
+        p_v=inputs.v,
         p_delta=delta,
+        p_largest=largest,
         s_rows=delta.numel(),
+        s_values=inputs.v.shape[0] * inputs.v.shape[1],
         DV=out.shape[2],
         BLOCK_DV=triton.next_power_of_2(out.shape[2]),
         BLOCK_ROWS=DELTA_ROWS,
         num_warps=4,
     )
-    return delta
+    if largest is None:
+        return delta, None
+    factor = torch.empty(1, dtype=torch.float32, device=out.device)
+    factor_kernel[(1,)](p_largest=largest, p_factor=factor, HEADROOM=HEADROOM, num_warps=1)
+    return delta, factor
 
 
 def _gate_gradient(d_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
-"""The dense attention between sibling spans, in two ways that share their operands: rows at the edges of all levels.
+"""The dense attention between sibling spans, in three ways that share their operands: rows at the edges of all levels.
 
 ``sdpa``: level by level in torch's fastest attention kernel, partial results joined by our merge kernels.
 ``triton``: one kernel of ours over all levels (kernels/dense.py), which takes gates, packed rows and any length.
+``hopper``: the same for Hopper GPUs (kernels/hopper/), without gates.
 """
 
 from collections.abc import Iterator
@@ -34,16 +35,24 @@ def triton_backward(
     d_out: Tensor,
     log_sum_exp: Tensor,
     delta: Tensor,
+    factor: Tensor | None,
 ) -> linear.DenseGradients:
-    """log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention."""
+    """log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
+
+    factor (1,) multiplies all weights, and with them the gradients, by way of the log-sum-exp.
+    """
     gate_row = gate_column = None
     if inputs.g is not None:
         gate_row, gate_column = torch.empty_like(delta), torch.empty_like(delta)
+    if factor is not None:
+        log_sum_exp = log_sum_exp - factor.log()
+    dtype = _row_gradient_dtype(inputs)
     result = linear.DenseGradients(
-        query_rows=torch.empty_like(levels.query_rows),
-        key_rows=torch.empty_like(levels.key_rows),
+        query_rows=torch.empty_like(levels.query_rows, dtype=dtype),
+        key_rows=torch.empty_like(levels.key_rows, dtype=dtype),
         values=torch.empty(inputs.v.shape, dtype=torch.float32, device=d_out.device),
         gate=gate_row,
+        factor=factor,
     )
     operands = (table, levels.query_rows, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key)
     of_output = (d_out, log_sum_exp, delta)
@@ -51,7 +60,49 @@ def triton_backward(
     triton_dense.dense_backward_keys(*operands, *of_output, result.key_rows, result.values, gate_column)
     if gate_row is not None and gate_column is not None:
         gate_row -= gate_column
+        if factor is not None:
+            gate_row /= factor
     return result
+
+
+def hopper_forward(
+    inputs: linear.Inputs, table: LeafTable, levels: linear.Levels, out: Tensor, log_sum_exp: Tensor
+) -> None:
+    """As :func:`triton_forward`, on Hopper GPUs, without gates."""
+    from path_attention.ops.kernels.hopper import dense as hopper_dense  # only some versions of Triton have Gluon
+
+    hopper_dense.dense_forward(table, levels.query_rows, levels.key_rows, inputs.v, out, log_sum_exp)
+
+
+def hopper_backward(
+    inputs: linear.Inputs,
+    table: LeafTable,
+    levels: linear.Levels,
+    d_out: Tensor,
+    log_sum_exp: Tensor,
+    delta: Tensor,
+    factor: Tensor,
+) -> linear.DenseGradients:
+    """As :func:`triton_backward`, on Hopper GPUs, without gates."""
+    from path_attention.ops.kernels.hopper import dense as hopper_dense
+
+    result = linear.DenseGradients(
+        query_rows=torch.empty_like(levels.query_rows, dtype=torch.float32),
+        key_rows=torch.empty_like(levels.key_rows, dtype=_row_gradient_dtype(inputs)),
+        values=torch.empty(inputs.v.shape, dtype=torch.float32, device=d_out.device),
+        gate=None,
+        factor=factor,
+    )
+    hopper_dense.dense_backward(
+        table, levels.query_rows, levels.key_rows, inputs.v, d_out, log_sum_exp, delta, factor, result.query_rows,
+        result.key_rows, result.values
+    )  # fmt: skip
+    return result
+
+
+def _row_gradient_dtype(inputs: linear.Inputs) -> torch.dtype:
+    """A gradient may be larger than float16 holds, as the sum over many rows with large weights is."""
+    return torch.bfloat16 if inputs.q.dtype == torch.bfloat16 else torch.float32
 
 
 class _Level(NamedTuple):
@@ -118,6 +169,7 @@ def sdpa_backward(
         key_rows=torch.empty_like(levels.key_rows),
         values=torch.zeros(inputs.v.shape, dtype=torch.float32, device=d_out.device),
         gate=None,
+        factor=None,
     )
     values = []
     for x in _levels(inputs, levels):
@@ -146,3 +198,6 @@ def sdpa_backward(
             num_warps=4,
         )
     return result
+
+
+FORWARD = {"triton": triton_forward, "hopper": hopper_forward, "sdpa": sdpa_forward}

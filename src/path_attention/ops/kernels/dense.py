@@ -88,7 +88,7 @@ def launches(dim: int, value_dim: int, gates: bool) -> Launches:
     raise ValueError(f"head_dim {dim} and value_dim {value_dim} must be at most {max(_LAUNCHES)}")
 
 
-def _section(table: LeafTable, group: int, dim: int, value_dim: int, element_size: int) -> int:
+def heads_of_a_section(table: LeafTable, group: int, dim: int, value_dim: int, element_size: int) -> int:
     """Query heads whose keys and values fit the L2 cache together: their programs run side by side."""
     columns = dim * table.num_levels / 2 + value_dim  # half of all leaves have keys at a level
     heads = L2_CACHE / ((LEAF << table.num_levels) * columns * element_size)
@@ -112,6 +112,7 @@ def _arguments(
     values: Tensor,
     gate_query: Tensor | None,
     gate_key: Tensor | None,
+    num_levels: int | None,
 ) -> dict[str, object]:
     """What all three kernels take."""
     query_heads, heads = query_rows.shape[3], key_rows.shape[3]
@@ -126,7 +127,7 @@ def _arguments(
         "p_gate_key": gate_key,
         **table.arguments,
         "num_leaves": table.num_leaves,
-        "num_levels": table.num_levels,
+        "num_levels": table.num_levels if num_levels is None else num_levels,
         "query_slots": table.query_slots,
         "key_slots": table.key_slots,
         "H": heads,
@@ -145,14 +146,18 @@ def dense_forward(
     gate_key: Tensor | None,
     out: Tensor,
     log_sum_exp: Tensor,
+    num_levels: int | None = None,
 ) -> None:
-    """Go on from the leaves' own attention, out (T, HQ, DV) and log_sum_exp (T, HQ) float32, to the whole, in place."""
+    """Go on from the leaves' own attention, out (T, HQ, DV) and log_sum_exp (T, HQ) float32, to the whole, in place.
+
+    num_levels: only that many levels, the lowest; None for all. So in the backward functions.
+    """
     if table.num_levels == 0:
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None).forward
     dense_forward_kernel[(table.num_leaves * query_heads,)](
-        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
+        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
         t_key_rows=_descriptor(key_rows, dim, launch.tile),
         t_values=_descriptor(values, value_dim, launch.tile),
         p_out=out,
@@ -160,7 +165,7 @@ def dense_forward(
         LEAVES=launch.leaves,
         KEYS=launch.tile,
         STAGES=launch.num_stages,
-        SECTION=_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
+        SECTION=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
         num_warps=launch.num_warps,
         num_stages=1,
     )
@@ -178,6 +183,7 @@ def dense_backward_queries(
     delta: Tensor,
     d_query_rows: Tensor,
     gate_row: Tensor | None,
+    num_levels: int | None = None,
 ) -> None:
     """Write d_query_rows, like query_rows, and with gates gate_row (T, HQ) float32, the sums of each row of dS.
 
@@ -190,7 +196,7 @@ def dense_backward_queries(
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None).backward_queries
     dense_backward_queries_kernel[(table.num_leaves * query_heads,)](
-        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
+        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
         t_key_rows=_descriptor(key_rows, dim, launch.tile),
         t_values=_descriptor(values, value_dim, launch.tile),
         p_d_out=d_out,
@@ -201,7 +207,7 @@ def dense_backward_queries(
         LEAVES=launch.leaves,
         KEYS=launch.tile,
         STAGES=launch.num_stages,
-        SECTION=_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
+        SECTION=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
         num_warps=launch.num_warps,
         num_stages=1,
     )
@@ -220,6 +226,7 @@ def dense_backward_keys(
     d_key_rows: Tensor,
     d_values: Tensor,
     gate_column: Tensor | None,
+    num_levels: int | None = None,
 ) -> None:
     """Write d_key_rows, like key_rows, d_values (T, H, DV) float32, summed over the levels, and with gates gate_column
     (T, HQ) float32, the sums of each column of dS. The rest as for :func:`dense_backward_queries`.
@@ -233,7 +240,7 @@ def dense_backward_keys(
     dim, value_dim = query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None).backward_keys
     dense_backward_keys_kernel[(table.num_leaves * heads,)](
-        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
+        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
         t_query_rows=_descriptor(query_rows, dim, launch.tile),
         t_d_out=_descriptor(d_out, value_dim, launch.tile),
         p_d_out=d_out,
@@ -244,7 +251,7 @@ def dense_backward_keys(
         p_gate_column=gate_column,
         LEAVES=launch.leaves,
         STAGES=launch.num_stages,
-        SECTION=_section(table, 1, dim, value_dim, values.element_size() * query_heads // heads),
+        SECTION=heads_of_a_section(table, 1, dim, value_dim, values.element_size() * query_heads // heads),
         num_warps=launch.num_warps,
         num_stages=1,
     )

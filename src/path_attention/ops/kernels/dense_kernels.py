@@ -45,14 +45,14 @@ def _leaf_and_head(num_leaves, num_heads, SECTION: tl.constexpr):
 @triton.jit
 def _tokens(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys):
     """Tokens in a leaf."""
-    _, s_tokens, _, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
+    _, s_tokens, _, _, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
     return s_tokens
 
 
 @triton.jit
 def _place_of_leaves(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES: tl.constexpr):
     """``place`` of the program's first leaf, with the tokens of all; 0 if another program has them, or none."""
-    i_row, s_rows, i_index, s_count, i_query_base, i_key_base = place(
+    i_row, s_rows, i_index, s_count, i_query_base, i_key_base, _ = place(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
     )
     if LEAVES == 2:

@@ -15,6 +15,7 @@ from path_attention.ops.kernels.tiles import (
     LOG2_E,
     ROWS,
     dot,
+    inverse_of,
     load_power,
     load_rows,
     load_square,
@@ -115,7 +116,7 @@ def leaf_forward_kernel(
     HQ = H * GROUP
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
-    i_row, s_rows, _, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
+    i_row, s_rows, _, _, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
     if s_rows == 0:
         return
     o = tl.arange(0, ROWS)
@@ -209,6 +210,7 @@ def leaf_backward_kernel(
     p_d_node,  # (2 N, H, D, D) WORK, likewise
     p_d_node_power,  # (2 N, H) float32
     p_d_values,  # (T, H, DV): from the other spans
+    p_factor,  # what those were multiplied by, or None
     p_table,
     table_leaves,
     table_length,
@@ -240,7 +242,7 @@ def leaf_backward_kernel(
     HEADROOM: tl.constexpr = 0.0625
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
-    i_row, s_rows, i_index, s_count, _, _ = place(
+    i_row, s_rows, i_index, s_count, _, _, _ = place(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
     )
     if s_rows == 0:
@@ -267,6 +269,7 @@ def leaf_backward_kernel(
     b_d_w = tl.zeros((ROWS, BLOCK_D), tl.float32)
     b_d_k = tl.zeros((ROWS, BLOCK_D), tl.float32)
     b_d_v = load_rows(p_d_values + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS).to(tl.float32)
+    b_d_v *= inverse_of(p_factor)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
         o_row = tl.cast(i_row, tl.int64) * HQ + o * HQ + i_query_head
@@ -292,7 +295,7 @@ def leaf_backward_kernel(
         s_d_s = s_q * s_k * scale
         s_gradient = 1.0
         if WORK is not None:
-            s_power, _ = power_of_two(b_d_s)
+            s_power, _inverse = power_of_two(b_d_s)
             s_largest = tl.maximum(s_unit, tl.maximum(s_power * s_d_s, s_d_q_left))
             if GROUP > 1:
                 s_ratio = s_unit / s_largest

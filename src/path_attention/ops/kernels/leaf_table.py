@@ -23,7 +23,7 @@ from torch import Tensor
 
 # Tokens a leaf on CUDA: 64 rows are one warpgroup's matrix instruction, and the leaf's inverse stays in registers.
 LEAF = 64
-# Columns of a table that is written out: those of LeafTable.written_out, and two to make a row 32 bytes.
+# Columns of a table that is written out: those of LeafTable.written_out, and one to make a row 32 bytes.
 COLUMNS = 8
 
 
@@ -41,6 +41,7 @@ class LeafTable:
     num_levels: int
     query_slots: int  # leaves in a level's query buffer
     key_slots: int  # leaves in a level's key buffer
+    row_slots: int  # leaves in a buffer of one number a token, where every sequence starts at an even slot
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -54,16 +55,17 @@ class LeafTable:
         }
 
     def written_out(self) -> Tensor:
-        """(N, 6): row of the leaf's first token among T tokens; tokens in the leaf, 0 for no leaf; its index in its
-        sequence; leaves in its sequence; first query slot and first key slot of its sequence, at every level.
+        """(N, 7): row of the leaf's first token among T tokens; tokens in the leaf, 0 for no leaf; its index in its
+        sequence; leaves in its sequence; first query slot and first key slot of its sequence, at every level; first row
+        slot of its sequence.
         """
         if self.columns is not None:
-            return self.columns[:, :6]
+            return self.columns[:, : COLUMNS - 1]
         leaf = torch.arange(self.num_leaves)
         sequence, index = leaf // self.leaves, leaf % self.leaves
         tokens = (self.length - index * LEAF).clamp_max(LEAF)
         count = torch.full_like(leaf, self.leaves)
-        bases = sequence * self.queries, sequence * self.keys
+        bases = (sequence * x for x in (self.queries, self.keys, self.leaves + self.leaves % 2))
         return torch.stack([sequence * self.length + index * LEAF, tokens, index, count, *bases], dim=1)
 
 
@@ -92,6 +94,7 @@ def batch_leaf_table(batch: int, length: int) -> LeafTable:
         num_levels=levels,
         query_slots=max(2, batch * queries),
         key_slots=max(2, batch * keys),
+        row_slots=batch * (leaves + leaves % 2),
     )
 
 
@@ -120,7 +123,8 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
     present = number < last[-1]
     tokens = torch.where(present, (ends[1:][sequence] - start).clamp(0, LEAF), 0)
     bases = [(x.cumsum(0) - x)[sequence] for x in (queries, keys)]
-    rows = torch.stack([start, tokens, index, leaves[sequence], *bases, index, index], dim=1)
+    # The slots of keys serve for rows too: those of every leaf, rounded up.
+    rows = torch.stack([start, tokens, index, leaves[sequence], *bases, bases[1], index], dim=1)
     return LeafTable(
         columns=rows.to(torch.int32).to(device, non_blocking=True),
         leaves=1,
@@ -131,4 +135,5 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
         num_levels=_levels(longest),
         query_slots=bound // 2 + bound // 2 % 2 + 2 * sequences,
         key_slots=bound + bound % 2 + 2 * sequences,
+        row_slots=bound + bound % 2 + 2 * sequences,
     )

@@ -116,13 +116,13 @@ def forward(inputs: Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor, 
     return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
 
 
-def recompute(inputs: Inputs, table: LeafTable) -> tuple[Levels, Leaves]:
+def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
     """The forward linear stages again, for the backward pass: no attention, but all that it needs of the leaves."""
     leaves, heads = table.num_leaves, inputs.heads
     inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
     u = inputs.empty(leaves, heads, LEAF, inputs.q.shape[2])
     nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, (inverse, y, u))
-    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, inputs.q.dtype)
+    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
     return levels, Leaves(inverse, y, u, nodes)
 
 
@@ -235,6 +235,7 @@ class DenseGradients:
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
     values: Tensor  # (T, H, DV)
     gate: Tensor | None  # (T, HQ) float32: row sums less column sums of dS
+    factor: Tensor | None  # (1,) float32: what all but gate was multiplied by, a power of two; None for 1
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,7 @@ def levels_backward(
     query_transport_backward_kernel[(table.num_leaves * query_heads,)](
         p_query_rows=levels.query_rows,
         p_d_query_rows=dense.query_rows,
+        p_factor=dense.factor,
         p_d_q_left=q_left.tiles,
         p_d_q_left_power=q_left.power,
         p_partials=query_partials.tiles,
@@ -296,6 +298,7 @@ def levels_backward(
     key_transport_backward_kernel[(table.num_leaves * heads,)](
         p_key_rows=levels.key_rows,
         p_d_key_rows=dense.key_rows,
+        p_factor=dense.factor,
         p_d_k_right=k_right.tiles,
         p_d_k_right_power=k_right.power,
         p_partials=key_partials.tiles,
@@ -332,6 +335,7 @@ def leaves_backward(
     leaves: Leaves,
     edges: EdgeGradients,
     d_values: Tensor,
+    factor: Tensor | None,
     d_gate: Tensor | None,
     log_sum_exp: Tensor,
     delta: Tensor,
@@ -340,7 +344,7 @@ def leaves_backward(
 ) -> None:
     """Back through the leaves, to ``result``.
 
-    d_values and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
+    d_values, factor and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
     log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
     """
     leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
@@ -363,6 +367,7 @@ def leaves_backward(
         p_d_node=edges.nodes.tiles,
         p_d_node_power=edges.nodes.power,
         p_d_values=d_values,
+        p_factor=factor,
         p_d_q=result.q,
         p_d_k=result.k,
         p_d_v=result.v,

@@ -38,7 +38,9 @@ def merge_kernel(
     """out = sum_l exp(lse_l - lse) out_l with lse = log sum_l exp(lse_l), over the leaf and its left siblings."""
     i_leaf = tl.program_id(0) // HQ
     i_query_head = tl.program_id(0) % HQ
-    i_row, s_rows, i_index, _, i_base, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
+    i_row, s_rows, i_index, _, i_base, _, _ = place(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
+    )
     if s_rows == 0 or (i_index >> FIRST_LEVEL) == 0:
         return
     o = tl.arange(0, ROWS)
@@ -85,7 +87,7 @@ def sum_values_kernel(
     """Gradient of the values: the sum over the levels at which their leaf has a right sibling."""
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
-    i_row, s_rows, i_index, s_count, _, i_base = place(
+    i_row, s_rows, i_index, s_count, _, i_base, _ = place(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
     )
     if s_rows == 0:
@@ -100,11 +102,21 @@ def sum_values_kernel(
 
 
 @triton.jit
+def _raise_to(p_bits, b_x):
+    """The largest |x|, as the bits of a float32: those of positive numbers are in the order of the numbers."""
+    s_largest = tl.max(tl.max(tl.abs(b_x), axis=1), axis=0)
+    tl.atomic_max(p_bits, s_largest.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
 def delta_kernel(
     p_out,  # (T, HQ, DV)
     p_d_out,  # (T, HQ, DV)
+    p_v,  # (T, H, DV)
     p_delta,  # out (T, HQ) float32
+    p_largest,  # out (2,) int32, zeros before: bits of the largest |d_out| and |v|; None to leave them out
     s_rows,  # T * HQ
+    s_values,  # T * H
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -115,3 +127,58 @@ def delta_kernel(
     b_d_out = load_rows(p_d_out, i_row, s_rows - i_row, DV, DV, BLOCK_DV, BLOCK_ROWS).to(tl.float32)
     o = tl.arange(0, BLOCK_ROWS)
     tl.store(p_delta + i_row + o, tl.sum(b_out * b_d_out, axis=1), mask=o < s_rows - i_row)
+    if p_largest is not None:
+        _raise_to(p_largest, b_d_out)
+        if i_row < s_values:
+            b_v = load_rows(p_v, i_row, s_values - i_row, DV, DV, BLOCK_DV, BLOCK_ROWS).to(tl.float32)
+            _raise_to(p_largest + 1, b_v)
+
+
+@triton.jit
+def factor_kernel(
+    p_largest,  # (2,) int32, of delta_kernel
+    p_factor,  # out (1,) float32
+    HEADROOM: tl.constexpr,
+):
+    """The power of two that makes dS an operand in float16: 2^HEADROOM over the powers of |d_out| and |v|."""
+    s_exponents = (tl.load(p_largest) >> 23) + (tl.load(p_largest + 1) >> 23) - 2 * 127
+    s_exponent = tl.minimum(tl.maximum(HEADROOM - s_exponents, -126), 126)
+    tl.store(p_factor, ((s_exponent + 127) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def output_rows_kernel(
+    p_log_sum_exp,  # (T, HQ) float32
+    p_delta,  # (T, HQ) float32
+    p_factor,  # (1,) float32
+    p_log_sum_exp_rows,  # out (HQ, row_slots, 64) float32: base 2, less log2 of the factor; infinity where no token is
+    p_delta_rows,  # out (HQ, row_slots, 64) float32; 0 where no token is
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    HQ,
+    row_slots,
+    BLOCK_HEADS: tl.constexpr,
+):
+    """One leaf's numbers for each head side by side, and those of a slot that no leaf of its sequence stands at."""
+    i_leaf = tl.program_id(0)
+    i_row, s_rows, i_index, s_count, _, _, i_slot = place(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
+    )
+    o = tl.arange(0, ROWS)
+    o_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    o_given = tl.cast(i_row, tl.int64) * HQ + o[:, None] * HQ + o_head[None, :]
+    m_head = (o_head < HQ)[None, :]
+    m_given = (o < s_rows)[:, None] & m_head
+    b_log_sum_exp = tl.load(p_log_sum_exp + o_given, mask=m_given, other=float("inf"))
+    b_log_sum_exp = b_log_sum_exp * LOG2_E - tl.log2(tl.load(p_factor))
+    b_delta = tl.load(p_delta + o_given, mask=m_given, other=0.0)
+    o_rows = (tl.cast(o_head, tl.int64) * row_slots + i_slot)[None, :] * ROWS + o[:, None]
+    if s_rows > 0:
+        tl.store(p_log_sum_exp_rows + o_rows, b_log_sum_exp, mask=m_head)
+        tl.store(p_delta_rows + o_rows, b_delta, mask=m_head)
+        if (i_index % 2 == 0) & (i_index + 1 == s_count):
+            tl.store(p_log_sum_exp_rows + o_rows + ROWS, b_log_sum_exp * 0 + float("inf"), mask=m_head)
+            tl.store(p_delta_rows + o_rows + ROWS, b_delta * 0, mask=m_head)

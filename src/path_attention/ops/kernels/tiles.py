@@ -65,20 +65,33 @@ def power_of_two(b_x):
 
 
 @triton.jit
+def inverse_of(p_factor):
+    """1 / the number at p_factor; 1 where there is none."""
+    if p_factor is None:
+        return 1.0
+    else:
+        return 1.0 / tl.load(p_factor)
+
+
+@triton.jit
 def place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys):
-    """First row, tokens, index and sequence's leaves of a leaf, and its sequence's first query and key slots.
+    """First row, tokens, index and sequence's leaves of a leaf, its sequence's first query and key slots, and the slot
+    of its rows.
 
     Computed where all sequences are alike: a program that began with a load would wait for it.
     """
     if p_table is not None:
         p = p_table + i_leaf * 8  # COLUMNS of leaf_table.py
-        return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
+        i_index = tl.load(p + 2)
+        i_slot = tl.load(p + 6) + i_index
+        return tl.load(p), tl.load(p + 1), i_index, tl.load(p + 3), tl.load(p + 4), tl.load(p + 5), i_slot
     else:
         i_sequence = i_leaf // table_leaves
         i_index = i_leaf - i_sequence * table_leaves
         s_tokens = tl.minimum(ROWS, table_length - i_index * ROWS)
         i_row = i_sequence * table_length + i_index * ROWS
-        return i_row, s_tokens, i_index, table_leaves, i_sequence * table_queries, i_sequence * table_keys
+        i_slot = i_sequence * (table_leaves + table_leaves % 2) + i_index
+        return i_row, s_tokens, i_index, table_leaves, i_sequence * table_queries, i_sequence * table_keys, i_slot
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton.language as tl
 from path_attention.ops.kernels.tiles import (
     ROWS,
     dot,
+    inverse_of,
     load_rows,
     load_square,
     load_where,
@@ -35,12 +36,12 @@ def _pair(p_table, table_leaves, table_length, table_queries, table_keys, s_head
     has, its first token's row, and its sequence's first query and key slots.
     """
     i_leaf = tl.program_id(0) // s_heads
-    i_row, s_tokens, i_index, s_count, i_query_base, i_key_base = place(
+    i_row, s_tokens, i_index, s_count, i_query_base, i_key_base, _ = place(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
     )
     s_leaves = tl.where((i_index % 2 == 0) & (s_tokens > 0), tl.minimum(2, s_count - i_index), 0)
     if s_leaves == 2:
-        _, s_more, _, _, _, _ = place(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys)
+        _, s_more, _, _, _, _, _ = place(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys)
         s_tokens += s_more
     i_head = tl.program_id(0) % s_heads
     return i_leaf, i_head, i_index, s_count, s_leaves, s_tokens, i_row, i_query_base, i_key_base
@@ -106,7 +107,9 @@ def query_transport_kernel(
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_slot = (level * query_slots + i_base + within(i_index, level)) * ROWS
-            store_where(p_query_rows, b_moved, i_slot, m_pair, HQ * D, D, BLOCK_D, PAIR)
+            store_rows(
+                p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
+            )  # zeros for a leaf that is not there
             if p_gate_query is not None:
                 tl.store(p_gate_query + tl.cast(i_slot, tl.int64) * HQ + o * HQ, b_gate, mask=m_pair)
             if (i_index >> (level + 1)) != 0:
@@ -193,7 +196,7 @@ def _store_pair(
     p_x, p_power, b_x, i_leaf, i_head, s_leaves, s_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr
 ):
     """A pair's gradients to (N, 64, heads, D), to be multiplied by the power (N, heads) of their leaf."""
-    b_x, s_power, _ = normalised(b_x, WORK)
+    b_x, s_power, _inverse = normalised(b_x, WORK)
     store_rows(p_x + i_head * D, b_x, i_leaf * ROWS, s_leaves * ROWS, s_heads * D, D, BLOCK_D, PAIR)
     if WORK is not None:
         o = tl.arange(0, 2)
@@ -210,6 +213,7 @@ def query_transport_backward_kernel(
     table_keys,
     p_query_rows,  # (levels, query_slots, 64, HQ, D)
     p_d_query_rows,  # (levels, query_slots, 64, HQ, D): from the attention between siblings
+    p_factor,  # what those were multiplied by, or None
     p_d_q_left,  # out (N, 64, HQ, D) WORK, to be multiplied by its power
     p_d_q_left_power,  # out (N, HQ) float32
     p_partials,  # out (tiles, HQ, D, D) WORK, likewise: the pair's share of the gradients of the matrices that moved it
@@ -237,13 +241,14 @@ def query_transport_backward_kernel(
     m_right = m_pair & (o >= ROWS)
     p_query_rows += i_query_head * D
     p_d_query_rows += i_query_head * D
+    s_factor = inverse_of(p_factor)
     b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
     for i in range(1, num_levels):
         level = num_levels - i
         if ((i_index >> level) & 1) == 1:
             i_slot = level * query_slots + i_base + within(i_index, level)
             if (i_index >> (level + 1)) != 0:
-                b_half, s_power, _ = normalised(b_d, WORK)
+                b_half, s_power, _inverse = normalised(b_d, WORK)
                 b_x = rounded(load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR), WORK)
                 i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
                 b_partial = dot(tl.trans(b_x), b_half) * s_power
@@ -252,18 +257,19 @@ def query_transport_backward_kernel(
                 i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                 b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
                 b_d = dot(b_half, tl.trans(b_p)) * s_power
-            b_d += load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+            b_d += s_factor * load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
     if s_leaves == 2:
         i_slot = i_base + within(i_index + 1, 0)
         if i_index != 0:
-            b_half, s_power, _ = normalised(b_d, WORK)
+            b_half, s_power, _inverse = normalised(b_d, WORK)
             b_x = rounded(load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR), WORK)
             b_partial = dot(tl.trans(b_x), b_half) * s_power
             i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
             store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
             b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
             b_d = tl.where(m_right[:, None], dot(b_half, tl.trans(b_p)) * s_power, b_d)
-        b_d += load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+        b_row = load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
+        b_d += s_factor * b_row.to(tl.float32)
     _store_pair(p_d_q_left, p_d_q_left_power, b_d, i_leaf, i_query_head, s_leaves, HQ, D, BLOCK_D, WORK)
 
 
@@ -277,6 +283,7 @@ def key_transport_backward_kernel(
     table_keys,
     p_key_rows,  # (levels, key_slots, 64, H, D)
     p_d_key_rows,  # (levels, key_slots, 64, H, D): from the attention between siblings
+    p_factor,
     p_d_k_right,  # out (N, 64, H, D) WORK, to be multiplied by its power
     p_d_k_right_power,  # out (N, H) float32
     p_partials,  # out (tiles, H, D, D) WORK, likewise
@@ -298,6 +305,7 @@ def key_transport_backward_kernel(
     m_left = tl.arange(0, PAIR) < ROWS
     p_key_rows += i_head * D
     p_d_key_rows += i_head * D
+    s_factor = inverse_of(p_factor)
     b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
     for i in range(1, num_levels):
         level = num_levels - i
@@ -305,7 +313,7 @@ def key_transport_backward_kernel(
         if ((i_index >> level) & 1) == 0 and i_right < s_count:
             i_slot = level * key_slots + i_base + within(i_index, level)
             if i_right + (1 << level) < s_count:
-                b_half, s_power, _ = normalised(b_d, WORK)
+                b_half, s_power, _inverse = normalised(b_d, WORK)
                 b_x = rounded(load_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR), WORK)
                 i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
                 b_partial = dot(tl.trans(b_half), b_x) * s_power
@@ -313,15 +321,15 @@ def key_transport_backward_kernel(
                 i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                 b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
                 b_d = dot(b_half, b_p) * s_power
-            b_d += load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+            b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     i_slot = i_base + within(i_index, 0)
     if i_index + 2 < s_count:
-        b_half, s_power, _ = normalised(b_d, WORK)
+        b_half, s_power, _inverse = normalised(b_d, WORK)
         b_x = rounded(load_where(p_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR), WORK)
         b_partial = dot(tl.trans(b_half), b_x) * s_power
         i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
         store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
         b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
         b_d = tl.where(m_left[:, None], dot(b_half, b_p) * s_power, b_d)
-    b_d += load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+    b_d += s_factor * load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     _store_pair(p_d_k_right, p_d_k_right_power, b_d, i_leaf, i_head, s_leaves, H, D, BLOCK_D, WORK)

@@ -54,7 +54,7 @@ def tree_kernel(
     """P_parent = P_right P_left for the parents that something lies to the right of: no other is ever used."""
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
-    _, _, i_first, s_count, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
+    _, _, i_first, s_count, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
     if (i_first & ((1 << (first_level + LEVELS)) - 1)) != 0:
         return
     i_base = 2 * (i_leaf - i_first)
@@ -137,7 +137,7 @@ def tree_backward_kernel(
     """
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
-    _, _, i_first, s_count, i_query_base, i_key_base = place(
+    _, _, i_first, s_count, i_query_base, i_key_base, _ = place(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
     )
     if (i_first & ((1 << (first_level + LEVELS)) - 1)) != 0:

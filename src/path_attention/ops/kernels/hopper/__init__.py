@@ -1,0 +1,1 @@
+"""Kernels for Hopper GPUs in Gluon: warp-specialised, fed by the copy engine."""

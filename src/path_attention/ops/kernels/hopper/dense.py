@@ -1,0 +1,173 @@
+"""Launchers of the attention between sibling spans on Hopper; operands are those of kernels/dense.py, which does level
+0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from path_attention.ops.kernels import dense as portable
+from path_attention.ops.kernels.dense import heads_of_a_section
+from path_attention.ops.kernels.hopper.dense_backward import dense_backward_kernel
+from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+from path_attention.ops.kernels.merge_kernels import output_rows_kernel
+
+# Head dims that the kernels' layouts of registers and shared memory are made for; head_dim and value_dim are alike.
+DIMS = (64, 128)
+# Keys of a tile, and rows of a program: two leaves.
+PAIR = 128
+# Heads of one program of output_rows_kernel: 64 x 16 numbers keep its loads 64 bytes wide.
+HEADS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """Launch options of both kernels for one head dim."""
+
+    stages: int  # tiles of keys and values in flight
+    turns: bool  # consumers take turns
+    registers: int  # of a consumer's thread
+    rows: int  # queries of a tile of the backward kernel
+    backward_stages: int
+
+
+_OPTIONS = {
+    64: Options(stages=2, turns=True, registers=240, rows=128, backward_stages=2),
+    128: Options(stages=2, turns=True, registers=240, rows=64, backward_stages=2),
+}
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def _descriptor(x: Tensor, rows: int, columns: int, swizzled: bool = True) -> TensorDescriptor:
+    """Of x (..., heads, dim) as a matrix of all its rows, in tiles of ``rows`` rows of one head or part of it."""
+    matrix = x.view(-1, x.shape[-2] * x.shape[-1])
+    block = [rows, columns]
+    if swizzled:
+        layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[x.dtype])
+    else:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor.from_tensor(matrix, block, layout)
+
+
+def _turns(table: LeafTable, heads: int) -> tuple[int, int]:
+    """Turns (pairs of a sequence, or leaves of a table), and heads of all sequences that take them."""
+    if table.columns is not None:
+        return table.num_leaves, heads
+    return (table.leaves + 1) // 2, table.num_leaves // table.leaves * heads
+
+
+def dense_forward(
+    table: LeafTable, query_rows: Tensor, key_rows: Tensor, values: Tensor, out: Tensor, log_sum_exp: Tensor
+) -> None:
+    """As :func:`path_attention.ops.kernels.dense.dense_forward`, without gates."""
+    portable.dense_forward(table, query_rows, key_rows, values, None, None, out, log_sum_exp, num_levels=1)
+    if table.num_levels < 2:
+        return
+    query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
+    options = _OPTIONS[dim]
+    turns, groups = _turns(table, query_heads)
+    dense_forward_kernel[(turns * groups,)](
+        t_query_rows=_descriptor(query_rows, LEAF, dim),
+        t_key_rows=_descriptor(key_rows, PAIR, dim),
+        t_values=_descriptor(values, PAIR, dim),
+        p_out=out,
+        p_log_sum_exp=log_sum_exp,
+        **table.arguments,
+        num_turns=turns,
+        num_groups=groups,
+        num_levels=table.num_levels,
+        query_slots=table.query_slots,
+        key_slots=table.key_slots,
+        HQ=query_heads,
+        GROUP=query_heads // heads,
+        D=dim,
+        DV=dim,
+        STAGES=options.stages,
+        REGISTERS=options.registers,
+        TURNS=options.turns,
+        SECTION=heads_of_a_section(table, query_heads // heads, dim, dim, values.element_size()),
+        num_warps=4,
+    )
+
+
+def _output_rows(table: LeafTable, log_sum_exp: Tensor, delta: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(HQ, row_slots, 64) of both, as output_rows_kernel says."""
+    query_heads = log_sum_exp.shape[1]
+    log_sum_exp_rows, delta_rows = (
+        torch.empty(query_heads, table.row_slots, LEAF, dtype=torch.float32, device=delta.device) for _ in range(2)
+    )
+    output_rows_kernel[(table.num_leaves, triton.cdiv(query_heads, HEADS))](
+        p_log_sum_exp=log_sum_exp,
+        p_delta=delta,
+        p_factor=factor,
+        p_log_sum_exp_rows=log_sum_exp_rows,
+        p_delta_rows=delta_rows,
+        **table.arguments,
+        HQ=query_heads,
+        row_slots=table.row_slots,
+        BLOCK_HEADS=HEADS,
+        num_warps=4,
+    )
+    return log_sum_exp_rows, delta_rows
+
+
+def dense_backward(
+    table: LeafTable,
+    query_rows: Tensor,
+    key_rows: Tensor,
+    values: Tensor,
+    d_out: Tensor,
+    log_sum_exp: Tensor,
+    delta: Tensor,
+    factor: Tensor,
+    d_query_rows: Tensor,
+    d_key_rows: Tensor,
+    d_values: Tensor,
+) -> None:
+    """Write d_query_rows, like query_rows in float32, d_key_rows, like key_rows in the dtype of values, and d_values
+    (T, H, DV) float32, summed over the levels; all times factor (1,).
+
+    d_out is (T, HQ, DV); log_sum_exp, of the whole attention, and delta = rowsum(d_out * out) are (T, HQ) float32.
+    """
+    operands = (table, query_rows, key_rows, values, None, None, d_out, log_sum_exp - factor.log(), delta)
+    portable.dense_backward_queries(*operands, d_query_rows, None, num_levels=1)
+    portable.dense_backward_keys(*operands, d_key_rows, d_values, None, num_levels=1)
+    if table.num_levels < 2:
+        return
+    d_query_rows[1:].zero_()
+    log_sum_exp_rows, delta_rows = _output_rows(table, log_sum_exp, delta, factor)
+    query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
+    options = _OPTIONS[dim]
+    turns, groups = _turns(table, heads)
+    dense_backward_kernel[(turns * groups,)](
+        t_query_rows=_descriptor(query_rows, options.rows, dim),
+        t_key_rows=_descriptor(key_rows, PAIR, dim),
+        t_values=_descriptor(values, PAIR, dim),
+        t_d_out=_descriptor(d_out, options.rows, dim),
+        t_log_sum_exp=_descriptor(log_sum_exp_rows.view(-1, 1, options.rows), 1, options.rows, swizzled=False),
+        t_delta=_descriptor(delta_rows.view(-1, 1, options.rows), 1, options.rows, swizzled=False),
+        t_d_query_rows=_descriptor(d_query_rows, 64, 64),
+        t_d_key_rows=_descriptor(d_key_rows, LEAF, dim),
+        t_d_values=_descriptor(d_values, LEAF, dim),
+        **table.arguments,
+        num_turns=turns,
+        num_groups=groups,
+        num_levels=table.num_levels,
+        query_slots=table.query_slots,
+        key_slots=table.key_slots,
+        row_slots=table.row_slots,
+        H=heads,
+        GROUP=query_heads // heads,
+        ROWS=options.rows,
+        D=dim,
+        DV=dim,
+        STAGES=options.backward_stages,
+        REGISTERS=options.registers,
+        SECTION=heads_of_a_section(table, 1, dim, dim, values.element_size() * query_heads // heads),
+        num_warps=4,
+    )

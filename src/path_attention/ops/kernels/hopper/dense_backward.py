@@ -1,0 +1,333 @@
+"""Attention between sibling spans on Hopper, backward: all levels above the lowest in one pass over the logits.
+
+A program has one pair of leaves as 128 keys of one key head, two consumer warp groups of 64 keys each, and goes through
+the right siblings' queries in tiles of ROWS:
+
+    S^T = K Q^T      P = exp2(S - log_sum_exp)      dV += P^T dO      dP^T = V dO^T      dS = P (dP - delta)
+
+    dK_l += dS^T Q      dQ_l += dS K_l
+
+dV stays in registers over all levels and query heads, dK over one level, whose keys a second buffer lets the producer
+fetch ahead; a tile's share of dQ is added to float32 memory by the copy engine. All gradients carry the power of two
+that log_sum_exp is shifted by, so that dS is an operand in float16. Rows that no token stands at have a log_sum_exp of
+plus infinity: no tile needs a mask.
+"""
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E, PAIR, _advance, within
+
+
+@builtin
+def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
+    """Adds a tile of shared memory to global memory; tma.store_wait waits for it. Gluon 3.6 does not wrap it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def place_of_keys(i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys):
+    """First leaf's row, index, its sequence's leaves, first query, key and row slots; the first pairs, which have the
+    most queries, come first. Without a pair the index is that of the last leaf.
+    """
+    if p_table is None:
+        i_index = 2 * i_turn
+        i_row = i_sequence * table_length + i_index * LEAF
+        s_even = table_leaves + table_leaves % 2
+        return i_row, i_index, table_leaves, i_sequence * table_queries, i_sequence * table_keys, i_sequence * s_even
+    else:
+        p = p_table + i_turn * 8  # COLUMNS of leaf_table.py
+        i_index = gl.load(p + 2)
+        s_count = gl.load(p + 3)
+        i_index = gl.where((i_index % 2 == 0) & (gl.load(p + 1) > 0), i_index, s_count)
+        return gl.load(p), i_index, s_count, gl.load(p + 4), gl.load(p + 5), gl.load(p + 6)
+
+
+@gluon.jit
+def right_sibling(i_index, s_count, level):
+    """First leaf and number of leaves of the right sibling of the span that leaf i_index is in; 0 if there is none or
+    the leaf is itself in a right sibling.
+    """
+    i_first = ((i_index >> level) + 1) << level
+    s_leaves = gl.maximum(gl.minimum(1 << level, s_count - i_first), 0)
+    return i_first, gl.where(((i_index >> level) & 1) == 0, s_leaves, 0)
+
+
+@gluon.jit
+def _produce(
+    t_query_rows, t_key_rows, t_values, t_d_out, t_log_sum_exp, t_delta, s_k, s_v, s_q, s_do, s_lse, s_delta, k_full,
+    k_empty, v_full, q_full, q_empty, do_full, do_empty, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base,
+    i_head, num_levels, query_slots, key_slots, row_slots, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    mbarrier.expect(v_full, PAIR * DV * 2)
+    tma.async_copy_global_to_shared(t_values, [i_row, i_head * DV], v_full, s_v)
+    i_stage = 0
+    s_phase = 1
+    i_k = 0
+    s_k_phase = 1
+    for level in range(1, num_levels):
+        i_first, s_leaves = right_sibling(i_index, s_count, level)
+        if s_leaves > 0:
+            i_key_row = (level * key_slots + i_key_base + within(i_index, level)) * LEAF
+            mbarrier.wait(k_empty.index(i_k), s_k_phase)
+            mbarrier.expect(k_full.index(i_k), PAIR * D * 2)
+            tma.async_copy_global_to_shared(t_key_rows, [i_key_row, i_head * D], k_full.index(i_k), s_k.index(i_k))
+            i_k, s_k_phase = _advance(i_k, s_k_phase, 2)
+            i_query_row = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
+            i_out_row = i_row + (i_first - i_index) * LEAF
+            s_tiles = (s_leaves * LEAF + ROWS - 1) // ROWS
+            for i in range(s_tiles * GROUP):
+                i_group = i // s_tiles
+                i_query_head = i_head * GROUP + i_group
+                i_tile = i - i_group * s_tiles
+                i_numbers = ((i_query_head * row_slots + i_row_base + i_first) * LEAF) // ROWS + i_tile
+                mbarrier.wait(q_empty.index(i_stage), s_phase)
+                mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 4)
+                tma.async_copy_global_to_shared(
+                    t_query_rows,
+                    [i_query_row + i_tile * ROWS, i_query_head * D],
+                    q_full.index(i_stage),
+                    s_q.index(i_stage),
+                )
+                tma.async_copy_global_to_shared(
+                    t_log_sum_exp, [i_numbers, 0], q_full.index(i_stage), s_lse.index(i_stage)
+                )
+                mbarrier.wait(do_empty.index(i_stage), s_phase)
+                mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2 + ROWS * 4)
+                tma.async_copy_global_to_shared(
+                    t_d_out, [i_out_row + i_tile * ROWS, i_query_head * DV], do_full.index(i_stage), s_do.index(i_stage)
+                )
+                tma.async_copy_global_to_shared(t_delta, [i_numbers, 0], do_full.index(i_stage), s_delta.index(i_stage))
+                i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+
+
+@gluon.jit
+def _step(
+    b_dk, b_dv, b_k, b_v, s_k, s_q, s_do, s_lse, s_delta, s_ds, s_dq, q_full, q_empty, do_full, do_empty, ds_full,
+    t_d_query_rows, i_d_row, i_d_column, s_phase, s_ds_phase, C: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr
+):  # fmt: skip
+    """One tile of queries. The products are issued ahead of the arithmetic that does not need them."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    b_zero = gl.full([LEAF, ROWS], 0.0, gl.float32, S)
+    mbarrier.wait(q_full, s_phase)
+    t_s = warpgroup_mma(b_k, s_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    mbarrier.wait(do_full, s_phase)
+    t_dp = warpgroup_mma(b_v, s_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_lse = s_lse.load(S)
+    b_s = warpgroup_mma_wait(1, (t_s,))
+    b_p = gl.exp2(b_s * LOG2_E - b_lse)
+    b_weights = gl.convert_layout(b_p.to(s_do.dtype), gl.DotOperandLayout(0, V, 2))
+    t_dv = warpgroup_mma(b_weights, s_do, b_dv, is_async=True)
+    b_dp = warpgroup_mma_wait(1, (t_dp,))
+    b_delta = s_delta.load(S)
+    b_ds = (b_p * (b_dp - b_delta)).to(s_q.dtype)
+    # Two buffers: whoever is a tile ahead writes to the one that no product still reads.
+    s_ds.slice(C * LEAF, LEAF, 0).store(b_ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_full, count=1)
+    b_ds_operand = gl.convert_layout(b_ds, gl.DotOperandLayout(0, K, 2))
+    mbarrier.wait(ds_full, s_ds_phase)
+    b_zero = gl.full([LEAF, 64], 0.0, gl.float32, Q)
+    if ROWS == 64:  # 128 columns of dQ: half of them for each consumer
+        t_dq = warpgroup_mma(s_ds.permute((1, 0)), s_k.slice(C * 64, 64, 1), b_zero, use_acc=False, is_async=True)
+    else:  # 128 rows
+        t_dq = warpgroup_mma(s_ds.slice(C * 64, 64, 1).permute((1, 0)), s_k, b_zero, use_acc=False, is_async=True)
+    b_dv, _ = warpgroup_mma_wait(1, (t_dv, b_weights))
+    mbarrier.arrive(do_empty, count=1)
+    t_dk = warpgroup_mma(b_ds_operand, s_q, b_dk, is_async=True)
+    b_dq = warpgroup_mma_wait(1, (t_dq,))
+    tma.store_wait(0)
+    s_dq.store(b_dq)
+    fence_async_shared()
+    tma_reduce_add(t_d_query_rows, [i_d_row, i_d_column], s_dq)
+    b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
+    mbarrier.arrive(q_empty, count=1)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def _consume(
+    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds, s_dq, k_full,
+    k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index, s_count, i_query_base,
+    i_key_base, i_head, num_levels, query_slots, key_slots, C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Keys of leaf C of the pair."""
+    K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    b_dv = gl.full([LEAF, DV], 0.0, gl.float32, V)
+    mbarrier.wait(v_full, 0)
+    b_v = s_v.slice(C * LEAF, LEAF, 0)
+    i_stage = 0
+    s_phase = 0
+    i_k = 0
+    s_k_phase = 0
+    s_steps = 0
+    for level in range(1, num_levels):
+        i_first, s_leaves = right_sibling(i_index, s_count, level)
+        if s_leaves > 0:
+            i_query_row = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
+            s_tiles = (s_leaves * LEAF + ROWS - 1) // ROWS
+            mbarrier.wait(k_full.index(i_k), s_k_phase)
+            s_keys = s_k.index(i_k)
+            b_k = s_keys.slice(C * LEAF, LEAF, 0)
+            b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
+            for i in range(s_tiles * GROUP):
+                i_group = i // s_tiles
+                i_d_row = i_query_row + (i - i_group * s_tiles) * ROWS
+                i_d_column = (i_head * GROUP + i_group) * D
+                if ROWS == 64:
+                    i_d_column += C * 64
+                else:
+                    i_d_row += C * 64
+                b_dk, b_dv = _step(
+                    b_dk, b_dv, b_k, b_v, s_keys, s_q.index(i_stage), s_do.index(i_stage), s_lse.index(i_stage),
+                    s_delta.index(i_stage), s_ds.index(s_steps & 1), s_dq.index(C), q_full.index(i_stage),
+                    q_empty.index(i_stage), do_full.index(i_stage), do_empty.index(i_stage), ds_full, t_d_query_rows,
+                    i_d_row, i_d_column, s_phase, s_steps & 1, C, ROWS, D, DV
+                )  # fmt: skip
+                s_steps += 1
+                i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+            mbarrier.arrive(k_empty.index(i_k), count=1)
+            i_k, s_k_phase = _advance(i_k, s_k_phase, 2)
+            tma.store_wait(0)
+            s_dk = s_dq.index(C)._reinterpret(t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
+            s_dk.store(b_dk.to(t_d_key_rows.dtype))
+            fence_async_shared()
+            i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
+            tma.async_copy_shared_to_global(t_d_key_rows, [i_key_row, i_head * D], s_dk)
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)  # the other consumer may still read the last queries
+    s_tiles_read = s_q if C == 0 else s_do
+    s_dv = s_tiles_read._reinterpret(gl.float32, [128 // DV, LEAF, DV], t_d_values.layout).index(0)
+    s_dv.store(b_dv)
+    fence_async_shared()
+    tma_reduce_add(t_d_values, [i_row + C * LEAF, i_head * DV], s_dv)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def dense_backward_kernel(
+    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of ROWS
+    t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
+    t_values,  # descriptor of (T, H * DV) in tiles of a pair
+    t_d_out,  # descriptor of (T, HQ * DV) in tiles of ROWS
+    t_log_sum_exp,  # descriptor of (HQ * row_slots * 64 / ROWS, ROWS): float32, base 2, shifted by the factor
+    t_delta,  # likewise
+    t_d_query_rows,  # descriptor of float32 zeros like the query rows in tiles of 64 x 64
+    t_d_key_rows,  # descriptor of out (levels * key_slots * 64, H * D) in tiles of a leaf
+    t_d_values,  # descriptor of (T, H * DV) float32 in tiles of a leaf: added to
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    num_turns,
+    num_groups,  # key heads of all sequences, or of the one row that the table cuts up
+    num_levels,
+    query_slots,
+    key_slots,
+    row_slots,
+    H,
+    GROUP: gl.constexpr,
+    ROWS: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    SECTION: gl.constexpr,
+):
+    """Levels from 1 on of one pair of leaves as keys, and one key head with its query heads."""
+    i = gl.program_id(0)
+    i_section = i // (SECTION * num_turns)
+    s_heads = gl.minimum(SECTION, num_groups - i_section * SECTION)
+    i -= i_section * SECTION * num_turns
+    i_turn = i // s_heads
+    i_head_of_all = i_section * SECTION + i % s_heads
+    i_sequence = i_head_of_all // H
+    i_head = i_head_of_all - i_sequence * H
+    i_row, i_index, s_count, i_query_base, i_key_base, i_row_base = place_of_keys(
+        i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
+    )
+    if i_index + 2 >= s_count:
+        return
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAIR, ROWS], t_query_rows.dtype)
+    s_k = gl.allocate_shared_memory(t_key_rows.dtype, [2, PAIR, D], t_key_rows.layout)
+    s_v = gl.allocate_shared_memory(t_values.dtype, [PAIR, DV], t_values.layout)
+    s_q = gl.allocate_shared_memory(t_query_rows.dtype, [STAGES, ROWS, D], t_query_rows.layout)
+    s_do = gl.allocate_shared_memory(t_d_out.dtype, [STAGES, ROWS, DV], t_d_out.layout)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_log_sum_exp.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_delta.layout)
+    s_ds = gl.allocate_shared_memory(t_query_rows.dtype, [2, PAIR, ROWS], DS)
+    s_dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], t_d_query_rows.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(v_full, count=1)
+    mbarrier.init(ds_full, count=2)
+    mbarrier.init(done, count=2)
+    for i_k in gl.static_range(2):
+        mbarrier.init(k_full.index(i_k), count=1)
+        mbarrier.init(k_empty.index(i_k), count=2)
+    for i_stage in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i_stage), count=1)
+        mbarrier.init(q_empty.index(i_stage), count=2)
+        mbarrier.init(do_full.index(i_stage), count=1)
+        mbarrier.init(do_empty.index(i_stage), count=2)
+    fence_async_shared()
+    # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
+    gl.warp_specialize(
+        [
+            (
+                _produce,
+                (
+                    t_query_rows, t_key_rows, t_values, t_d_out, t_log_sum_exp, t_delta, s_k, s_v, s_q, s_do, s_lse,
+                    s_delta, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, i_row, i_index, s_count,
+                    i_query_base, i_key_base, i_row_base, i_head, num_levels, query_slots, key_slots, row_slots,
+                    GROUP, ROWS, D, DV, STAGES
+                ),
+            ),
+            (
+                _consume,
+                (
+                    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds,
+                    s_dq, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
+                    s_count, i_query_base, i_key_base, i_head, num_levels, query_slots, key_slots, 0, GROUP, ROWS,
+                    D, DV, STAGES
+                ),
+            ),
+            (
+                _consume,
+                (
+                    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds,
+                    s_dq, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
+                    s_count, i_query_base, i_key_base, i_head, num_levels, query_slots, key_slots, 1, GROUP, ROWS,
+                    D, DV, STAGES
+                ),
+            ),
+        ],
+        [4, 4],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,291 @@
+"""Attention between sibling spans on Hopper, forward: all levels above the lowest in one warp-specialised kernel.
+
+A program has one pair of leaves, 128 rows, and one query head. A producer warp group has the copy engine (TMA) fetch
+the pair's queries at each level and tiles of 128 keys and values; two consumer warp groups, a leaf of 64 rows each,
+compute. From level 1 on both leaves have the same left siblings, complete ones, so no tile needs a mask; level 0, where
+one leaf of the pair meets the other, is left to the portable kernel.
+
+Order of work in a consumer, for tile i: the logits Q K_i^T and the product P_{i-1} V_{i-1} are issued together, the
+softmax of tile i runs under the latter. The wait for the next keys stands between softmax and the wait for the product:
+without a barrier there ptxas moves the latter wait above the softmax, and nothing overlaps. Two tokens make the
+consumers take turns, so that one's softmax runs under the other's products.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LEAF = gl.constexpr(64)
+PAIR = gl.constexpr(128)  # rows of a program, and of a tile of keys
+
+
+@gluon.jit
+def within(i_leaf, level):
+    """``within`` of tiles.py."""
+    return ((i_leaf >> (level + 1)) << level) | (i_leaf & ((1 << level) - 1))
+
+
+@gluon.jit
+def place_of_pair(i_turn, i_pairs, p_table, table_leaves, table_length, table_queries, table_keys):
+    """First leaf's row, tokens of both leaves, index of the first, its sequence's leaves, first query and key slots.
+
+    Without a table turn and sequence say which pair, the one with the most work first; with one the turn is a leaf, and
+    leaves at odd indices have no tokens here.
+    """
+    if p_table is None:
+        i_index = 2 * ((table_leaves + 1) // 2 - 1 - i_turn)
+        s_tokens = gl.minimum(PAIR, table_length - i_index * LEAF)
+        i_row = i_pairs * table_length + i_index * LEAF
+        return i_row, s_tokens, i_index, table_leaves, i_pairs * table_queries, i_pairs * table_keys
+    else:
+        p = p_table + i_turn * 8  # COLUMNS of leaf_table.py
+        i_index = gl.load(p + 2)
+        s_count = gl.load(p + 3)
+        s_tokens = gl.load(p + 1)
+        if i_index + 1 < s_count:
+            s_tokens += gl.load(p + 9)
+        s_tokens = gl.where(i_index % 2 == 0, s_tokens, 0)
+        return gl.load(p), s_tokens, i_index, s_count, gl.load(p + 4), gl.load(p + 5)
+
+
+@gluon.jit
+def _advance(i_stage, s_phase, STAGES: gl.constexpr):
+    i_stage += 1
+    is_round = i_stage == STAGES
+    return gl.where(is_round, 0, i_stage), gl.where(is_round, s_phase ^ 1, s_phase)
+
+
+@gluon.jit
+def _produce(
+    t_query_rows, t_key_rows, t_values, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    i_row, i_index, i_query_base, i_key_base, i_query_column, i_key_column, i_value_column, num_levels, query_slots,
+    key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Queries of every level that the pair has a left sibling at, lowest first, and that sibling's keys and values."""
+    i_stage = 0
+    s_phase = 1
+    i_q = 0
+    s_q_phase = 1
+    for level in range(1, num_levels):
+        if ((i_index >> level) & 1) == 1:
+            i_first = ((i_index >> level) - 1) << level
+            i_query_row = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
+            mbarrier.wait(q_empty.index(i_q), s_q_phase)
+            mbarrier.expect(q_full.index(i_q), PAIR * D * 2)
+            tma.async_copy_global_to_shared(
+                t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q)
+            )
+            tma.async_copy_global_to_shared(
+                t_query_rows, [i_query_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1)
+            )
+            i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+            i_key_row = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
+            i_value_row = i_row - (i_index - i_first) * LEAF
+            for i in range(1 << (level - 1)):
+                mbarrier.wait(k_empty.index(i_stage), s_phase)
+                mbarrier.expect(k_full.index(i_stage), PAIR * D * 2)
+                tma.async_copy_global_to_shared(
+                    t_key_rows, [i_key_row + i * PAIR, i_key_column], k_full.index(i_stage), s_k.index(i_stage)
+                )
+                mbarrier.wait(v_empty.index(i_stage), s_phase)
+                mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
+                tma.async_copy_global_to_shared(
+                    t_values, [i_value_row + i * PAIR, i_value_column], v_full.index(i_stage), s_v.index(i_stage)
+                )
+                i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+
+
+@gluon.jit
+def _softmax(b_s, b_max, b_sum):
+    """Weights of a tile of logits, what earlier sums are multiplied by, and the new maximum and sum; natural units."""
+    b_new = gl.maximum(b_max, gl.max(b_s, 1))
+    b_shift = b_new * LOG2_E
+    b_p = gl.exp2(b_s * LOG2_E - b_shift[:, None])
+    b_decay = gl.exp2(b_max * LOG2_E - b_shift)
+    return b_p, b_decay, b_new, b_sum * b_decay + gl.sum(b_p, 1)
+
+
+@gluon.jit
+def _consume(
+    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, i_row, s_tokens,
+    s_tiles, i_query_head, s_query_heads, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr
+):  # fmt: skip
+    """Rows of leaf C of the pair: go on from the leaf's own attention over s_tiles > 0 tiles of keys."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    # Rows as memory has them: 16 bytes a thread.
+    M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = s_v.dtype
+    o_row = i_row + C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S))
+    m_row = C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S)) < s_tokens
+    p_lse = p_log_sum_exp + gl.cast(o_row, gl.int64) * s_query_heads + i_query_head
+    o_out = gl.arange(0, LEAF, gl.SliceLayout(1, M))
+    o_column = gl.arange(0, DV, gl.SliceLayout(0, M))
+    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * s_query_heads + i_query_head) * DV
+    p_tile = p_tile + (o_out[:, None] * (s_query_heads * DV) + o_column[None, :])
+    m_out = (C * LEAF + o_out < s_tokens)[:, None]
+    b_max = gl.load(p_lse, mask=m_row, other=0.0)
+    b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
+    b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
+    b_zero = gl.full([LEAF, PAIR], 0.0, gl.float32, S)
+    i_stage = 0
+    s_phase = 0
+    i_q = 0
+    s_q_phase = 0
+    s_turn = 0
+    # Bit b of the number of tiles is a level that has 2^b of them, lowest first.
+    s_bits = s_tiles & (s_tiles - 1)
+    s_left = s_tiles - s_bits - 1  # tiles of this level after the current one
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    b_s = warpgroup_mma(s_q.index(C), s_k.index(0).permute((1, 0)), b_zero, use_acc=False)
+    mbarrier.arrive(k_empty.index(0), count=1)
+    mbarrier.arrive(q_empty.index(0), count=1, pred=s_left == 0)
+    b_p, b_decay, b_max, b_sum = _softmax(b_s, b_max, b_sum)
+    b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
+    b_weights = gl.convert_layout(b_p.to(dtype), P)
+    i_v = i_stage
+    s_v_phase = s_phase
+    i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+    mbarrier.wait(k_full.index(i_stage), s_phase, pred=s_tiles > 1)
+    for i in range(1, s_tiles):
+        is_new = s_left == 0
+        if is_new:
+            s_next = s_bits & (s_bits - 1)
+            s_left = s_bits - s_next
+            s_bits = s_next
+            i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+        s_left -= 1
+        mbarrier.wait(q_full.index(i_q), s_q_phase, pred=is_new)
+        if TURNS:
+            mbarrier.wait(turn.index(C), s_turn)
+        t_s = warpgroup_mma(
+            s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_zero, use_acc=False, is_async=True
+        )
+        mbarrier.wait(v_full.index(i_v), s_v_phase)
+        t_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o, is_async=True)
+        if TURNS:
+            mbarrier.arrive(turn.index(1 - C), count=1)
+            s_turn ^= 1
+        b_s = warpgroup_mma_wait(1, (t_s,))
+        mbarrier.arrive(k_empty.index(i_stage), count=1)
+        mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
+        b_p, b_decay, b_max, b_sum = _softmax(b_s, b_max, b_sum)
+        i_v_done = i_v
+        i_v = i_stage
+        s_v_phase = s_phase
+        i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+        mbarrier.wait(k_full.index(i_stage), s_phase, pred=i + 1 < s_tiles)
+        b_o, _ = warpgroup_mma_wait(0, (t_o, b_weights))
+        mbarrier.arrive(v_empty.index(i_v_done), count=1)
+        b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
+        b_weights = gl.convert_layout(b_p.to(dtype), P)
+    mbarrier.wait(v_full.index(i_v), s_v_phase)
+    b_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o)
+    b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
+    gl.store(p_tile, gl.convert_layout(b_o.to(dtype), M), mask=m_out)
+    gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
+
+
+@gluon.jit
+def dense_forward_kernel(
+    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf
+    t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
+    t_values,  # descriptor of (T, H * DV) in tiles of a pair
+    p_out,  # (T, HQ, DV): in, attention within the leaf and at level 0; out, the whole attention
+    p_log_sum_exp,  # (T, HQ) float32, likewise
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    num_turns,  # pairs of a sequence, or leaves in the table
+    num_groups,  # query heads of all sequences, or of the one row that the table cuts up
+    num_levels,
+    query_slots,
+    key_slots,
+    HQ,
+    GROUP: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr,
+    SECTION: gl.constexpr,  # heads whose keys and values fit the L2 cache: their programs run side by side
+):
+    """Levels from 1 on of one pair of leaves and one query head."""
+    i = gl.program_id(0)
+    i_section = i // (SECTION * num_turns)
+    s_heads = gl.minimum(SECTION, num_groups - i_section * SECTION)
+    i -= i_section * SECTION * num_turns
+    i_turn = i // s_heads
+    i_head_of_all = i_section * SECTION + i % s_heads
+    i_sequence = i_head_of_all // HQ
+    i_query_head = i_head_of_all - i_sequence * HQ
+    i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
+        i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
+    )
+    if (s_tokens == 0) | (i_index == 0):
+        return
+    i_head = i_query_head // GROUP
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    s_q = gl.allocate_shared_memory(t_query_rows.dtype, [4, LEAF, D], t_query_rows.layout)
+    s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
+    s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i_stage in gl.static_range(2):
+        mbarrier.init(q_full.index(i_stage), count=1)
+        mbarrier.init(q_empty.index(i_stage), count=2)
+        mbarrier.init(turn.index(i_stage), count=1)
+    for i_stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i_stage), count=1)
+        mbarrier.init(v_full.index(i_stage), count=1)
+        mbarrier.init(k_empty.index(i_stage), count=2)
+        mbarrier.init(v_empty.index(i_stage), count=2)
+    fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(turn.index(0), count=1)
+    # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
+    gl.warp_specialize(
+        [
+            (
+                _produce,
+                (
+                    t_query_rows, t_key_rows, t_values, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, i_row, i_index, i_query_base, i_key_base, i_query_head * D, i_head * D, i_head * DV,
+                    num_levels, query_slots, key_slots, D, DV, STAGES
+                ),
+            ),
+            (
+                _consume,
+                (
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+                    i_row, s_tokens, i_index // 2, i_query_head, HQ, 0, D, DV, STAGES, TURNS
+                ),
+            ),
+            (
+                _consume,
+                (
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+                    i_row, s_tokens, i_index // 2, i_query_head, HQ, 1, D, DV, STAGES, TURNS
+                ),
+            ),
+        ],
+        [4, 4],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip
