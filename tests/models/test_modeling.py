@@ -191,7 +191,7 @@ SCALINGS = {
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,  # wavelengths of theta 100 and dim 8 lie on both sides of 32 / 1 and 32 / 4
+        "original_max_position_embeddings": 32,  # wavelengths on both sides of 32 / 1 and of 32 / 4
     },
 }
 

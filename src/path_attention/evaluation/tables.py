@@ -22,7 +22,7 @@ NAMES = {
 def show(measured: Measurement) -> str:
     """A measurement with its unit and what it rests on: "40.3 % (8,060 of 20,000)", "2.104 (131,072 bytes)"."""
     if measured.errors is None:
-        return f"{measured.value:.3f} ({measured.count:,} bytes)"
+        return f"{measured.value:.3f} ({measured.count:,} {'bytes' if measured.unit == 'bits per byte' else 'tokens'})"
     return f"{percent(measured.value)} ({measured.errors:,} of {measured.count:,})"
 
 

@@ -4,6 +4,7 @@ Modules are named as Llama's, so that a Llama checkpoint of the same shape loads
 other but for what that mixer adds.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -257,6 +258,10 @@ class PaTHModel(PaTHPreTrainedModel):
             raise ValueError("output_attentions: got True beside context parallelism; wanted whole sequences")
 
 
+# (hidden states (B, L, C), the head, labels or None) -> a loss.
+Objective = Callable[[Tensor, nn.Linear, Tensor | None], Tensor]
+
+
 class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
@@ -281,6 +286,7 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        objective: "Objective | None" = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model; see :class:`PaTHModel` for the arguments that are not here.
@@ -289,6 +295,8 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             labels: (B, L) token ids, -100 where none counts, as at the first token of a packed sequence; shifted here:
                 position t is scored on the label of t + 1.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
+            objective: the loss in place of cross entropy on labels, made of the last hidden states and the head, so
+                that the logits of all tokens need not be there at once: they are None then.
 
         Under context parallelism the loss, the mean over all labels of the whole sequences, is the same on every
         process of the group; averaging gradients over processes, as FSDP and DDP do, then gives its gradient.
@@ -303,6 +311,9 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
+        if objective is not None:
+            loss = objective(outputs.last_hidden_state, self.lm_head, labels)
+            return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None

@@ -1,8 +1,9 @@
 """Recipes: everything a training run is, in one YAML file.
 
-A recipe names the data (``task``, a synthetic task made on the fly, or ``data``, a folder of text read as bytes), the
-model (fields of ``PaTHConfig``), the training and the evaluation, and one or several mixers: models that differ in
-nothing else. Keys that are unknown, missing or of the wrong type are errors.
+A recipe names the data (``task``, a synthetic task made on the fly, or ``data``, a folder of text), the model (fields of
+``PaTHConfig``), the training and the evaluation, and one or several mixers: models that differ in nothing else. With
+``initial``, the weights of a finished model are where training starts. Keys that are unknown, missing or of the wrong
+type are errors.
 """
 
 import copy
@@ -137,7 +138,11 @@ class ByteEvaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole recipe; exactly one of ``task`` and ``data`` is given."""
+    """A whole recipe; exactly one of ``task`` and ``data`` is given.
+
+    ``initial`` is a folder of save_pretrained, "" for random weights. A task is then written in the model's tokens: its
+    tokenizer's, or bytes.
+    """
 
     name: str
     training: Training
@@ -148,6 +153,7 @@ class Recipe:
     data: ByteData | None = None
     mixers: tuple[Mixer, ...] = ("path",)
     description: str = ""
+    initial: str = ""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data that loads to this recipe again, every default written out."""
@@ -160,6 +166,7 @@ class Recipe:
             "name": self.name,
             "description": self.description,
             "mixers": list(self.mixers),
+            "initial": self.initial,
             **source,
             "model": strict.plain(self.model),
             "training": strict.plain(self.training),
@@ -180,6 +187,7 @@ class _Document:
     name: str = ""
     description: str = ""
     mixers: tuple[Mixer, ...] = ("path",)
+    initial: str = ""
     task: Mapping[str, Any] | None = None
     data: ByteData | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
@@ -199,6 +207,8 @@ def recipe_from_mapping(values: object, name: str = "") -> Recipe:
         raise ValueError(f"task: wanted either task or data, got {'both' if document.task is not None else 'neither'}")
     if not document.mixers or len(set(document.mixers)) != len(document.mixers):
         raise ValueError(f"mixers: wanted one or several different ones, got {list(document.mixers)}")
+    if document.initial and document.model:
+        raise ValueError(f"model: wanted nothing beside initial, whose model it is, got {sorted(document.model)}")
     for key in _DERIVED_MODEL_KEYS:
         if key in document.model:
             raise ValueError(f"model.{key}: follows from the rest of the recipe and cannot be set")
@@ -215,6 +225,7 @@ def recipe_from_mapping(values: object, name: str = "") -> Recipe:
         name=name,
         description=document.description,
         mixers=document.mixers,
+        initial=document.initial,
         task=task,
         task_name=task_name,
         data=document.data,
@@ -235,14 +246,20 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: if there is neither such a file nor such a shipped recipe.
         ValueError: naming the key, what came and what is wanted.
     """
-    text, name = _read(source)
+    values, name = read_recipe_file(source)
+    return recipe_from_mapping(override(values, overrides), name)
+
+
+def read_recipe_file(source: str | Path, kind: str = "") -> tuple[dict[str, Any], str]:
+    """The plain data of a YAML file or a shipped recipe of this kind, and its name; raises as :func:`load_recipe`."""
+    text, name = _read(source, kind)
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source}: wanted a mapping of keys at the top, got {type(values).__name__}")
-    return recipe_from_mapping(override(values, overrides), name)
+    return values, name
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -265,21 +282,21 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     return result
 
 
-def shipped_recipes() -> tuple[str, ...]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("path_attention") / "recipes"
+def shipped_recipes(kind: str = "") -> tuple[str, ...]:
+    """Names of the recipes inside the package: of training, or of the kind ``convert``."""
+    folder = resources.files("path_attention") / "recipes" / kind
     return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
 
 
-def _read(source: str | Path) -> tuple[str, str]:
+def _read(source: str | Path, kind: str) -> tuple[str, str]:
     path = Path(source)
     if path.is_file():
         return path.read_text(encoding="utf-8"), path.stem
-    if str(source) in shipped_recipes():
-        file = resources.files("path_attention") / "recipes" / f"{source}.yaml"
+    if str(source) in shipped_recipes(kind):
+        file = resources.files("path_attention") / "recipes" / kind / f"{source}.yaml"
         return file.read_text(encoding="utf-8"), str(source)
     raise FileNotFoundError(
-        f"no recipe {str(source)!r}: neither a file nor one of the shipped recipes ({', '.join(shipped_recipes())})"
+        f"no recipe {str(source)!r}: neither a file nor one of the shipped recipes ({', '.join(shipped_recipes(kind))})"
     )
 
 

@@ -27,6 +27,20 @@ from path_attention.training.recipe import Recipe, recipe_from_mapping
 from path_attention.training.source import Measurement, Source, open_source
 
 RECIPE, FINAL, EVALUATION = "recipe.yaml", "final", "evaluation.json"
+# What a tokenizer may consist of, in transformers' and sentencepiece's formats.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,8 @@ def model_config(recipe: Recipe, source: Source, mixer: str) -> Any:
     """
     from path_attention.models import PaTHConfig
 
+    if recipe.initial:
+        return _initial_config(recipe, mixer)
     known = {f.name for f in dataclasses.fields(PaTHConfig)} - {"vocab_size", "mixer"}
     strict.check_keys(recipe.model, known, "model")
     values = {"max_position_embeddings": source.length, **recipe.model}
@@ -160,6 +176,19 @@ def model_config(recipe: Recipe, source: Source, mixer: str) -> Any:
         return PaTHConfig(vocab_size=source.vocab_size, mixer=mixer, use_cache=False, **values)
     except Exception as error:  # huggingface_hub's strict dataclasses have exception types of their own
         raise ValueError(f"model: {' '.join(str(error).split())}") from error
+
+
+def _initial_config(recipe: Recipe, mixer: str) -> Any:
+    """The configuration of the model that a recipe starts from."""
+    from path_attention.models import PaTHConfig
+
+    folder = Path(recipe.initial).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"initial: no model in {folder}")
+    config = PaTHConfig.from_pretrained(folder)
+    if config.mixer != mixer:
+        raise ValueError(f"mixers: wanted [{config.mixer}], the mixer of the model in {folder}, got {mixer}")
+    return config
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -173,27 +202,17 @@ def _train_one(recipe: Recipe, source: Source, mixer: str, config: Any, folder: 
     from transformers import set_seed
 
     from path_attention.models import PaTHForCausalLM
-    from path_attention.training.trainer import RecipeTrainer, ShowProgress, last_checkpoint
+    from path_attention.training.trainer import RecipeTrainer, fit
 
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECIPE, recipe.to_yaml())
     set_seed(recipe.training.seed)
-    model = PaTHForCausalLM(config)
+    if recipe.initial:
+        model = PaTHForCausalLM.from_pretrained(Path(recipe.initial).expanduser(), dtype=torch.float32)
+    else:
+        model = PaTHForCausalLM(config)
     trainer = RecipeTrainer(model, source, recipe.training, folder, console=console, title=mixer)
-    checkpoint = last_checkpoint(folder)
-    if trainer.is_world_process_zero():
-        for half_written in set(folder.glob("checkpoint-*")) - set(
-            p.parent for p in folder.glob("checkpoint-*/complete")
-        ):
-            shutil.rmtree(half_written)
-    if checkpoint is not None and console:
-        console.print(f"{mixer}: continues from {checkpoint}")
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ShowProgress):
-                callback.close()
+    fit(trainer, folder, console, mixer)
     facts = {
         "recipe": recipe.name,
         "steps": recipe.training.steps,
@@ -203,10 +222,20 @@ def _train_one(recipe: Recipe, source: Source, mixer: str, config: Any, folder: 
         **machine(trainer.args.device),
     }
     trainer.save_model(str(folder / FINAL))
+    if trainer.is_world_process_zero():
+        _add_tokenizer(recipe, folder / FINAL)
     run = Run(folder, mixer, _measure(source, model, mixer, console), facts)
     if trainer.is_world_process_zero():
         run.write()
     return run
+
+
+def _add_tokenizer(recipe: Recipe, final: Path) -> None:
+    """The tokenizer that a model's tokens come from, beside the model."""
+    folder = recipe.initial or (recipe.data.tokenizer if recipe.data is not None else "")
+    for name in TOKENIZER_FILES if folder else ():
+        if (Path(folder).expanduser() / name).is_file():
+            shutil.copyfile(Path(folder).expanduser() / name, final / name)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,23 @@ class RecipeTrainer(Trainer):
                     f"is {good or 'none'}. A lower learning_rate or max_grad_norm in training may help."
                 )
         super().log(logs, start_time)
+
+
+def fit(trainer: RecipeTrainer, folder: Path, console: Console | None, title: str) -> None:
+    """Train, from the last whole checkpoint in the folder where there is one."""
+    checkpoint = last_checkpoint(folder)
+    if trainer.is_world_process_zero():
+        whole = {p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")}
+        for half_written in set(folder.glob("checkpoint-*")) - whole:
+            shutil.rmtree(half_written)
+    if checkpoint is not None and console:
+        console.print(f"{title}: continues from {checkpoint}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ShowProgress):
+                callback.close()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

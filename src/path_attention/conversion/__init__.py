@@ -1,0 +1,1 @@
+"""Conversion: from a pretrained RoPE model to PaTH, and between PaTH's formats."""
