@@ -46,6 +46,7 @@ def app() -> Any:
     application = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     application.callback(invoke_without_command=True)(_common)
     application.command(context_settings={"allow_interspersed_args": True})(_checked(train))
+    application.command(context_settings={"allow_interspersed_args": True})(_checked(convert))
     application.command()(_checked(evaluate))
     application.command()(_checked(generate))
     application.command()(_checked(recipes))
@@ -103,6 +104,47 @@ def train(
     console.print(f"report: {report}")
 
 
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or a name on the hub.")],
+    target: Annotated[Path, typer.Argument(help="A new folder, or that of an interrupted conversion.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the recipe: mixer=path_fox data.path=text ...", metavar="KEY=VALUE"),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="How to convert a RoPE model: a YAML file, or a shipped recipe (see: recipes).")
+    ] = None,
+    to: Annotated[
+        str, typer.Option(help="Write this format, train nothing: path_attention, path_attn (fla), llama, ...")
+    ] = "path_attention",
+) -> None:
+    """Convert a pretrained RoPE model to PaTH, or write a model in another format.
+
+    RoPE models: Llama, Mistral, Qwen2, Qwen3, and this library's own; with --recipe. The student, a model card and a
+    report go into TARGET; an interrupted conversion continues with the same command.
+
+    Without --recipe a model is only written anew: flash-linear-attention's PaTH models (path_attn) in this library's
+    format, and this library's models in the format that --to names.
+    """
+    from path_attention.training import shipped_recipes
+
+    if recipe is None and overrides:
+        raise ValueError(f"--recipe: wanted one to change by {overrides[0]}")
+    if recipe is not None and to != "path_attention":
+        raise ValueError(f"--to: wanted path_attention beside --recipe, got {to}")
+    _quiet()
+    from path_attention.conversion import convert as by_recipe
+    from path_attention.conversion import find, is_rope, load_conversion, translate
+
+    if recipe is not None:
+        by_recipe(source, target, load_conversion(recipe, overrides or ()), console=_console())
+        return
+    if to == "path_attention" and is_rope(find(source)):
+        shipped = ", ".join(shipped_recipes("convert"))
+        raise ValueError(f"--recipe: wanted one to convert a RoPE model by: a YAML file or one of {shipped}")
+    translate(source, target, to=to, console=_console())
+
+
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder: runs/NAME, or runs/NAME/MIXER for one of its models.")],
 ) -> None:
@@ -150,6 +192,10 @@ def recipes() -> None:
 
     for name in shipped_recipes():
         print(f"{name:20} {load_recipe(name).description}")
+    from path_attention.conversion.recipe import load_conversion
+
+    for name in shipped_recipes("convert"):
+        print(f"{'convert ' + name:20} {load_conversion(name).description}")
 
 
 def demo(
@@ -301,7 +347,7 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
             if package not in _EXTRA:
                 raise
             code = _fail(f"{package} is not installed: {_INSTALL}", FAILED)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, FileExistsError) as error:
             code = _fail(str(error), MISTAKE)
         except KeyboardInterrupt:
             code = _fail("interrupted; the same command continues where it stopped", FAILED)

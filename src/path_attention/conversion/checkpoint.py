@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from path_attention.conversion.families import FLA, OWN, Family, family
+from path_attention.conversion.families import FLA, OWN, ROPE_FAMILIES, Family, family
 from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.training.run import TOKENIZER_FILES
 
@@ -43,6 +43,11 @@ def find(source: str | Path) -> Path:
         raise FileNotFoundError(
             f"{source}: neither a folder nor to be had from the Hugging Face hub ({reason})"
         ) from error
+
+
+def is_rope(folder: Path) -> bool:
+    """Whether a checkpoint is of a family of RoPE models."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in ROPE_FAMILIES
 
 
 class Checkpoint:

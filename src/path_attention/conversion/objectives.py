@@ -46,8 +46,8 @@ def divergence(
 ) -> Tensor:
     """Sum over tokens of KL(teacher || student) = sum_v p_v (log p_v - log q_v), in nats, float32.
 
-    p is softmax(teacher teacher_head^T), which gets no gradient, q the same of the student. Logits of ``chunk`` tokens are
-    in memory at a time, in the forward pass and after it.
+    p is softmax(teacher teacher_head^T), which gets no gradient, q the same of the student. Logits of ``chunk`` tokens
+    are in memory at a time, in the forward pass and after it.
 
     Args:
         student: last hidden states (..., C).
@@ -90,8 +90,8 @@ def _chunks(states: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tenso
 
 
 def output_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """|student - teacher|^2 / |teacher|^2, float32: the mean squared error of attention outputs (B, L, C) in units of the
-    teacher's mean square, so that layers whose outputs are large and small ones count alike.
+    """|student - teacher|^2 / |teacher|^2, float32: the mean squared error of attention outputs (B, L, C) in units of
+    the teacher's mean square, so that layers whose outputs are large and small ones count alike.
     """
     student, teacher = student.float(), teacher.float()
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(torch.float32).tiny)

@@ -59,22 +59,18 @@ class Stage(Training):
 
     Args:
         length: tokens of a sequence; None means the data's.
+        activation_checkpointing: compute the layers again in the backward pass, to save memory.
 
     The others are those of :class:`path_attention.training.recipe.Training`.
     """
 
     length: int | None = None
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.length is not None and self.length < 2:
             raise ValueError(f"length: wanted at least 2 tokens, got {self.length}")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen, once the length is known."""
-        assert self.length is not None
-        return self.steps * self.batch_size * self.length
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,10 +64,14 @@ def write_report(
         _facts(runs),
         f"<details><summary>The recipe</summary><pre>{recipe}</pre></details>",
     ]
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    path = folder / f"{name}.html"
-    write_whole(path, f"{head}<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n")
     write_whole(folder / "metrics.json", json.dumps(_numbers(runs, published or {}), indent=1) + "\n")
+    return write_page(folder / f"{name}.html", title, parts)
+
+
+def write_page(path: Path, title: str, parts: Iterable[str]) -> Path:
+    """Writes parts of HTML as one self-contained page."""
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    write_whole(path, f"{head}<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n")
     return path
 
 

@@ -312,8 +312,8 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if objective is not None:
-            loss = objective(outputs.last_hidden_state, self.lm_head, labels)
-            return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
+            made = objective(outputs.last_hidden_state, self.lm_head, labels)
+            return CausalLMOutputWithPast(loss=made, hidden_states=outputs.hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None

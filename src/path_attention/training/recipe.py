@@ -1,7 +1,7 @@
 """Recipes: everything a training run is, in one YAML file.
 
-A recipe names the data (``task``, a synthetic task made on the fly, or ``data``, a folder of text), the model (fields of
-``PaTHConfig``), the training and the evaluation, and one or several mixers: models that differ in nothing else. With
+A recipe names the data (``task``, a synthetic task made on the fly, or ``data``, a folder of text), the model (fields
+of ``PaTHConfig``), the training and the evaluation, and one or several mixers: models that differ in nothing else. With
 ``initial``, the weights of a finished model are where training starts. Keys that are unknown, missing or of the wrong
 type are errors.
 """

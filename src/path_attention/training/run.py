@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,7 +267,7 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _open(recipe: Recipe, console: Console | None) -> Source:
-    report = _Report(console)
+    report = Report(console)
     try:
         return open_source(recipe, report("reading files"))
     finally:
@@ -275,14 +275,14 @@ def _open(recipe: Recipe, console: Console | None) -> Source:
 
 
 def _measure(source: Source, model: torch.nn.Module, title: str, console: Console | None) -> dict[str, Measurement]:
-    report = _Report(console, title)
+    report = Report(console, title)
     try:
         return source.evaluate(model, progress=report)
     finally:
         report.close()
 
 
-class _Report:
+class Report:
     """Rows of one progress bar, made as they are asked for; off a terminal, a line when each begins."""
 
     def __init__(self, console: Console | None, title: str = "") -> None:
@@ -324,21 +324,30 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     """Raises a ValueError if the folder was begun by a recipe that would train another model."""
     if not (folder / RECIPE).is_file():
         return
-    old, new = (_flat(r.to_mapping()) for r in (read_recipe(folder), recipe))
     # Which other mixers are trained, and what the recipe says about itself, changes nothing in this run.
+    remedy = "Give this one another name (name=...) or move the old one aside (--restart)."
+    check_unchanged(read_recipe(folder).to_mapping(), recipe.to_mapping(), folder, ("mixers", "description"), remedy)
+
+
+def check_unchanged(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    folder: Path,
+    ignored: Sequence[str] = (),
+    remedy: str = "Wanted another folder, or the old one moved aside.",
+) -> None:
+    """Raises a ValueError that names the keys, where what a folder was begun with differs from what is wanted now."""
+    before, now = _flat(old), _flat(new)
     changed = [
-        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in ("mixers", "description")
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in ignored
     ]
     if changed:
-        raise ValueError(
-            f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
-            "Give this one another name (name=...) or move the old one aside (--restart)."
-        )
+        raise ValueError(f"{folder} holds a run of another recipe: {'; '.join(changed)}. {remedy}")
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         return {path: values}
     return {k: v for key, item in values.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}

@@ -109,6 +109,7 @@ class RecipeTrainer(Trainer):
             eval_dataset=data,
         )
         self.source = source
+        self.settings = settings
         self.folder = folder
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)

@@ -1,0 +1,355 @@
+"""The whole of a conversion: source in, stages in between, a model folder out; taken up where it was interrupted.
+
+TARGET/config.json, model*.safetensors, tokenizer files, README.md    the student; config.json comes last
+       conversion/recipe.yaml                                         the recipe, every default written out
+                  source.json                                         what was converted
+                  results.json                                        what was measured so far
+                  align-FIRST-LAST/ distill/ continued/               a stage: metrics.jsonl, checkpoints to resume from
+                                                                      while it runs, its weights once it is done
+                  report.html, layers.png, ...
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from path_attention.conversion import report
+from path_attention.conversion.checkpoint import Checkpoint, check_target, find, write
+from path_attention.conversion.families import FLA, OWN
+from path_attention.conversion.initialise import new_attentions, student_of
+from path_attention.conversion.recipe import Align, ConversionRecipe, Stage
+from path_attention.conversion.stages import (
+    Alignment,
+    AlignmentTrainer,
+    DistillationTrainer,
+    TextSource,
+    autocast,
+    each_loss,
+    layer_errors,
+    prepare,
+)
+from path_attention.data.bytes import BYTES, ByteCorpus, tokenizer_alphabet
+from path_attention.models import PaTHConfig, PaTHForCausalLM
+from path_attention.training import strict
+from path_attention.training.run import Report, check_unchanged, machine, write_whole
+from path_attention.training.trainer import RecipeTrainer, fit
+
+WORK, RECIPE, SOURCE, RESULTS, FINAL = "conversion", "recipe.yaml", "source.json", "results.json", "final.safetensors"
+
+
+def translate(source: str | Path, target: Path, *, to: str = OWN.name, console: Console | None = None) -> Path:
+    """Write a checkpoint of one family in the format of another that has the same function; nothing is trained.
+
+    Between flash-linear-attention's PaTH models and ours, and from our ``rope`` models to a RoPE family's.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: see :class:`Checkpoint` and
+            :func:`path_attention.conversion.checkpoint.write`.
+    """
+    check_target(target)
+    folder = find(source)
+    checkpoint = Checkpoint(folder)
+    if checkpoint.family.name == to:
+        raise ValueError(f"--to: wanted another format than that of {source}, {to}")
+    model = checkpoint.load()
+    write(model, target, source=folder, to=to, card=report.card_of_translation(str(source), checkpoint.family, to))
+    if console:
+        console.print(f"{checkpoint.family.name} -> {to}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    return target
+
+
+def convert(
+    source: str | Path, target: Path, recipe: ConversionRecipe, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Convert a RoPE model by a recipe, and write the student, a model card and a report to ``target``.
+
+    Args:
+        source: a folder, or a name on the Hugging Face hub.
+        target: a new folder, or that of an interrupted conversion of the same source by the same recipe.
+        recipe: the recipe.
+        console: where progress is shown.
+
+    Returns:
+        What was measured: the contents of results.json.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: before anything is computed, naming what does not fit.
+        TrainingDiverged: a loss that is not finite.
+    """
+    check_target(target)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE: wanted one process: a conversion runs on one device")
+    folder = find(source)
+    checkpoint = Checkpoint(folder)
+    if checkpoint.family is FLA or set(checkpoint.config.mixers) != {"rope"}:
+        mixers = ", ".join(sorted(set(checkpoint.config.mixers)))
+        raise ValueError(f"source: wanted a RoPE model, got one with {mixers}; --to writes it in another format")
+    return _Conversion(str(source), checkpoint, target, recipe, console).run()
+
+
+class _Conversion:
+    """One conversion under way."""
+
+    def __init__(
+        self, source: str, checkpoint: Checkpoint, target: Path, recipe: ConversionRecipe, console: Console | None
+    ) -> None:
+        self.source, self.checkpoint, self.target, self.recipe = source, checkpoint, target, recipe
+        self.console, self.work = console, target / WORK
+        self.config = _student_config(checkpoint, recipe)
+        self.stages: dict[str, Stage] = {
+            name: stage for name in ("align", "distill", "continued") if (stage := getattr(recipe, name)) is not None
+        }
+        self.first = next(iter(self.stages.values()), None)
+        self.device = _device(self.first)
+        self._check_same()
+        self.corpus = None if recipe.data is None else self._open()
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_whole(self.work / RECIPE, recipe.to_yaml())
+        write_whole(self.work / SOURCE, json.dumps(self._source_facts(), indent=2) + "\n")
+        file = self.work / RESULTS
+        self.results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def run(self) -> dict[str, Any]:
+        half = self.first is not None and self.first.precision == "bfloat16" and self.checkpoint.dtype.itemsize == 2
+        teacher = self.checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
+        teacher.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        seed = 0 if self.first is None else self.first.seed
+        student = student_of(teacher, self.config, self.recipe.initialisation, seed)
+        student.to(self.device)  # type: ignore[arg-type]
+        self._note("facts", lambda: self._facts(student))
+        if self.corpus is not None:
+            self._measure("teacher", teacher)
+            self._measure("initial", student)
+        for name in self.stages:
+            {"align": self._align, "distill": self._distill, "continued": self._continue}[name](student, teacher)
+            self._measure(name, student)
+        if self.corpus is not None and self.recipe.evaluation.lengths:
+            self._note("by_length", lambda: {"teacher": self._by_length(teacher), "student": self._by_length(student)})
+        self._write(student)
+        return self.results
+
+    # --- the stages --------------------------------------------------------------------------------------------------
+
+    def _align(self, student: PaTHForCausalLM, teacher: PaTHForCausalLM) -> None:
+        """Stage 1, group by group of layers."""
+        stage = self.recipe.align
+        assert stage is not None
+        layers = list(new_attentions(student))
+        size = stage.layers_at_once or max(1, len(layers))
+        for group in (layers[n : n + size] for n in range(0, len(layers), size)):
+            self._align_group(stage, group, student, teacher)
+
+    def _align_group(self, stage: Align, group: list[int], student: PaTHForCausalLM, teacher: PaTHForCausalLM) -> None:
+        folder = self.work / f"align-{group[0]:03}-{group[-1]:03}"
+        attentions = {n: attention for n, attention in new_attentions(student).items() if n in group}
+        for attention in attentions.values():
+            attention.requires_grad_(True)
+        alignment = Alignment(teacher, attentions)
+        source = self._text(stage)
+        batches = source.windows(self.recipe.evaluation.windows)
+
+        def errors() -> dict[str, float]:
+            with autocast(self.device, stage):
+                return {str(n): error for n, error in layer_errors(alignment, batches).items()}
+
+        self._note(f"{folder.name} before", errors)
+        if not (folder / FINAL).is_file():
+            title = f"align layers {group[0]} to {group[-1]}"
+            shown: dict[str, Any] = {"console": self.console, "title": title}
+            trainer = self._fit(lambda: AlignmentTrainer(alignment, source, stage, folder, **shown), stage, title)
+            self._finish(folder, alignment.state_dict(), trainer)
+        alignment.load_state_dict(load_file(folder / FINAL, device=str(self.device)))
+        self._note(f"{folder.name} after", errors)
+
+    def _distill(self, student: PaTHForCausalLM, teacher: PaTHForCausalLM) -> None:
+        stage = self.recipe.distill
+        assert stage is not None
+        self._train_whole(
+            "distill",
+            student,
+            stage,
+            lambda source, folder: DistillationTrainer(
+                student, teacher, source, stage, folder, console=self.console, title="distill"
+            ),
+        )
+
+    def _continue(self, student: PaTHForCausalLM, teacher: PaTHForCausalLM) -> None:
+        stage = self.recipe.continued
+        assert stage is not None
+        self._train_whole(
+            "continued",
+            student,
+            stage,
+            lambda source, folder: RecipeTrainer(
+                student, source, stage, folder, console=self.console, title="continued"
+            ),
+        )
+
+    def _train_whole(
+        self, name: str, student: PaTHForCausalLM, stage: Stage, build: Callable[[TextSource, Path], RecipeTrainer]
+    ) -> None:
+        """A stage of all parameters."""
+        folder = self.work / name
+        if not (folder / FINAL).is_file():
+            student.requires_grad_(True)
+            prepare(student, stage)
+            trainer = self._fit(lambda: build(self._text(stage), folder), stage, name)
+            self._finish(folder, _untied(student), trainer)
+        student.load_state_dict(load_file(folder / FINAL, device=str(self.device)), strict=False)
+        student.tie_weights()
+
+    def _fit(self, build: Callable[[], RecipeTrainer], stage: Stage, title: str) -> RecipeTrainer:
+        set_seed(stage.seed)
+        trainer = build()
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        fit(trainer, trainer.folder, self.console, title)
+        return trainer
+
+    def _finish(self, folder: Path, state: dict[str, torch.Tensor], trainer: RecipeTrainer) -> None:
+        """The stage's weights; its checkpoints, three times as large, have served."""
+        seconds, stage = trainer.metrics_file.seconds, trainer.settings
+        tokens = stage.steps * stage.batch_size * trainer.source.length
+        self._note(f"{folder.name} speed", lambda: {"seconds": round(seconds, 1), "tokens": tokens})
+        partial = folder / f"{FINAL}.partial"
+        save_file({name: x.contiguous() for name, x in state.items()}, str(partial))
+        os.replace(partial, folder / FINAL)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    # --- what is measured --------------------------------------------------------------------------------------------
+
+    def _measure(self, name: str, model: PaTHForCausalLM) -> None:
+        def measure() -> dict[str, Any]:
+            progress = Report(self.console, name)
+            try:
+                with autocast(self.device, self.first):
+                    found = self._text(None).evaluate(model, progress=progress)["validation"]
+            finally:
+                progress.close()
+            return {**strict.plain(found), "loss": math.log(found.value)}
+
+        self._note(name, measure)
+        if self.console:
+            found = self.results[name]
+            self.console.print(f"{name}: perplexity {found['value']:.4f}, loss {found['loss']:.4f}")
+
+    def _by_length(self, model: PaTHForCausalLM) -> dict[str, Any]:
+        """Perplexity of the first so many tokens of long windows, and of stretches of them, by the longest length."""
+        settings = self.recipe.evaluation
+        lengths = sorted({*settings.lengths, self._text(None).length})
+        source = TextSource(self._corpus, dataclasses.replace(settings, batch_size=1))
+        batches = source.windows(max(1, settings.tokens // lengths[-1]), lengths[-1])
+        if not batches:
+            raise ValueError(f"evaluation.lengths: wanted at most the validation text's tokens, got {lengths[-1]}")
+        with autocast(self.device, self.first):
+            losses = torch.stack([x.double().mean(0).cpu() for x in each_loss(model, batches)]).mean(0)
+        return {
+            "windows": len(batches),
+            "perplexity": {str(length): losses[: length - 1].mean().exp().item() for length in lengths},
+            "stretches": {
+                str(end): losses[start : end - 1].mean().exp().item()
+                for start, end in zip([0, *lengths], lengths, strict=False)
+            },
+        }
+
+    def _note(self, name: str, measure: Callable[[], Any]) -> None:
+        """Measure once, and write it down at once."""
+        if name not in self.results:
+            self.results[name] = measure()
+            write_whole(self.work / RESULTS, json.dumps(self.results, indent=1) + "\n")
+
+    # --- around it ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _corpus(self) -> ByteCorpus:
+        assert self.corpus is not None
+        return self.corpus
+
+    def _text(self, stage: Stage | None) -> TextSource:
+        return TextSource(self._corpus, self.recipe.evaluation, None if stage is None else stage.length)
+
+    def _open(self) -> ByteCorpus:
+        data, size = self.recipe.data, self.config.vocab_size
+        assert data is not None
+        folder = Path(data.tokenizer).expanduser() if data.tokenizer else self.checkpoint.folder
+        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        if not has_tokenizer and size != BYTES.vocab_size:
+            raise ValueError(f"data: {folder} has no tokenizer, and {size} tokens are not bytes")
+        alphabet = tokenizer_alphabet(folder) if has_tokenizer else BYTES
+        if alphabet.vocab_size > size:
+            raise ValueError(f"data.tokenizer: {folder} has {alphabet.vocab_size} tokens; the model knows {size}")
+        progress = Report(self.console)
+        try:
+            return data.open(progress("reading files"), alphabet)
+        finally:
+            progress.close()
+
+    def _facts(self, student: PaTHForCausalLM) -> dict[str, Any]:
+        parameters = sum(p.numel() for p in student.parameters())
+        return {"source": self.source, "parameters": parameters, **machine(self.device)}
+
+    def _source_facts(self) -> dict[str, Any]:
+        folder = self.checkpoint.folder
+        weights = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+        config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+        return {"source": self.source, "family": self.checkpoint.family.name, "config": config, "weights": weights}
+
+    def _check_same(self) -> None:
+        """Raise a ValueError if the folder was begun with another recipe or source."""
+        if (self.work / RECIPE).is_file():
+            old = yaml.safe_load((self.work / RECIPE).read_text(encoding="utf-8"))
+            check_unchanged(old, self.recipe.to_mapping(), self.work, ("description",))
+        if (self.work / SOURCE).is_file():
+            old = json.loads((self.work / SOURCE).read_text())
+            check_unchanged(old, json.loads(json.dumps(self._source_facts())), self.work, ("source",))
+
+    def _write(self, student: PaTHForCausalLM) -> None:
+        dtype = self.checkpoint.dtype if self.recipe.dtype == "source" else getattr(torch, self.recipe.dtype)
+        student.config.use_cache = True
+        student.to("cpu", dtype)  # type: ignore[arg-type, call-overload]
+        report.write_report(self.work, self.recipe, self.results)
+        card = report.card(self.source, self.checkpoint, self.recipe, self.results)
+        write(student, self.target, source=self.checkpoint.folder, card=card)
+        if self.console:
+            self.console.print(f"written to {self.target}; report: {self.work / 'report.html'}")
+
+
+def _student_config(checkpoint: Checkpoint, recipe: ConversionRecipe) -> PaTHConfig:
+    """The teacher's configuration with the recipe's mixers."""
+    fields = dict(checkpoint.fields)
+    mixers = recipe.layer_mixers(checkpoint.config.num_hidden_layers)
+    if "rope" not in mixers:
+        fields.pop("rotary_scaling", None)
+    fields |= {"mixer": recipe.mixer, "layer_mixers": mixers if len(set(mixers)) > 1 else None}
+    try:
+        return PaTHConfig(**(fields | dict(recipe.model)))
+    except Exception as error:  # huggingface_hub's strict dataclasses have exception types of their own
+        raise ValueError(f"model: {' '.join(str(error).split())}") from error
+
+
+def _device(stage: Stage | None) -> torch.device:
+    if stage is not None and stage.device == "auto" and torch.accelerator.is_available():
+        current = torch.accelerator.current_accelerator()
+        assert current is not None
+        return current
+    return torch.device("cpu")
+
+
+def _untied(model: PaTHForCausalLM) -> dict[str, torch.Tensor]:
+    """The state without what is tied to another tensor of it."""
+    state: dict[str, torch.Tensor] = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    return state

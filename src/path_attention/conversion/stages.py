@@ -1,0 +1,216 @@
+"""The stages of a conversion, each a recipe's trainer with an objective of its own."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from path_attention.autocast import without_autocast
+from path_attention.conversion.initialise import new_attentions
+from path_attention.conversion.objectives import divergence, output_error, token_losses
+from path_attention.conversion.recipe import Distill, Measure, Stage
+from path_attention.data.bytes import ByteCorpus
+from path_attention.layers.attention import Attention
+from path_attention.models import PaTHForCausalLM
+from path_attention.training.source import Measurement, Progress, Source
+from path_attention.training.trainer import RecipeTrainer
+
+
+class TextSource(Source):
+    """A corpus in windows of a stage's length, measured in perplexity a token on its validation files."""
+
+    def __init__(self, corpus: ByteCorpus, settings: Measure, length: int | None = None) -> None:
+        self.corpus, self.settings = corpus, settings
+        self.vocab_size, self.length = corpus.vocab_size, corpus.length if length is None else length
+
+    def example(self, seed: int, index: int) -> dict[str, Tensor]:
+        window = torch.from_numpy(self.corpus.training_window(seed, index, self.length))
+        return {"input_ids": window, "labels": window}
+
+    def windows(self, count: int, length: int | None = None) -> list[Tensor]:
+        """Batches of validation windows (B, L)."""
+        length, size = self.length if length is None else length, self.settings.batch_size
+        starts = self.corpus.validation_starts(count, length)
+        read = [self.corpus.read("validation", start, length) for start in starts]
+        return [torch.from_numpy(np.stack(read[n : n + size])) for n in range(0, len(read), size)]
+
+    def evaluate(
+        self, model: nn.Module, *, quick: bool = False, progress: Callable[[str], Progress] | None = None
+    ) -> dict[str, Measurement]:
+        batches = self.windows(self.settings.quick_windows if quick else self.settings.windows)
+        report = progress("validation") if progress else None
+        total, count = 0.0, 0
+        for n, losses in enumerate(each_loss(model, batches)):
+            total, count = total + float(losses.double().sum()), count + losses.numel()
+            if report:
+                report(n + 1, len(batches))
+        windows = sum(map(len, batches))
+        return {"validation": Measurement(math.exp(total / count), "perplexity", count, windows)}
+
+
+@torch.no_grad()
+def each_loss(model: nn.Module, batches: list[Tensor]) -> Any:
+    """The losses (B, L - 1) of each batch of tokens, in evaluation mode."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        for batch in batches:
+            ids = batch.to(device)
+            yield model(
+                input_ids=ids, objective=lambda states, head, _, ids=ids: token_losses(states, head.weight, ids)
+            ).loss
+    finally:
+        model.train(was_training)
+
+
+class _Gradients(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(d_value * gradient for gradient in ctx.saved_tensors)
+
+
+class Alignment(nn.Module):
+    """Students of some layers' attention beside a teacher, whose hidden states flow on unchanged.
+
+    The loss is the sum over these layers of :func:`output_error`. Each layer's gradient is made right behind its
+    forward pass, as no other layer is in it, so that the activations of one layer's attention are alive at a time.
+
+    Args:
+        teacher: frozen; not a part of this module.
+        students: by number of the layer.
+    """
+
+    def __init__(self, teacher: PaTHForCausalLM, students: Mapping[int, Attention]) -> None:
+        super().__init__()
+        self.students = nn.ModuleDict({str(n): attention for n, attention in students.items()})
+        self._teacher = [teacher]  # in a list, which torch does not look into: it is neither trained nor saved
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"loss": self.errors(input_ids).sum()}
+
+    def errors(self, input_ids: Tensor) -> Tensor:
+        """Each student's error, (students,)."""
+        decoder = self._teacher[0].model
+        wanted = {int(n) for n in self.students}
+        errors = []
+        with torch.no_grad():
+            x = decoder.embed_tokens(input_ids)
+        for n, layer in enumerate(decoder._decoder_layers()[: max(wanted) + 1]):
+            with torch.no_grad():
+                normed = layer.input_layernorm(x)
+                out = layer.self_attn(normed)
+            if n in wanted:
+                errors.append(self._error(self.students[str(n)], normed, out))
+            with torch.no_grad():
+                x = x + out
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return torch.stack(errors)
+
+    @staticmethod
+    def _error(student: nn.Module, normed: Tensor, out: Tensor) -> Tensor:
+        error = output_error(student(normed), out)
+        if not torch.is_grad_enabled():
+            return error
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        with without_autocast(error.device):
+            gradients = torch.autograd.grad(error, parameters)
+        found: Tensor = _Gradients.apply(error.detach(), gradients, *parameters)
+        return found
+
+
+class AlignmentTrainer(RecipeTrainer):
+    """Stage 1. While training it is measured by the layers' errors on validation text."""
+
+    source: TextSource
+    model: Alignment
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        errors = layer_errors(self.model, self.source.windows(self.source.settings.quick_windows))
+        metrics = {f"eval_layer_{n}": error for n, error in errors.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@torch.no_grad()
+def layer_errors(alignment: Alignment, batches: list[Tensor]) -> dict[int, float]:
+    """The mean error of every student over batches of tokens, by number of the layer."""
+    device = next(alignment.parameters()).device
+    total = torch.stack([alignment.errors(batch.to(device)).double() for batch in batches]).mean(0)
+    return dict(zip(map(int, alignment.students), total.tolist(), strict=True))
+
+
+class DistillationTrainer(RecipeTrainer):
+    """Stage 2: the mean over tokens of the divergence of the student's next-token distribution from the teacher's."""
+
+    def __init__(
+        self,
+        student: PaTHForCausalLM,
+        teacher: PaTHForCausalLM,
+        source: Source,
+        settings: Distill,
+        folder: Path,
+        *,
+        console: Console | None = None,
+        title: str = "",
+    ) -> None:
+        self._teacher = [teacher]
+        self._distill = settings
+        super().__init__(student, source, settings, folder, console=console, title=title)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        ids, teacher = inputs["input_ids"], self._teacher[0]
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = teacher.model(input_ids=ids).last_hidden_state[:, :-1]
+        count = wanted.shape[:2].numel() if num_items_in_batch is None else num_items_in_batch
+
+        def objective(states: Tensor, head: nn.Linear, labels: Tensor | None) -> Tensor:
+            chunk = self._distill.chunk
+            return divergence(states[:, :-1], head.weight, wanted, teacher.lm_head.weight, chunk) / count
+
+        given = {"input_ids": ids, "objective": objective}
+        return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        rate = self._distill.attention_learning_rate
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments)
+        if fresh and rate is not None:
+            assert isinstance(self.model, PaTHForCausalLM)
+            attention = {id(p) for layer in new_attentions(self.model).values() for p in layer.parameters()}
+            for group in list(optimizer.param_groups):
+                ours = [p for p in group["params"] if id(p) in attention]
+                group["params"] = [p for p in group["params"] if id(p) not in attention]
+                optimizer.add_param_group({**group, "params": ours, "lr": rate})
+        return optimizer
+
+
+def prepare(model: PaTHForCausalLM, stage: Stage) -> None:
+    """What a stage asks of the model: activations kept, or computed again."""
+    model.config.use_cache = False
+    if stage.activation_checkpointing:
+        # The old name of transformers 5.17 warns in newer versions.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def autocast(device: torch.device, stage: Stage | None) -> AbstractContextManager[Any]:
+    """What a stage computes in, for measuring."""
+    half = stage is not None and stage.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
