@@ -75,6 +75,7 @@ def _take_w_from_keys(attention: PaTHAttention) -> None:
         u, s, v = torch.linalg.svd(key, full_matrices=False)
         rank = min(attention.w_rank, len(s))
         attention.w_down_proj.weight[:rank] = s[:rank].sqrt()[:, None] * v[:rank]
+        attention.w_up_proj.weight[: len(key)] = 0
         attention.w_up_proj.weight[: len(key), :rank] = u[:, :rank] * s[:rank].sqrt()
     if attention.w_conv is not None:
         attention.w_conv.weight[: len(key)] = 0

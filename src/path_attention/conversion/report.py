@@ -124,7 +124,8 @@ def losses_figure(folder: Path) -> Figure | None:
             axis.plot(*zip(*points, strict=True), label=label.replace("align-", "layers "))
         axis.set_title(titles[name], fontsize=10)
         axis.set_xlabel("step")
-        axis.set_yscale("log")
+        if all(loss > 0 for points in panels[name].values() for _, loss in points):
+            axis.set_yscale("log")
         axis.spines[["top", "right"]].set_visible(False)
         if len(panels[name]) > 1:
             axis.legend(frameon=False, fontsize=8)

@@ -40,7 +40,7 @@ from path_attention.conversion.stages import (
     layer_errors,
     prepare,
 )
-from path_attention.data.bytes import BYTES, ByteCorpus, tokenizer_alphabet
+from path_attention.data.bytes import BYTES, TOKENIZERS, ByteCorpus, tokenizer_alphabet
 from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.training import strict
 from path_attention.training.run import Report, check_unchanged, machine, write_whole
@@ -251,15 +251,13 @@ class _Conversion:
         lengths = sorted({*settings.lengths, self._text(None).length})
         source = TextSource(self._corpus, dataclasses.replace(settings, batch_size=1))
         batches = source.windows(max(1, settings.tokens // lengths[-1]), lengths[-1])
-        if not batches:
-            raise ValueError(f"evaluation.lengths: wanted at most the validation text's tokens, got {lengths[-1]}")
         with autocast(self.device, self.first):
             losses = torch.stack([x.double().mean(0).cpu() for x in each_loss(model, batches)]).mean(0)
         return {
             "windows": len(batches),
             "perplexity": {str(length): losses[: length - 1].mean().exp().item() for length in lengths},
             "stretches": {
-                str(end): losses[start : end - 1].mean().exp().item()
+                str(end): losses[max(0, start - 1) : end - 1].mean().exp().item()
                 for start, end in zip([0, *lengths], lengths, strict=False)
             },
         }
@@ -284,7 +282,7 @@ class _Conversion:
         data, size = self.recipe.data, self.config.vocab_size
         assert data is not None
         folder = Path(data.tokenizer).expanduser() if data.tokenizer else self.checkpoint.folder
-        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        has_tokenizer = bool(data.tokenizer) or any((folder / name).is_file() for name in TOKENIZERS)
         if not has_tokenizer and size != BYTES.vocab_size:
             raise ValueError(f"data: {folder} has no tokenizer, and {size} tokens are not bytes")
         alphabet = tokenizer_alphabet(folder) if has_tokenizer else BYTES
@@ -292,9 +290,16 @@ class _Conversion:
             raise ValueError(f"data.tokenizer: {folder} has {alphabet.vocab_size} tokens; the model knows {size}")
         progress = Report(self.console)
         try:
-            return data.open(progress("reading files"), alphabet)
+            corpus = data.open(progress("reading files"), alphabet)
         finally:
             progress.close()
+        lengths = {"evaluation.lengths": max(self.recipe.evaluation.lengths, default=0)}
+        lengths |= {f"{name}.length": stage.length or 0 for name, stage in self.stages.items()}
+        available = min(corpus.tokens("train"), corpus.tokens("validation"))
+        for name, length in lengths.items():
+            if length > available:
+                raise ValueError(f"{name}: wanted at most {available}, the tokens of the shorter split, got {length}")
+        return corpus
 
     def _facts(self, student: PaTHForCausalLM) -> dict[str, Any]:
         parameters = sum(p.numel() for p in student.parameters())

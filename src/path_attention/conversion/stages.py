@@ -203,11 +203,10 @@ class DistillationTrainer(RecipeTrainer):
 def prepare(model: PaTHForCausalLM, stage: Stage) -> None:
     """What a stage asks of the model: activations kept, or computed again."""
     model.config.use_cache = False
-    if stage.activation_checkpointing:
-        # The old name of transformers 5.17 warns in newer versions.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    else:
-        model.gradient_checkpointing_disable()
+    # transformers 5.17 has the old names only, and newer versions warn of them.
+    name = "enable" if stage.activation_checkpointing else "disable"
+    old = getattr(model, f"gradient_checkpointing_{name}")
+    getattr(model, f"activation_checkpointing_{name}", old)()
 
 
 def autocast(device: torch.device, stage: Stage | None) -> AbstractContextManager[Any]:

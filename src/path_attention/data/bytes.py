@@ -194,6 +194,10 @@ def _read_some(files: Sequence[Path]) -> Iterator[list[bytes]]:
     yield texts
 
 
+# The file that says what a tokenizer is: of the tokenizers library, of sentencepiece, of the first byte-level BPEs.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
 def tokenizer_alphabet(folder: Path) -> Alphabet:
     """The alphabet of a tokenizer's folder; documents begin with its token for the beginning of a sequence, or for the
     end where it has none. Bytes that are no UTF-8 are replaced.
@@ -204,7 +208,7 @@ def tokenizer_alphabet(folder: Path) -> Alphabet:
     """
     from transformers import AutoTokenizer
 
-    files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()]
+    files = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if not files:
         raise FileNotFoundError(f"data.tokenizer: no tokenizer in {folder}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
