@@ -22,33 +22,28 @@ _STUDENT_KEYS = ("w_rank", "conv_size", "num_reflections", "w_norm_eps", "scale_
 
 @dataclass(frozen=True, kw_only=True)
 class Initialisation:
-    """How the student's new parameters begin; those it shares with the teacher are the teacher's.
+    """How the student's new parameters begin; all others are the teacher's. In layers whose mixer has no RoPE, queries
+    and keys are no longer rotated, and that is all that is taken away.
 
     Args:
-        beta: of every token at the start, in (0, 2): transitions H = I - beta w w^T near the identity. Not 0: the
-            gradient of beta's bias is beta (1 - beta / 2) times that of beta, and that of w is proportional to beta, so
-            that nothing would ever move.
+        beta: of every token at the start, in (0, 2): with 0 transitions would be the identity, for ever, since the
+            gradient of beta's bias is beta (1 - beta / 2) times that of beta, and that of w is proportional to beta.
         w: key makes w_t of the keys: w's projection is the key's, or its best approximation of the rank it has; random
-            leaves it as in a new model.
-        rope: what becomes of the rotation of queries and keys in layers whose mixer has none. mean turns the keys by
-            its mean over the distances below ``distance``, which keeps slow pairs as they are and takes those out that
-            turn many times; drop leaves queries and keys as they are.
-        distance: tokens.
+            leaves it as in a new model. With w along its key, a token erases from the keys before it what is like its
+            own, so that of like keys the latest counts most: some of what RoPE told the teacher.
         gate: mean number of tokens a forget gate reaches back, one number a head from the first to the last of these,
             spaced evenly in the logarithm.
+
+    docs/conversion.md has the losses before training that these were chosen by.
     """
 
-    beta: float = 0.04
+    beta: float = 0.3
     w: Literal["key", "random"] = "key"
-    rope: Literal["mean", "drop"] = "mean"
-    distance: int = 64
-    gate: tuple[float, ...] = (16.0, 4096.0)
+    gate: tuple[float, ...] = (8.0, 256.0)
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 2:
             raise ValueError(f"initialisation.beta: wanted a number in (0, 2), got {self.beta}")
-        if self.distance < 1:
-            raise ValueError(f"initialisation.distance: wanted at least 1, got {self.distance}")
         if len(self.gate) != 2 or min(self.gate) <= 0:
             raise ValueError(f"initialisation.gate: wanted two numbers above 0, got {list(self.gate)}")
 
