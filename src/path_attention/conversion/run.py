@@ -9,7 +9,6 @@ TARGET/config.json, model*.safetensors, tokenizer files, README.md    the studen
                   report.html, layers.png, ...
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -36,7 +35,7 @@ from path_attention.conversion.stages import (
     DistillationTrainer,
     TextSource,
     autocast,
-    each_loss,
+    by_length,
     layer_errors,
     prepare,
 )
@@ -246,21 +245,8 @@ class _Conversion:
             self.console.print(f"{name}: perplexity {found['value']:.4f}, loss {found['loss']:.4f}")
 
     def _by_length(self, model: PaTHForCausalLM) -> dict[str, Any]:
-        """Perplexity of the first so many tokens of long windows, and of stretches of them, by the longest length."""
-        settings = self.recipe.evaluation
-        lengths = sorted({*settings.lengths, self._text(None).length})
-        source = TextSource(self._corpus, dataclasses.replace(settings, batch_size=1))
-        batches = source.windows(max(1, settings.tokens // lengths[-1]), lengths[-1])
         with autocast(self.device, self.first):
-            losses = torch.stack([x.double().mean(0).cpu() for x in each_loss(model, batches)]).mean(0)
-        return {
-            "windows": len(batches),
-            "perplexity": {str(length): losses[: length - 1].mean().exp().item() for length in lengths},
-            "stretches": {
-                str(end): losses[max(0, start - 1) : end - 1].mean().exp().item()
-                for start, end in zip([0, *lengths], lengths, strict=False)
-            },
-        }
+            return by_length(model, self._text(None))
 
     def _note(self, name: str, measure: Callable[[], Any]) -> None:
         """Measure once, and write it down at once."""

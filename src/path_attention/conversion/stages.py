@@ -1,5 +1,6 @@
 """The stages of a conversion, each a recipe's trainer with an objective of its own."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -67,6 +68,23 @@ def each_loss(model: nn.Module, batches: list[Tensor]) -> Any:
             ).loss
     finally:
         model.train(was_training)
+
+
+def by_length(model: nn.Module, source: TextSource) -> dict[str, Any]:
+    """Perplexity of the first so many tokens of long windows, and of the stretches between these lengths by their ends.
+
+    The lengths are those of ``source.settings``, and the source's own.
+    """
+    lengths = sorted({*source.settings.lengths, source.length})
+    alone = TextSource(source.corpus, dataclasses.replace(source.settings, batch_size=1))
+    batches = alone.windows(max(1, source.settings.tokens // lengths[-1]), lengths[-1])
+    losses = torch.stack([x.double().mean(0).cpu() for x in each_loss(model, batches)]).mean(0)
+    stretches = zip([1, *lengths], lengths, strict=False)  # token n's loss is losses[n - 1]
+    return {
+        "windows": len(batches),
+        "perplexity": {str(length): losses[: length - 1].mean().exp().item() for length in lengths},
+        "stretches": {str(end): losses[start - 1 : end - 1].mean().exp().item() for start, end in stretches},
+    }
 
 
 class _Gradients(torch.autograd.Function):

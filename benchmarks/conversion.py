@@ -1,0 +1,436 @@
+"""A conversion from beginning to end: a RoPE teacher is trained on the Python packages of this machine, converted by
+both stages on at most a tenth of its tokens, and compared with itself, with a control, and with a model trained from
+scratch on as many tokens.
+
+    python benchmarks/conversion.py --out results          # one GPU, about 6 minutes; the same command goes on
+    python benchmarks/conversion.py --tiny --out /tmp/x    # every part of it in miniature, on a CPU, minutes
+
+Parts, each done once (their results are kept in WORK/NAME.json, and training is resumed from checkpoints):
+
+    tokenizer    a byte-level BPE of the sources
+    teacher      a Llama with RoPE, written as a transformers checkpoint
+    path, fox    students: before training, after stage 1, after stage 2; perplexity by length to 8 times the training's
+    scratch      the student's architecture from random weights on the tokens of both stages
+    flip_flop    teacher and students after a short continued training on flip-flop, written in the teacher's tokens
+    memory       one step of each stage, and of plain training, with random weights in SmolLM2-1.7B's shape, length 4096
+
+Writes OUT/conversion.json and OUT/conversion.png.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from path_attention.benchmark.measure import environment
+from path_attention.conversion import convert, student_of, translate
+from path_attention.conversion.initialise import new_attentions
+from path_attention.conversion.objectives import divergence
+from path_attention.conversion.recipe import ConversionRecipe, Initialisation
+from path_attention.conversion.report import STAGES
+from path_attention.conversion.run import by_length
+from path_attention.conversion.stages import Alignment, TextSource
+from path_attention.data import ByteData
+from path_attention.evaluation.plots import COLOURS
+from path_attention.evaluation.tables import NAMES
+from path_attention.models import PaTHConfig, PaTHForCausalLM
+from path_attention.training import recipe_from_mapping, strict
+from path_attention.training.run import machine, train, write_whole
+
+# The packages beside torch: some 100 MB of Python on a machine that trains models.
+SOURCES = {
+    "path": str(Path(torch.__file__).parents[1]),
+    "include": ("**/*.py",),
+    "exclude": ("**/test/**/*", "**/tests/**/*"),
+}
+
+
+def settings(tiny: bool) -> dict[str, Any]:
+    """Sizes of everything. On a GPU: 30M parameters, 66M tokens for the teacher, 6.6M for a student."""
+    if tiny:
+        return {
+            "vocabulary": 512,
+            "length": 64,
+            "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+            "teacher": {"steps": 60, "batch_size": 8},
+            "align": {"steps": 4, "batch_size": 4, "length": 64},
+            "distill": {"steps": 8, "batch_size": 4},
+            "flip_flop": {"steps": 10, "batch_size": 4, "length": 64},
+            "windows": 8,
+            "tokens": 4096,
+            "precision": "float32",
+            "memory": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+            "memory_length": 128,
+            "memory_vocabulary": 1000,
+        }
+    return {
+        "vocabulary": 8192,
+        "length": 1024,
+        "model": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+        "teacher": {"steps": 2000, "batch_size": 32},
+        "align": {"steps": 160, "batch_size": 16, "length": 512},
+        "distill": {"steps": 640, "batch_size": 8},
+        "flip_flop": {"steps": 300, "batch_size": 32, "length": 512},
+        "windows": 128,
+        "tokens": 524288,
+        "precision": "bfloat16",
+        "memory": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+        "memory_length": 4096,
+        "memory_vocabulary": 49152,
+    }
+
+
+class Experiment:
+    """The parts, in order; each result is kept in a file of its own."""
+
+    def __init__(self, work: Path, tiny: bool, students: tuple[str, ...], console: Console) -> None:
+        self.work, self.tiny, self.students, self.console = work, tiny, students, console
+        self.sizes = settings(tiny)
+        work.mkdir(parents=True, exist_ok=True)
+
+    def once(self, name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a part, from its file if it is done."""
+        file = self.work / f"{name}.json"
+        if not file.is_file():
+            start = time.monotonic()
+            found = part()
+            self.console.print(f"{name}: done in {time.monotonic() - start:.0f} s")
+            write_whole(file, json.dumps({**found, "seconds_of_part": round(time.monotonic() - start, 1)}, indent=1))
+        loaded: dict[str, Any] = json.loads(file.read_text())
+        return loaded
+
+    def run(self) -> dict[str, Any]:
+        found = {"tokenizer": self.once("tokenizer", self.tokenizer), "teacher": self.once("teacher", self.teacher)}
+        found["students"] = {name: self.once(name, lambda name=name: self.student(name)) for name in self.students}
+        found["scratch"] = self.once("scratch", self.scratch)
+        found["flip_flop"] = {
+            name: self.once(f"flip_flop-{name}", lambda name=name: self.flip_flop(name))
+            for name in ("teacher", *self.students)
+        }
+        found["memory"] = self.once("memory", self.memory)
+        return found
+
+    # --- data and teacher --------------------------------------------------------------------------------------------
+
+    def data(self, **changes: Any) -> dict[str, Any]:
+        """The text, in the teacher's tokens; all packages of the machine unless it is to be small."""
+        chosen: dict[str, Any] = {**SOURCES, "length": self.sizes["length"], "validation_fraction": 0.02}
+        if self.tiny:
+            chosen |= {"path": sysconfig.get_path("stdlib") + "/email", "validation_fraction": 0.3}
+        return {**chosen, "tokenizer": str(self.work / "tokenizer"), "cache": str(self.work / "cache"), **changes}
+
+    def tokenizer(self) -> dict[str, Any]:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        files = ByteData(**{**self.data(), "tokenizer": ""}).files()
+        chosen = files[:: max(1, len(files) // 2000)]  # some 20 MB: merges of a few thousand tokens are settled
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.sizes["vocabulary"],
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        made.train_from_iterator((file.read_text(encoding="utf-8", errors="replace") for file in chosen), trainer)
+        end = "<|endoftext|>"
+        fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end)
+        fast.save_pretrained(self.work / "tokenizer")
+        return {"vocabulary": len(fast), "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+
+    def training(self, steps: int, batch_size: int, **changes: Any) -> dict[str, Any]:
+        """What all trainings share."""
+        every = max(1, steps // 8)
+        shared = {"learning_rate": 2e-3, "warmup_steps": min(100, steps // 5), "weight_decay": 0.1}
+        shared |= {"betas": (0.9, 0.95), "precision": self.sizes["precision"], "log_every": every, "save_every": every}
+        shared |= {"workers": 0 if self.tiny else 4, "device": "cpu" if self.tiny else "auto"}
+        return {**shared, "steps": steps, "batch_size": batch_size, **changes}
+
+    def recipe(self, name: str, **sections: Any) -> Any:
+        windows = {"windows": self.sizes["windows"], "quick_windows": 8, "batch_size": 8}
+        return recipe_from_mapping({"name": name, "evaluation": windows, **sections})
+
+    def teacher(self) -> dict[str, Any]:
+        model = {**self.sizes["model"], "tie_word_embeddings": True}
+        recipe = self.recipe(
+            "teacher",
+            mixers=["rope"],
+            data=self.data(),
+            model=model,
+            training=self.training(**self.sizes["teacher"]),
+        )
+        (run,) = train(recipe, self.work / "runs", console=self.console)
+        if not (self.work / "teacher" / "config.json").exists():
+            translate(run.folder / "final", self.work / "teacher", to="llama")
+        tokens = recipe.training.steps * recipe.training.batch_size * self.sizes["length"]
+        corpus = ByteData(**self.data()).open()
+        found = {"facts": run.facts, "tokens": tokens, "measurements": strict.plain(run.measurements)}
+        return {**found, "corpus": {split: corpus.tokens(split) for split in ("train", "validation")}}
+
+    # --- students and the control ------------------------------------------------------------------------------------
+
+    def conversion(self, mixer: str) -> ConversionRecipe:
+        length = self.sizes["length"]
+        new = {"max_grad_norm": 1.0, "weight_decay": 0.0, "log_every": 2, "save_every": 2 if self.tiny else 40}
+        values = {
+            "mixer": mixer,
+            "data": self.data(),
+            "model": {"w_rank": None, "conv_size": 0} if mixer.startswith("path") else {},
+            "align": self.training(**self.sizes["align"], **{**new, "learning_rate": 3e-3}),
+            "distill": self.training(**self.sizes["distill"], **{**new, "learning_rate": 1e-3}),
+            "evaluation": {
+                "windows": self.sizes["windows"],
+                "batch_size": 8,
+                "lengths": [2 * length, 4 * length, 8 * length],
+                "tokens": self.sizes["tokens"],
+            },
+        }
+        return strict.build(ConversionRecipe, values)
+
+    def student(self, mixer: str) -> dict[str, Any]:
+        return convert(
+            self.work / "teacher", self.work / f"student-{mixer}", self.conversion(mixer), console=self.console
+        )
+
+    def scratch(self) -> dict[str, Any]:
+        """The first student's architecture on the tokens of both stages."""
+        mixer, length = self.students[0], self.sizes["length"]
+        conversion = self.conversion(mixer)
+        assert conversion.align is not None
+        assert conversion.distill is not None
+        tokens = sum(s.steps * s.batch_size * (s.length or length) for s in (conversion.align, conversion.distill))
+        batch = self.sizes["distill"]["batch_size"]
+        recipe = self.recipe(
+            "scratch",
+            mixers=[mixer],
+            data=self.data(),
+            model={**self.sizes["model"], **conversion.model, "tie_word_embeddings": True},
+            training=self.training(tokens // (batch * length), batch),
+        )
+        (run,) = train(recipe, self.work / "runs", console=self.console)
+        model = PaTHForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float32)
+        return {
+            "facts": run.facts,
+            "tokens": tokens,
+            "measurements": strict.plain(run.measurements),
+            "by_length": self.lengths(model),
+        }
+
+    def lengths(self, model: PaTHForCausalLM) -> dict[str, Any]:
+        device = torch.device("cpu" if self.tiny else "cuda")
+        model.to(device)  # type: ignore[arg-type]
+        data = ByteData(**self.data())
+        measure = self.conversion(self.students[0]).evaluation
+        with torch.autocast(device.type, torch.bfloat16, enabled=not self.tiny):
+            return by_length(model, TextSource(data.open(), measure))
+
+    def flip_flop(self, name: str) -> dict[str, Any]:
+        """Error rates after a short continued training, from the teacher or from a student."""
+        sizes = dict(self.sizes["flip_flop"])
+        length = sizes.pop("length")
+        if name == "teacher":
+            initial, mixer = self.work / "runs/teacher/rope/final", "rope"
+        else:
+            initial, mixer = self.work / f"student-{name}", name
+        answers = (
+            {"answers": 200, "quick_answers": 20, "batch_size": 8}
+            if self.tiny
+            else {"answers": 20000, "batch_size": 64}
+        )
+        recipe = recipe_from_mapping(
+            {
+                "name": f"flip_flop-{name}",
+                "mixers": [mixer],
+                "initial": str(initial),
+                "task": {"name": "flip_flop", "length": length},
+                "training": self.training(**sizes, learning_rate=3e-4),
+                "evaluation": answers,
+            }
+        )
+        (run,) = train(recipe, self.work / "runs", console=self.console)
+        return {"facts": run.facts, "measurements": strict.plain(run.measurements)}
+
+    # --- memory and speed --------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes and time of a step of each kind, batch 1, for the shape of SmolLM2-1.7B."""
+        device = torch.device("cpu" if self.tiny else "cuda")
+        fields = {**self.sizes["memory"], "vocab_size": self.sizes["memory_vocabulary"], "tie_word_embeddings": True}
+        length = self.sizes["memory_length"]
+        ids = torch.randint(fields["vocab_size"], (1, length), device=device)
+        half = torch.float32 if self.tiny else torch.bfloat16
+        with device:
+            teacher = PaTHForCausalLM(PaTHConfig(**fields, mixer="rope")).to(half).eval().requires_grad_(False)
+        found: dict[str, Any] = {
+            "shape": fields,
+            "length": length,
+            "parameters": sum(p.numel() for p in teacher.parameters()),
+        }
+        config = PaTHConfig(**fields, mixer="path", w_rank=None, conv_size=0)
+        for name, student_config, build in (
+            ("align", config, self.alignment),
+            ("distill", config, self.distillation),
+            ("plain", config, self.plain),
+            ("plain_rope", PaTHConfig(**fields, mixer="rope"), self.plain),
+        ):
+            student = student_of(teacher, student_config, Initialisation(), 0)
+            found[name] = self.steps(device, *build(teacher, student.to(device)), ids, length)  # type: ignore[arg-type]
+            del student
+        return found
+
+    @staticmethod
+    def alignment(teacher: PaTHForCausalLM, student: PaTHForCausalLM) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        model = Alignment(teacher, new_attentions(student))
+        return model, lambda ids: model(ids)["loss"]
+
+    @staticmethod
+    def distillation(teacher: PaTHForCausalLM, student: PaTHForCausalLM) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        def loss(ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = teacher.model(input_ids=ids).last_hidden_state
+
+            def objective(states: Tensor, head: Any, _: Any) -> Tensor:
+                return divergence(states, head.weight, wanted, teacher.lm_head.weight) / ids.numel()
+
+            return student(input_ids=ids, objective=objective).loss
+
+        return student, loss
+
+    @staticmethod
+    def plain(teacher: PaTHForCausalLM, student: PaTHForCausalLM) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        return student, lambda ids: student(input_ids=ids, labels=ids).loss
+
+    @staticmethod
+    def steps(
+        device: torch.device, model: Any, loss: Callable[[Tensor], Tensor], ids: Tensor, length: int
+    ) -> dict[str, Any]:
+        """Five steps with AdamW on float32 weights: the peak of all, the median time of those after two."""
+        model.train().requires_grad_(True)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=on_gpu)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                value = loss(ids)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        assert math.isfinite(value.item())
+        seconds = statistics.median(times[2:])
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        return {"peak_bytes": peak, "seconds": seconds, "tokens_per_second": length / seconds, "loss": value.item()}
+
+
+def stage_losses(found: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(whose, when, loss) of everything that reads held-out text at the training length."""
+    rows = []
+    for mixer, results in found["students"].items():
+        for when in STAGES:
+            if when in results and (when != "teacher" or mixer == next(iter(found["students"]))):
+                whose = "rope" if when == "teacher" else mixer
+                rows.append((whose, "teacher" if when == "teacher" else STAGES[when], results[when]["loss"]))
+    scratch = found["scratch"]["by_length"]["perplexity"]
+    rows.append(("none", "from scratch, as many tokens", math.log(next(iter(scratch.values())))))
+    return rows
+
+
+def figure(found: dict[str, Any]) -> Figure:
+    """Losses at the training length by stage; perplexity by length; flip-flop."""
+    made = Figure(figsize=(14, 4), layout="constrained")
+    stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.5, 1.1, 1))
+    rows = stage_losses(found)
+    for n, (whose, _, loss) in enumerate(rows):
+        stages.barh(n, loss, color=COLOURS[whose])
+        stages.text(loss, n, f" {loss:.3f}", va="center", fontsize=8)
+    stages.set_yticks(
+        range(len(rows)),
+        [f"{NAMES[w]}: {when}" if w not in ("rope", "none") else when for w, when, _ in rows],
+        fontsize=8,
+    )
+    stages.invert_yaxis()
+    stages.set_xlabel("loss on held-out text (nats a token)")
+    first = next(iter(found["students"].values()))
+    curves = {
+        "teacher, RoPE": ("rope", first["by_length"]["teacher"]),
+        "from scratch": ("none", found["scratch"]["by_length"]),
+    }
+    curves |= {f"student, {NAMES[m]}": (m, r["by_length"]["student"]) for m, r in found["students"].items()}
+    for label, (mixer, curve) in curves.items():
+        points = {int(n): x for n, x in curve["perplexity"].items()}
+        lengths.plot(list(points), list(points.values()), "o-", color=COLOURS[mixer], label=label)
+    lengths.set_xscale("log", base=2)
+    lengths.set_yscale("log")
+    lengths.set_xticks(list(points), [f"{n:,}" for n in points])
+    lengths.set_xlabel("tokens read")
+    lengths.set_ylabel("perplexity")
+    lengths.legend(frameon=False, fontsize=8)
+    splits = list(next(iter(found["flip_flop"].values()))["measurements"])
+    for n, (name, result) in enumerate(found["flip_flop"].items()):
+        whose = "rope" if name == "teacher" else name
+        rates = [100 * result["measurements"][split]["value"] for split in splits]
+        places = [k + 0.8 * (n + 0.5) / len(found["flip_flop"]) - 0.4 for k in range(len(splits))]
+        reads.bar(places, rates, 0.8 / len(found["flip_flop"]), color=COLOURS[whose], label=f"{NAMES[whose]}")
+        for place, rate in zip(places, rates, strict=True):
+            reads.text(place, rate, f"{rate:.2g}", ha="center", va="bottom", fontsize=7)
+    reads.set_xticks(range(len(splits)), [split.replace("_", " ") for split in splits])
+    reads.set_ylabel("flip-flop: wrong reads, %")
+    reads.legend(frameon=False, fontsize=8)
+    for axis in (stages, lengths, reads):
+        axis.spines[["top", "right"]].set_visible(False)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of conversion.json and conversion.png")
+    parser.add_argument("--work", type=Path, default=Path("runs/conversion"), help="folder of everything in between")
+    parser.add_argument("--students", default="path,fox", help="mixers; the first is the one trained from scratch too")
+    parser.add_argument("--tiny", action="store_true", help="everything in miniature, on a CPU")
+    arguments = parser.parse_args()
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    start = time.monotonic()
+    experiment = Experiment(
+        arguments.work, arguments.tiny, tuple(arguments.students.split(",")), Console(highlight=False)
+    )
+    found = experiment.run()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    command = f"python benchmarks/conversion.py --students {arguments.students} --out {arguments.out}"
+    device = torch.device("cpu" if arguments.tiny else "cuda")
+    result = {
+        "benchmark": "conversion",
+        **environment(),
+        **machine(device),
+        "command": command,
+        "sizes": experiment.sizes,
+    }
+    write_whole(arguments.out / "conversion.json", json.dumps({**result, **found}, indent=1) + "\n")
+    figure(found).savefig(arguments.out / "conversion.png", dpi=130)
+    for whose, when, loss in stage_losses(found):
+        print(f"{whose:9} {when:32} loss {loss:.4f} perplexity {math.exp(loss):.3f}")
+    print(f"{time.monotonic() - start:.0f} s; written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
