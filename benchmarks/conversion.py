@@ -2,19 +2,21 @@
 both stages on at most a tenth of its tokens, and compared with itself, with a control, and with a model trained from
 scratch on as many tokens.
 
-    python benchmarks/conversion.py --out results          # one GPU, about 6 minutes; the same command goes on
-    python benchmarks/conversion.py --tiny --out /tmp/x    # every part of it in miniature, on a CPU, minutes
+    python benchmarks/conversion.py --out results              # one GPU, about 6 minutes; the same command goes on
+    python benchmarks/conversion.py --size cpu --out results   # 1M parameters, about an hour on two cores
+    python benchmarks/conversion.py --size tiny --out FOLDER   # every part of it in miniature, a minute
 
 Parts, each done once (their results are kept in WORK/NAME.json, and training is resumed from checkpoints):
 
     tokenizer    a byte-level BPE of the sources
     teacher      a Llama with RoPE, written as a transformers checkpoint
+    beginnings   the loss of students before any training, for several ways to begin
     path, fox    students: before training, after stage 1, after stage 2; perplexity by length to 8 times the training's
     scratch      the student's architecture from random weights on the tokens of both stages
     flip_flop    teacher and students after a short continued training on flip-flop, written in the teacher's tokens
     memory       one step of each stage, and of plain training, with random weights in SmolLM2-1.7B's shape, length 4096
 
-Writes OUT/conversion.json and OUT/conversion.png.
+Writes OUT/conversion.json and OUT/conversion.png, or OUT/cpu_conversion.json and so on.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from rich.console import Console
 from torch import Tensor
 
 from path_attention.benchmark.measure import environment
-from path_attention.conversion import convert, student_of, translate
+from path_attention.conversion import Checkpoint, convert, student_of, translate
 from path_attention.conversion.initialise import new_attentions
 from path_attention.conversion.objectives import divergence
 from path_attention.conversion.recipe import ConversionRecipe, Initialisation
@@ -47,55 +49,85 @@ from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.training import recipe_from_mapping, strict
 from path_attention.training.run import machine, train, write_whole
 
-# The packages beside torch: some 100 MB of Python on a machine that trains models.
-SOURCES = {
-    "path": str(Path(torch.__file__).parents[1]),
-    "include": ("**/*.py",),
-    "exclude": ("**/test/**/*", "**/tests/**/*"),
-}
+# All packages beside torch: some 100 MB of Python on a machine that trains models; or one that is always there.
+PACKAGES = Path(torch.__file__).parents[1]
+EXCLUDED = ("**/test/**/*", "**/tests/**/*")
 
-
-def settings(tiny: bool) -> dict[str, Any]:
-    """Sizes of everything. On a GPU: 30M parameters, 66M tokens for the teacher, 6.6M for a student."""
-    if tiny:
-        return {
-            "vocabulary": 512,
-            "length": 64,
-            "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-            "teacher": {"steps": 60, "batch_size": 8},
-            "align": {"steps": 4, "batch_size": 4, "length": 64},
-            "distill": {"steps": 8, "batch_size": 4},
-            "flip_flop": {"steps": 10, "batch_size": 4, "length": 64},
-            "windows": 8,
-            "tokens": 4096,
-            "precision": "float32",
-            "memory": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-            "memory_length": 128,
-            "memory_vocabulary": 1000,
-        }
-    return {
+# Sizes of everything. gpu: 30M parameters, 66M tokens for the teacher, 6.6M for a student. cpu: 1.1M, 6.1M and 0.6M.
+SIZES: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "path": str(PACKAGES),
+        "validation": 0.02,
         "vocabulary": 8192,
         "length": 1024,
         "model": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
-        "teacher": {"steps": 2000, "batch_size": 32},
-        "align": {"steps": 160, "batch_size": 16, "length": 512},
-        "distill": {"steps": 640, "batch_size": 8},
-        "flip_flop": {"steps": 300, "batch_size": 32, "length": 512},
+        "teacher": {"steps": 2000, "batch_size": 32, "learning_rate": 2e-3},
+        "align": {"steps": 320, "batch_size": 16, "length": 512, "learning_rate": 3e-3},
+        "distill": {"steps": 480, "batch_size": 8, "learning_rate": 5e-4},
+        "flip_flop": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
+        "flip_flop_length": 512,
         "windows": 128,
         "tokens": 524288,
-        "precision": "bfloat16",
+        "answers": 20000,
         "memory": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
         "memory_length": 4096,
         "memory_vocabulary": 49152,
-    }
+    },
+    "cpu": {
+        "path": str(PACKAGES / "transformers"),
+        "validation": 0.05,
+        "vocabulary": 2048,
+        "length": 256,
+        "model": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 2},
+        "teacher": {"steps": 1500, "batch_size": 16, "learning_rate": 3e-3},
+        "align": {"steps": 240, "batch_size": 4, "length": 256, "learning_rate": 3e-3},
+        "distill": {"steps": 340, "batch_size": 4, "learning_rate": 5e-4},
+        "flip_flop": {"steps": 300, "batch_size": 8, "learning_rate": 1e-3},
+        "flip_flop_length": 128,
+        "windows": 64,
+        "tokens": 65536,
+        "answers": 5000,
+    },
+    "tiny": {
+        "path": sysconfig.get_path("stdlib") + "/email",
+        "validation": 0.3,
+        "vocabulary": 512,
+        "length": 64,
+        "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
+        "teacher": {"steps": 60, "batch_size": 8, "learning_rate": 3e-3},
+        "align": {"steps": 8, "batch_size": 4, "length": 64, "learning_rate": 3e-3},
+        "distill": {"steps": 8, "batch_size": 4, "learning_rate": 5e-4},
+        "flip_flop": {"steps": 10, "batch_size": 4, "learning_rate": 1e-3},
+        "flip_flop_length": 64,
+        "windows": 8,
+        "tokens": 4096,
+        "answers": 200,
+        "memory": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "memory_length": 128,
+        "memory_vocabulary": 1000,
+    },
+}
+# Ways to begin whose losses are compared: mixer, fields of Initialisation, fields of the student.
+FULL: dict[str, Any] = {"w_rank": None, "conv_size": 0}
+BEGINNINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    *(("path", {"beta": beta}, FULL) for beta in (0.001, 0.04, 0.1, 0.2, 0.3, 0.4, 1.0)),
+    *(("path", {"beta": beta, "w": "random"}, FULL) for beta in (0.001, 0.3, 1.0)),
+    ("path", {}, {"w_rank": 32, "conv_size": 3}),
+    ("path_fox", {}, FULL),
+    ("fox", {}, {}),
+    ("path", {}, {**FULL, "keep_rope": (0,)}),
+    ("path", {}, {**FULL, "keep_rope": (-1,)}),
+    ("path", {}, {**FULL, "keep_rope": (0, -1)}),
+]
 
 
 class Experiment:
     """The parts, in order; each result is kept in a file of its own."""
 
-    def __init__(self, work: Path, tiny: bool, students: tuple[str, ...], console: Console) -> None:
-        self.work, self.tiny, self.students, self.console = work, tiny, students, console
-        self.sizes = settings(tiny)
+    def __init__(self, work: Path, size: str, students: tuple[str, ...], console: Console) -> None:
+        self.work, self.students, self.console = work, students, console
+        self.sizes, self.on_gpu = SIZES[size], size == "gpu"
+        self.device = torch.device("cuda" if self.on_gpu else "cpu")
         work.mkdir(parents=True, exist_ok=True)
 
     def once(self, name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -111,23 +143,30 @@ class Experiment:
 
     def run(self) -> dict[str, Any]:
         found = {"tokenizer": self.once("tokenizer", self.tokenizer), "teacher": self.once("teacher", self.teacher)}
+        found["beginnings"] = self.once("beginnings", self.beginnings)
         found["students"] = {name: self.once(name, lambda name=name: self.student(name)) for name in self.students}
         found["scratch"] = self.once("scratch", self.scratch)
         found["flip_flop"] = {
             name: self.once(f"flip_flop-{name}", lambda name=name: self.flip_flop(name))
             for name in ("teacher", *self.students)
         }
-        found["memory"] = self.once("memory", self.memory)
+        if "memory" in self.sizes:
+            found["memory"] = self.once("memory", self.memory)
         return found
 
     # --- data and teacher --------------------------------------------------------------------------------------------
 
-    def data(self, **changes: Any) -> dict[str, Any]:
-        """The text, in the teacher's tokens; all packages of the machine unless it is to be small."""
-        chosen: dict[str, Any] = {**SOURCES, "length": self.sizes["length"], "validation_fraction": 0.02}
-        if self.tiny:
-            chosen |= {"path": sysconfig.get_path("stdlib") + "/email", "validation_fraction": 0.3}
-        return {**chosen, "tokenizer": str(self.work / "tokenizer"), "cache": str(self.work / "cache"), **changes}
+    def data(self) -> dict[str, Any]:
+        """The text, in the teacher's tokens."""
+        return {
+            "path": self.sizes["path"],
+            "include": ("**/*.py",),
+            "exclude": EXCLUDED,
+            "length": self.sizes["length"],
+            "validation_fraction": self.sizes["validation"],
+            "tokenizer": str(self.work / "tokenizer"),
+            "cache": str(self.work / "cache"),
+        }
 
     def tokenizer(self) -> dict[str, Any]:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -150,13 +189,12 @@ class Experiment:
         fast.save_pretrained(self.work / "tokenizer")
         return {"vocabulary": len(fast), "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
 
-    def training(self, steps: int, batch_size: int, **changes: Any) -> dict[str, Any]:
+    def training(self, steps: int, **changes: Any) -> dict[str, Any]:
         """What all trainings share."""
         every = max(1, steps // 8)
-        shared = {"learning_rate": 2e-3, "warmup_steps": min(100, steps // 5), "weight_decay": 0.1}
-        shared |= {"betas": (0.9, 0.95), "precision": self.sizes["precision"], "log_every": every, "save_every": every}
-        shared |= {"workers": 0 if self.tiny else 4, "device": "cpu" if self.tiny else "auto"}
-        return {**shared, "steps": steps, "batch_size": batch_size, **changes}
+        shared = {"steps": steps, "warmup_steps": min(100, steps // 10), "weight_decay": 0.1, "betas": (0.9, 0.95)}
+        shared |= {"log_every": every, "save_every": every, "precision": "bfloat16" if self.on_gpu else "float32"}
+        return {**shared, "workers": 4 if self.on_gpu else 0, "device": "auto" if self.on_gpu else "cpu", **changes}
 
     def recipe(self, name: str, **sections: Any) -> Any:
         windows = {"windows": self.sizes["windows"], "quick_windows": 8, "batch_size": 8}
@@ -183,13 +221,13 @@ class Experiment:
 
     def conversion(self, mixer: str) -> ConversionRecipe:
         length = self.sizes["length"]
-        new = {"max_grad_norm": 1.0, "weight_decay": 0.0, "log_every": 2, "save_every": 2 if self.tiny else 40}
+        align, distill = (self.training(**self.sizes[stage], weight_decay=0.0) for stage in ("align", "distill"))
         values = {
             "mixer": mixer,
             "data": self.data(),
-            "model": {"w_rank": None, "conv_size": 0} if mixer.startswith("path") else {},
-            "align": self.training(**self.sizes["align"], **{**new, "learning_rate": 3e-3}),
-            "distill": self.training(**self.sizes["distill"], **{**new, "learning_rate": 1e-3}),
+            "model": FULL if mixer.startswith("path") else {},
+            "align": align,
+            "distill": distill,
             "evaluation": {
                 "windows": self.sizes["windows"],
                 "batch_size": 8,
@@ -200,9 +238,11 @@ class Experiment:
         return strict.build(ConversionRecipe, values)
 
     def student(self, mixer: str) -> dict[str, Any]:
-        return convert(
-            self.work / "teacher", self.work / f"student-{mixer}", self.conversion(mixer), console=self.console
-        )
+        target = self.work / f"student-{mixer}"
+        if (target / "config.json").is_file():  # finished, and cut off before it was written down
+            done: dict[str, Any] = json.loads((target / "conversion" / "results.json").read_text())
+            return done
+        return convert(self.work / "teacher", target, self.conversion(mixer), console=self.console)
 
     def scratch(self) -> dict[str, Any]:
         """The first student's architecture on the tokens of both stages."""
@@ -217,7 +257,9 @@ class Experiment:
             mixers=[mixer],
             data=self.data(),
             model={**self.sizes["model"], **conversion.model, "tie_word_embeddings": True},
-            training=self.training(tokens // (batch * length), batch),
+            training=self.training(
+                **{**self.sizes["teacher"], "steps": tokens // (batch * length), "batch_size": batch}
+            ),
         )
         (run,) = train(recipe, self.work / "runs", console=self.console)
         model = PaTHForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float32)
@@ -229,34 +271,49 @@ class Experiment:
         }
 
     def lengths(self, model: PaTHForCausalLM) -> dict[str, Any]:
-        device = torch.device("cpu" if self.tiny else "cuda")
-        model.to(device)  # type: ignore[arg-type]
-        data = ByteData(**self.data())
-        measure = self.conversion(self.students[0]).evaluation
-        with torch.autocast(device.type, torch.bfloat16, enabled=not self.tiny):
-            return by_length(model, TextSource(data.open(), measure))
+        with self.autocast():
+            return by_length(model.to(self.device), self.text())  # type: ignore[arg-type]
+
+    def text(self) -> TextSource:
+        return TextSource(ByteData(**self.data()).open(), self.conversion(self.students[0]).evaluation)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
+
+    def beginnings(self) -> dict[str, Any]:
+        """Losses at the training length before anything is trained."""
+        checkpoint, text = Checkpoint(self.work / "teacher"), self.text()
+        teacher = checkpoint.load()
+
+        def loss(model: PaTHForCausalLM) -> float:
+            with self.autocast():
+                return math.log(text.evaluate(model.to(self.device))["validation"].value)  # type: ignore[arg-type]
+
+        rows: list[dict[str, Any]] = []
+        for mixer, options, fields in BEGINNINGS:
+            kept = fields.get("keep_rope", ())
+            recipe = ConversionRecipe(mixer=mixer, keep_rope=kept)  # type: ignore[arg-type]
+            mixers = recipe.layer_mixers(checkpoint.config.num_hidden_layers)
+            own = {name: x for name, x in fields.items() if name != "keep_rope"}
+            own |= {"mixer": mixer, "layer_mixers": mixers if kept else None}
+            student = student_of(teacher, PaTHConfig(**(checkpoint.fields | own)), Initialisation(**options), 0)
+            rows.append({"mixer": mixer, **options, **fields, "loss": loss(student)})
+        return {"teacher": loss(teacher), "rows": rows}
 
     def flip_flop(self, name: str) -> dict[str, Any]:
         """Error rates after a short continued training, from the teacher or from a student."""
-        sizes = dict(self.sizes["flip_flop"])
-        length = sizes.pop("length")
         if name == "teacher":
             initial, mixer = self.work / "runs/teacher/rope/final", "rope"
         else:
             initial, mixer = self.work / f"student-{name}", name
-        answers = (
-            {"answers": 200, "quick_answers": 20, "batch_size": 8}
-            if self.tiny
-            else {"answers": 20000, "batch_size": 64}
-        )
         recipe = recipe_from_mapping(
             {
                 "name": f"flip_flop-{name}",
                 "mixers": [mixer],
                 "initial": str(initial),
-                "task": {"name": "flip_flop", "length": length},
-                "training": self.training(**sizes, learning_rate=3e-4),
-                "evaluation": answers,
+                "task": {"name": "flip_flop", "length": self.sizes["flip_flop_length"]},
+                "training": self.training(**self.sizes["flip_flop"]),
+                "evaluation": {"answers": self.sizes["answers"], "batch_size": 32},
             }
         )
         (run,) = train(recipe, self.work / "runs", console=self.console)
@@ -266,11 +323,11 @@ class Experiment:
 
     def memory(self) -> dict[str, Any]:
         """Bytes and time of a step of each kind, batch 1, for the shape of SmolLM2-1.7B."""
-        device = torch.device("cpu" if self.tiny else "cuda")
+        device = self.device
         fields = {**self.sizes["memory"], "vocab_size": self.sizes["memory_vocabulary"], "tie_word_embeddings": True}
         length = self.sizes["memory_length"]
         ids = torch.randint(fields["vocab_size"], (1, length), device=device)
-        half = torch.float32 if self.tiny else torch.bfloat16
+        half = torch.bfloat16 if self.on_gpu else torch.float32
         with device:
             teacher = PaTHForCausalLM(PaTHConfig(**fields, mixer="rope")).to(half).eval().requires_grad_(False)
         found: dict[str, Any] = {
@@ -278,7 +335,7 @@ class Experiment:
             "length": length,
             "parameters": sum(p.numel() for p in teacher.parameters()),
         }
-        config = PaTHConfig(**fields, mixer="path", w_rank=None, conv_size=0)
+        config = PaTHConfig(**fields, mixer="path", **FULL)
         for name, student_config, build in (
             ("align", config, self.alignment),
             ("distill", config, self.distillation),
@@ -390,10 +447,10 @@ def figure(found: dict[str, Any]) -> Figure:
         places = [k + 0.8 * (n + 0.5) / len(found["flip_flop"]) - 0.4 for k in range(len(splits))]
         reads.bar(places, rates, 0.8 / len(found["flip_flop"]), color=COLOURS[whose], label=f"{NAMES[whose]}")
         for place, rate in zip(places, rates, strict=True):
-            reads.text(place, rate, f"{rate:.2g}", ha="center", va="bottom", fontsize=7)
+            reads.text(place, rate, f"{rate:.3g}", ha="center", va="bottom", fontsize=7)
     reads.set_xticks(range(len(splits)), [split.replace("_", " ") for split in splits])
     reads.set_ylabel("flip-flop: wrong reads, %")
-    reads.legend(frameon=False, fontsize=8)
+    reads.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=3)
     for axis in (stages, lengths, reads):
         axis.spines[["top", "right"]].set_visible(False)
     return made
@@ -401,32 +458,27 @@ def figure(found: dict[str, Any]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of conversion.json and conversion.png")
-    parser.add_argument("--work", type=Path, default=Path("runs/conversion"), help="folder of everything in between")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON and the picture")
+    parser.add_argument("--work", type=Path, help="folder of everything in between; runs/conversion-SIZE by default")
     parser.add_argument("--students", default="path,fox", help="mixers; the first is the one trained from scratch too")
-    parser.add_argument("--tiny", action="store_true", help="everything in miniature, on a CPU")
+    parser.add_argument("--size", choices=list(SIZES), default="gpu")
     arguments = parser.parse_args()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     start = time.monotonic()
-    experiment = Experiment(
-        arguments.work, arguments.tiny, tuple(arguments.students.split(",")), Console(highlight=False)
-    )
+    work = arguments.work or Path(f"runs/conversion-{arguments.size}")
+    students = tuple(arguments.students.split(","))
+    experiment = Experiment(work, arguments.size, students, Console(highlight=False))
     found = experiment.run()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/conversion.py --students {arguments.students} --out {arguments.out}"
-    device = torch.device("cpu" if arguments.tiny else "cuda")
-    result = {
-        "benchmark": "conversion",
-        **environment(),
-        **machine(device),
-        "command": command,
-        "sizes": experiment.sizes,
-    }
-    write_whole(arguments.out / "conversion.json", json.dumps({**result, **found}, indent=1) + "\n")
-    figure(found).savefig(arguments.out / "conversion.png", dpi=130)
+    command = f"python benchmarks/conversion.py --size {arguments.size} --students {arguments.students} --out results"
+    result = {"benchmark": "conversion", **environment(), **machine(experiment.device), "command": command}
+    name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
+    result |= {"sizes": experiment.sizes, **found}
+    write_whole(arguments.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    figure(found).savefig(arguments.out / f"{name}.png", dpi=130)
     for whose, when, loss in stage_losses(found):
         print(f"{whose:9} {when:32} loss {loss:.4f} perplexity {math.exp(loss):.3f}")
     print(f"{time.monotonic() - start:.0f} s; written to {arguments.out}")
