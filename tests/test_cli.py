@@ -30,6 +30,7 @@ def test_help_of_every_verb() -> None:
     assert overview.exit_code == 0
     for verb in (
         ["train"],
+        ["convert"],
         ["evaluate"],
         ["recipes"],
         ["demo"],
@@ -86,6 +87,17 @@ def test_version() -> None:
         (["benchmark", "decode", "--shapes", "many"], "--shapes: wanted BATCHxLENGTHxHEADSxDIM, got 'many'"),
         (["benchmark", "decode", "--dtype", "int8"], "--dtype"),
         (["generate", "{folder}", "--prompt", "w1"], "no model here"),
+        (["convert", "{folder}", "{folder}/target", "--recipe", "quick"], "no checkpoint here"),
+        (
+            ["convert", "{folder}", "{folder}/target", "--recipe", "slow"],
+            "neither a file nor one of the shipped recipes",
+        ),
+        (["convert", "{folder}", "{folder}/target", "--recipe", "quick", "mixers=[path]"], "mixers: unknown key"),
+        (["convert", "{folder}", "{folder}/target", "mixer=path"], "--recipe: wanted one to change by mixer=path"),
+        (
+            ["convert", "{folder}", "{folder}/target", "--recipe", "quick", "--to", "llama"],
+            "--to: wanted path_attention",
+        ),
         (["generate", "{folder}"], "--prompt: wanted either --prompt or --prompts"),
     ],
 )
@@ -182,3 +194,23 @@ def test_demo_in_miniature(tmp_path: Path) -> None:
     numbers = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert set(numbers["runs"]) == {"path", "rope"}
     assert numbers["published"]["RoPE"] == [0.069, 0.403, 0.0001]
+
+
+def test_convert_there_and_back(tmp_path: Path) -> None:
+    from tests.conversion.teachers import save, teacher
+
+    source = save(teacher("llama"), tmp_path / "llama")
+    result = call("convert", source, tmp_path / "target")
+    assert result.exit_code == 2
+    assert "--recipe: wanted one to convert a RoPE model by: a YAML file or one of quick, two_stage" in result.stderr
+    small = ["data=null", "align=null", "distill=null", "evaluation.lengths=[]"]
+    result = call("convert", source, tmp_path / "target", "--recipe", "quick", *small)
+    assert result.exit_code == 0, result.output
+    assert "written to" in result.stdout
+    result = call("convert", source, tmp_path / "target", "--recipe", "quick", *small)
+    assert result.exit_code == 2
+    assert "holds a model already" in result.stderr
+    result = call("convert", tmp_path / "target", tmp_path / "fla", "--to", "path_attn")
+    assert result.exit_code == 2
+    assert "w_norm_eps: got 0.0; wanted 1e-06" in result.stderr
+    assert not (tmp_path / "fla").exists()

@@ -119,3 +119,42 @@ def test_what_cannot_be_read_is_said(folder: Path) -> None:
 def test_standard_library_is_found() -> None:
     files = ByteData(path="${stdlib}", include=("json/*.py",)).files()
     assert "decoder.py" in {p.name for p in files}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """Three letters, one of them for two bytes, and a mark for the end."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<end>": 1, "a": 2, "b": 3, "ab": 4}
+    raw = Tokenizer(models.BPE(words, [("a", "b")], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unk>").save_pretrained(
+        tmp_path / "tok"
+    )
+    return tmp_path / "tok"
+
+
+def test_tokens_of_a_tokenizer(tmp_path: Path, tokenizer: Path) -> None:
+    for n, text in enumerate(("abab", "ba", "abx")):
+        (tmp_path / f"{n}.txt").write_text(text)
+    options = {"length": 2, "validation_fraction": 0.3, "cache": str(tmp_path / "cache")}
+    corpus = ByteData(path=str(tmp_path), tokenizer=str(tokenizer), **options).open()
+    assert (corpus.vocab_size, corpus.separator, corpus.is_bytes) == (5, 1, False)
+    tokens = {"0.txt": [1, 4, 4], "1.txt": [1, 3, 2], "2.txt": [1, 4, 0]}
+    for split in ("train", "validation"):
+        expected = [t for name in corpus.files[split] for t in tokens[name]]
+        assert corpus.read(split, 0, len(expected)).tolist() == expected
+    as_bytes = ByteData(path=str(tmp_path), **options).open()
+    assert as_bytes.is_bytes
+    assert as_bytes.tokens("train") > corpus.tokens("train")  # the caches are kept apart
+
+
+def test_tokenizers_that_cannot_serve_are_named(tmp_path: Path, tokenizer: Path) -> None:
+    for n in range(2):
+        (tmp_path / f"{n}.txt").write_text("abab")
+    with pytest.raises(FileNotFoundError, match=r"data\.tokenizer: no tokenizer in"):
+        ByteData(path=str(tmp_path), tokenizer=str(tmp_path), length=2).open()
+    (tokenizer / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match="has neither a token for the beginning of a text nor for the end"):
+        ByteData(path=str(tmp_path), tokenizer=str(tokenizer), length=2, cache=str(tmp_path / "cache")).open()
