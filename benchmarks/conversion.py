@@ -343,7 +343,7 @@ class Experiment:
             ("plain_rope", PaTHConfig(**fields, mixer="rope"), self.plain),
         ):
             student = student_of(teacher, student_config, Initialisation(), 0)
-            found[name] = self.steps(device, *build(teacher, student.to(device)), ids, length)  # type: ignore[arg-type]
+            found[name] = self.steps(device, *build(teacher, student), ids, length)
             del student
         return found
 
@@ -374,7 +374,7 @@ class Experiment:
         device: torch.device, model: Any, loss: Callable[[Tensor], Tensor], ids: Tensor, length: int
     ) -> dict[str, Any]:
         """Five steps with AdamW on float32 weights: the peak of all, the median time of those after two."""
-        model.train().requires_grad_(True)
+        model.to(device).train().requires_grad_(True)
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.empty_cache()

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +214,24 @@ def test_mistakes_are_named_before_anything_is_written(place: Path, tmp_path: Pa
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         convert(place / "teacher", tmp_path / "target", recipe(place, change))
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.slow
+def test_killed_for_good_it_goes_on(place: Path, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL, which no program hears, at whatever point it comes; as often as there are checkpoints to see."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(place).to_yaml())
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "path_attention", "convert", str(place / "teacher"), str(target)]
+    for stage in ("align-000-002", "distill"):
+        process = subprocess.Popen([*command, "--recipe", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while process.poll() is None and not list((target / "conversion" / stage).glob("checkpoint-*/complete")):
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    assert not (target / "config.json").exists()
+    done = subprocess.run([*command, "--recipe", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results(target) == results(finished)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

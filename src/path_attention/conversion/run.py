@@ -125,15 +125,17 @@ class _Conversion:
         teacher = self.checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
         teacher.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         seed = 0 if self.first is None else self.first.seed
+        # The student is on the device only where all of it is needed: alignment takes a few layers' attention.
         student = student_of(teacher, self.config, self.recipe.initialisation, seed)
-        student.to(self.device)  # type: ignore[arg-type]
         self._note("facts", lambda: self._facts(student))
         if self.corpus is not None:
             self._measure("teacher", teacher)
             self._measure("initial", student)
+            student.cpu()
         for name in self.stages:
             {"align": self._align, "distill": self._distill, "continued": self._continue}[name](student, teacher)
             self._measure(name, student)
+            student.cpu()
         if self.corpus is not None and self.recipe.evaluation.lengths:
             self._note("by_length", lambda: {"teacher": self._by_length(teacher), "student": self._by_length(student)})
         self._write(student)
@@ -163,14 +165,16 @@ class _Conversion:
             with autocast(self.device, stage):
                 return {str(n): error for n, error in layer_errors(alignment, batches).items()}
 
+        alignment.to(self.device)
         self._note(f"{folder.name} before", errors)
         if not (folder / FINAL).is_file():
             title = f"align layers {group[0]} to {group[-1]}"
             shown: dict[str, Any] = {"console": self.console, "title": title}
             trainer = self._fit(lambda: AlignmentTrainer(alignment, source, stage, folder, **shown), stage, title)
             self._finish(folder, alignment.state_dict(), trainer)
-        alignment.load_state_dict(load_file(folder / FINAL, device=str(self.device)))
+        alignment.load_state_dict(load_file(folder / FINAL))
         self._note(f"{folder.name} after", errors)
+        alignment.cpu()
 
     def _distill(self, student: PaTHForCausalLM, teacher: PaTHForCausalLM) -> None:
         stage = self.recipe.distill
@@ -206,7 +210,7 @@ class _Conversion:
             prepare(student, stage)
             trainer = self._fit(lambda: build(self._text(stage), folder), stage, name)
             self._finish(folder, _untied(student), trainer)
-        student.load_state_dict(load_file(folder / FINAL, device=str(self.device)), strict=False)
+        student.load_state_dict(load_file(folder / FINAL), strict=False)
         student.tie_weights()
 
     def _fit(self, build: Callable[[], RecipeTrainer], stage: Stage, title: str) -> RecipeTrainer:
@@ -233,6 +237,7 @@ class _Conversion:
         def measure() -> dict[str, Any]:
             progress = Report(self.console, name)
             try:
+                model.to(self.device)  # type: ignore[arg-type]
                 with autocast(self.device, self.first):
                     found = self._text(None).evaluate(model, progress=progress)["validation"]
             finally:
@@ -246,7 +251,7 @@ class _Conversion:
 
     def _by_length(self, model: PaTHForCausalLM) -> dict[str, Any]:
         with autocast(self.device, self.first):
-            return by_length(model, self._text(None))
+            return by_length(model.to(self.device), self._text(None))  # type: ignore[arg-type]
 
     def _note(self, name: str, measure: Callable[[], Any]) -> None:
         """Measure once, and write it down at once."""

@@ -156,7 +156,8 @@ class AlignmentTrainer(RecipeTrainer):
     model: Alignment
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        errors = layer_errors(self.model, self.source.windows(self.source.settings.quick_windows))
+        with self.accelerator.autocast():
+            errors = layer_errors(self.model, self.source.windows(self.source.settings.quick_windows))
         metrics = {f"eval_layer_{n}": error for n, error in errors.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
