@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from path_attention.data.places import cache_folder, check_places, expand
 
 SEPARATOR = 256
 VOCAB_SIZE = 257
@@ -30,7 +31,8 @@ class ByteData:
     """Which text, and how it is cut.
 
     Args:
-        path: folder; ``~`` and ``${stdlib}`` (the sources of the running Python's standard library) are expanded.
+        path: folder; ``~``, ``${stdlib}`` and ``${site_packages}`` (the sources of the running Python's standard
+            library, and of what is installed) are expanded.
         include: glob patterns of the files, relative to the folder.
         exclude: glob patterns of those to leave out again.
         length: tokens L of a window.
@@ -57,21 +59,15 @@ class ByteData:
             raise ValueError(f"data.validation_fraction: wanted a number in (0, 1), got {self.validation_fraction}")
         if not self.include:
             raise ValueError("data.include: wanted at least one glob pattern, got none")
-        rest = self.path.replace("${stdlib}", "")
-        if "${" in rest:
-            raise ValueError(f"data.path: only ${{stdlib}} is known, got {self.path!r}")
+        check_places(self.path, "data.path")
 
     def folder(self) -> Path:
         """``path`` with everything expanded."""
-        return Path(self.path.replace("${stdlib}", sysconfig.get_path("stdlib"))).expanduser()
+        return expand(self.path)
 
     def cache_folder(self) -> Path:
         """Where caches of this and other corpora are kept."""
-        if self.cache:
-            return Path(self.cache).expanduser()
-        if own := os.environ.get("PATH_ATTENTION_CACHE"):
-            return Path(own)
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "path-attention"
+        return cache_folder(self.cache)
 
     def files(self) -> list[Path]:
         """The files, sorted by relative path.
