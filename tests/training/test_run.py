@@ -176,8 +176,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(PaTHForCausalLM, "forward", forward)
     message = (
-        r"diverged at step 13: the gradient's norm is nan, the loss nan; first not finite: the loss, from finite outputs "
-        r"of all layers. Sequences 48 to 51 of the data; .*divergence\.json has more. Last good checkpoint: .*-10"
+        r"diverged at step 13: the gradient's norm is nan, the loss nan; first not finite: the loss, from finite "
+        r"outputs of all layers. Sequences 48 to 51 of the data; .*divergence\.json has more. "
+        r"Last good checkpoint: .*checkpoint-10"
     )
     with pytest.raises(TrainingDiverged, match=message):
         train(tiny("training.eval_every=0"), tmp_path)

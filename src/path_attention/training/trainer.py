@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from path_attention.evaluation.perplexity import precision_context
 from path_attention.tasks import IGNORED
@@ -316,14 +316,13 @@ class RecipeTrainer(Trainer):
                 self.language_model.config.save_pretrained(folder)
             return
         weights = checkpoint.whole_weights(self.language_model)
+        if self.language_model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)  # it is the embeddings', and may be a copy by now
         if self.args.should_save:
             self.language_model.save_pretrained(folder, state_dict=weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         checkpoint.save(self.language_model, self._optimizer(), Path(output_dir))
-        scheduler: Any = self.lr_scheduler
-        if self.args.should_save:
-            torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Weights come with the optimiser's moments, later."""
@@ -332,8 +331,14 @@ class RecipeTrainer(Trainer):
         if checkpoint_folder is None:
             return
         checkpoint.load(self.language_model, self._optimizer(), Path(checkpoint_folder))
+        # The rate is a function of the step: with other processes there are other groups of parameters.
+        step = TrainerState.load_from_json(str(Path(checkpoint_folder) / "trainer_state.json")).global_step
         scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(torch.load(Path(checkpoint_folder) / "scheduler.pt", weights_only=True))
+        rates = [rate * learning_rate_factor(self.settings, step) for rate in scheduler.base_lrs]
+        where = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        scheduler.load_state_dict(scheduler.state_dict() | where)
+        for group, rate in zip(self._optimizer().param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """Ours, without accelerate's wrapping."""
