@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
     from path_attention.training.run import Run
 
 FAILED, MISTAKE = 1, 2
-# Modules that the extra brings: where one is missing, installing the extra is the remedy.
-_EXTRA = ("accelerate", "matplotlib", "numpy", "rich", "transformers", "typer", "yaml")
+# Modules that an extra brings: where one is missing, installing the extra is the remedy.
+_EXTRA = dict.fromkeys(
+    ("accelerate", "filelock", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "typer", "yaml"), "train"
+) | {"datasets": "data", "pyarrow": "data", "lm_eval": "eval"}
 # RuntimeErrors whose message is all there is to say; by name, for importing them would import half of transformers.
-_FAILURES = ("TrainingDiverged", "WrongResult")
-_INSTALL = "pip install 'path-attention[train]'"
+_FAILURES = ("CacheIncomplete", "TrainingDiverged", "Unfinished", "WrongResult")
 _RUNS = Path("runs")
 
 
 def main() -> None:
     """Entry point of the command."""
     if typer is None:
-        sys.exit(_fail(f"the command line needs packages that are not installed: {_INSTALL}", FAILED))
+        sys.exit(_fail(f"the command line needs packages that are not installed: {_install('train')}", FAILED))
     app()()
 
 
@@ -83,22 +84,29 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start anew; an existing run folder is moved aside, never deleted.")
     ] = False,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which to stop with a checkpoint; the same command goes on.")
+    ] = None,
 ) -> None:
     """Train what a recipe describes; continue it where it was interrupted.
 
     Writes runs/NAME/report.html, and into runs/NAME/MIXER the resolved recipe, metrics.jsonl, TensorBoard logs,
-    checkpoints, the final model and its evaluation.json.
+    checkpoints, the final model and its evaluation.json. Several processes: torchrun -m path_attention train ...
     """
     from path_attention.training import load_recipe
 
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"--time-limit: wanted a number above 0, got {time_limit}")
     loaded = load_recipe(recipe, overrides or ())
     console = _console()
     _quiet()
     from path_attention.evaluation.report import write_report
     from path_attention.training.run import train as train_recipe
 
-    finished = train_recipe(loaded, runs, restart=restart, console=console)
+    finished = train_recipe(loaded, runs, restart=restart, time_limit=time_limit, console=console)
     _show(console, finished)
+    if os.environ.get("RANK", "0") != "0":
+        return
     report = write_report(finished, runs / loaded.name, title=loaded.description or loaded.name)
     console.print(f"report: {report}")
 
@@ -198,7 +206,9 @@ def task(
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(help="table1, mqrar, a5 or length; or a JSON file with --report-only.")],
+    table: Annotated[
+        str, typer.Argument(help="table1, mqrar, a5, length, language-model; a JSON file with --report-only.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to its recipes: training.steps=100 ...", metavar="KEY=VALUE")
     ] = None,
@@ -220,7 +230,7 @@ def reproduce(
         bool, typer.Option("--report-only", help="Make the report anew from the JSON; train nothing.")
     ] = False,
 ) -> None:
-    """Reproduce a state-tracking result of the paper, all mixers, several seeds.
+    """Reproduce a result of the paper: state tracking, all mixers, several seeds; or language models of code.
 
     Finished models are never trained again; a call that was cut off is continued by the same call.
     """
@@ -228,6 +238,12 @@ def reproduce(
     from path_attention.reproduction import command as reproduction
 
     console = _console()
+    if table.removesuffix(".json").rpartition("/")[2].removesuffix("-quick") == "language-model":
+        unfit = {"--seeds": seeds, "--processes": processes, "--concurrent": concurrent}
+        if given := [option for option, value in unfit.items() if value is not None]:
+            raise ValueError(f"{given[0]}: wanted none for language-model, whose models are trained one after another")
+        _language_model(table, overrides or (), quick, rows, time_limit, device, runs, out, report_only, console)
+        return
     if report_only:
         path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
         reproduction.remake(path, path.parent, console)
@@ -246,6 +262,42 @@ def reproduce(
         overrides=overrides or (),
         plan=plan,
         out=out,
+        command=" ".join(parts),
+        console=console,
+    )
+
+
+def _language_model(
+    table: str,
+    overrides: Sequence[str],
+    quick: bool,
+    rows: str,
+    time_limit: float | None,
+    device: str | None,
+    runs: Path,
+    out: Path,
+    report_only: bool,
+    console: Console,
+) -> None:
+    from path_attention.reproduction import language_model
+
+    if report_only:
+        path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
+        for written in language_model.write(language_model.read(path), path.parent):
+            console.print(f"written: {written}", soft_wrap=True)
+        return
+    if device not in (None, "cpu"):
+        raise ValueError(f"--device: wanted cpu, or nothing for a GPU where there is one, got {device!r}")
+    changes = [*overrides, *(["training.device=cpu"] if device == "cpu" else [])]
+    parts = ["path-attention reproduce language-model", *overrides, *(["--quick"] if quick else [])]
+    parts += [f"--rows {rows}"] if rows else []
+    language_model.reproduce(
+        quick=quick,
+        rows=[row for row in rows.split(",") if row],
+        overrides=changes,
+        runs=runs,
+        out=out,
+        time_limit=time_limit,
         command=" ".join(parts),
         console=console,
     )
@@ -300,7 +352,7 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
             package = (error.name or "").partition(".")[0]
             if package not in _EXTRA:
                 raise
-            code = _fail(f"{package} is not installed: {_INSTALL}", FAILED)
+            code = _fail(f"{package} is not installed: {_install(_EXTRA[package])}", FAILED)
         except (ValueError, FileNotFoundError) as error:
             code = _fail(str(error), MISTAKE)
         except KeyboardInterrupt:
@@ -314,6 +366,10 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return checked
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'path-attention[{extra}]'"
 
 
 def _fail(message: str, code: int) -> int:
@@ -337,9 +393,12 @@ def _quiet() -> None:
 
 
 def _show(console: Console, runs: list[Run]) -> None:
-    from path_attention.evaluation.tables import runs_table
+    from path_attention.evaluation.tables import length_table, runs_table
 
     console.print(runs_table(runs))
+    positions = {run.mixer: losses for run in runs if (losses := run.positions) is not None}
+    if positions:
+        console.print(length_table(positions))
 
 
 if __name__ == "__main__":
