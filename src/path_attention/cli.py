@@ -112,14 +112,68 @@ def train(
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder: runs/NAME, or runs/NAME/MIXER for one of its models.")],
+    model: Annotated[
+        Path, typer.Argument(help="A run folder runs/NAME or runs/NAME/MIXER; with --tasks or --text also a model's.")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(help="Questions made here (needle_single, phone_book, story_1 ...) and tasks of the harness."),
+    ] = "",
+    lengths: Annotated[str, typer.Option(help="Of the questions made here, in tokens, separated by commas.")] = "4096",
+    samples: Annotated[int, typer.Option(help="Questions of each kind and length.")] = 96,
+    haystack: Annotated[Path | None, typer.Option(help="A text to hide things in, instead of a few sentences.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each of the harness's tasks at most.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt at most; by default the model's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text, JSONL or Parquet, file or folder: perplexity by position.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a stretch of --text, read in one pass.")] = 65536,
+    stretches: Annotated[int, typer.Option(help="Stretches at most.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 on a GPU.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write to, and beside it the plot of --text.")] = None,
 ) -> None:
-    """Evaluate a finished run's final model again and write its evaluation.json."""
+    """Evaluate a finished run again as its recipe says, or a model by questions and by perplexity.
+
+    --tasks asks by lm-evaluation-harness: its own tasks by name, and questions about long texts that are made here,
+    without a network: all of the latter by --tasks questions. --text measures perplexity by position and by length.
+    """
     _quiet()
+    console = _console()
+    if tasks and text:
+        raise ValueError("--tasks: wanted either --tasks or --text, got both")
+    numbers = {"--samples": samples, "--batch-size": batch_size, "--length": length, "--stretches": stretches}
+    numbers |= {"--limit": limit or 1, "--max-length": max_length or 1}
+    for option, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{option}: wanted at least 1, got {number}")
+    if tasks or text:
+        from path_attention.evaluation import command
+
+        place = command.place(device, dtype)
+        if text:
+            command.by_position(model, text, length, stretches, place, out, console)
+            return
+        command.by_tasks(
+            model,
+            [task for task in tasks.split(",") if task],
+            lengths=lengths,
+            samples=samples,
+            haystack=haystack,
+            limit=limit,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=seed,
+            place=place,
+            out=out,
+            console=console,
+        )
+        return
     from path_attention.training import run as runs
 
-    console = _console()
-    folders = runs.run_folders(run)
+    folders = runs.run_folders(model)
     finished = [runs.evaluate(folder, console=console) for folder in folders]
     _show(console, finished)
     for one in finished:

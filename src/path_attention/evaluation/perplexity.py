@@ -144,6 +144,26 @@ def measure_positions(
     return PositionLosses(len(total), width, _means(total / len(by_stretch), width), by_stretch)
 
 
+def stretches_of(
+    documents: Iterable[npt.NDArray[np.int64]], separator: int, length: int, wanted: int
+) -> list[npt.NDArray[np.int64]]:
+    """Stretches of ``length`` tokens, each of one document with the separator before it; evenly chosen from all.
+
+    Raises:
+        ValueError: no document is as long.
+    """
+    found: list[npt.NDArray[np.int64]] = []
+    longest = 0
+    for document in documents:
+        whole = np.concatenate([[separator], document]).astype(np.int64)
+        longest = max(longest, len(whole))
+        found += [whole[n * length : (n + 1) * length] for n in range(len(whole) // length)]
+    if not found:
+        raise ValueError(f"--length: wanted at most {longest}, the tokens of the longest document, got {length}")
+    count = min(wanted, len(found))
+    return [found[n * len(found) // count] for n in range(count)]
+
+
 def bucket_width(length: int) -> int:
     """Positions in a bucket for stretches of a length.
 
