@@ -1,6 +1,7 @@
 """Training on tokens: kills at any point cost nothing, documents do not mix, and what does not fit is named."""
 
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -190,6 +191,26 @@ def test_how_the_work_is_done_may_change_in_the_middle(finished: Run, texts: Pat
     found, wanted = (read_metrics(r.folder / METRICS) for r in (run, finished))
     losses = [[e["loss"] for e in entries if "loss" in e] for entries in (found, wanted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow  # tracing takes seconds
+@pytest.mark.parametrize("mixer, packing", [("path_fox", "plain"), ("path", "documents"), ("rope", "plain")])
+def test_compiled_layers_and_loss_train_alike(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixer: str, packing: str
+) -> None:
+    """Traced as for a compiler, but run by torch's own kernels: what compiling costs is not what is tested here."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    )
+    losses = []
+    for compiled in ("false", "true"):
+        changes = [f"mixers=[{mixer}]", f"data.packing={packing}", f"training.compile={compiled}"]
+        changes += ["training.steps=4", "training.log_every=1", "training.save_every=4", "training.eval_every=2"]
+        (run,) = train(over_texts(texts, f"name=compiled-{compiled}", *changes), tmp_path)
+        losses.append([e.get("loss", e.get("eval_validation")) for e in read_metrics(run.folder / METRICS)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) == 6
 
 
 def test_other_text_under_the_same_recipe_is_refused(texts: Path, tmp_path: Path) -> None:

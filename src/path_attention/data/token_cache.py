@@ -30,8 +30,9 @@ from path_attention.data.tokenizer import Encoder
 TokenSplit = Literal["train", "validation"]
 SPLITS: tuple[TokenSplit, ...] = ("train", "validation")
 CORPUS, STATE, TOKENIZER, HASHES = "corpus.json", "state.json", "tokenizer", "hashes"
-# Text that is encoded at once: enough for every core of a large machine, little enough to be held many times over.
-BATCH_BYTES = 2**24
+# Text that is encoded at once: for every core enough that the longest document keeps the others waiting for a short
+# time only; 2 MiB of text are about 150 MB while they are being encoded.
+BATCH_BYTES = 2**21 * max(4, os.cpu_count() or 1)
 # Seconds after which what is written is made to count: what an interruption costs at most.
 COMMIT_SECONDS = 10.0
 

@@ -106,6 +106,7 @@ def collect(recipe: Recipe, runs: Path, command: str) -> dict[str, Any]:
     from path_attention.benchmark.measure import environment
 
     corpus = open_source(recipe).corpus.cache.facts  # type: ignore[attr-defined]
+    documents: Any = recipe.data.documents()  # type: ignore[union-attr]
     finished = {}
     for mixer in recipe.mixers:
         folder = runs / recipe.name / mixer
@@ -117,6 +118,7 @@ def collect(recipe: Recipe, runs: Path, command: str) -> dict[str, Any]:
         "command": command,
         "recipe": recipe.to_mapping(),
         "corpus": {key: value for key, value in corpus.items() if key not in ("key", "dtype", "separator")},
+        "held_out": sorted(Path(group).name for group in getattr(documents, "held_out", ())),
         "missing": [mixer for mixer in recipe.mixers if mixer not in finished],
         "models": finished,
     }
@@ -202,6 +204,7 @@ def _what(numbers: Mapping[str, Any]) -> list[str]:
         f"repeated files left out; {train['tokens']:,} tokens of {train['documents']:,} files to train on and "
         f"{held['tokens']:,} of {held['documents']:,} files in packages that are held out whole. Byte-level BPE of "
         f"{corpus['vocab_size']:,} tokens, trained on the training files."
+        + (f" Held out: {', '.join(numbers['held_out'])}." if numbers["held_out"] else "")
     )
     trained = (
         f"Models: about {facts['parameters'] / 1e6:,.1f} million parameters, {facts['tokens'] / 1e6:,.1f} million "

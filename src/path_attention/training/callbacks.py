@@ -21,6 +21,10 @@ class Speed(TrainerCallback):
         self.tokens, self.steps, self.rates = tokens, 0, []  # type: ignore[var-annotated]
         self.since: float | None = None
 
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         if self.since is None:
             self.since = time.monotonic()

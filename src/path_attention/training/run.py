@@ -12,6 +12,7 @@ runs/NAME/MIXER/recipe.yaml        the recipe, every default written out
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -221,6 +222,12 @@ def _train_one(
     from path_attention.models import PaTHForCausalLM
     from path_attention.training.trainer import COMPLETE, RecipeTrainer, ShowProgress, last_checkpoint
 
+    # The model before this one is in cycles; and what was compiled for it counts against dynamo's limit.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if recipe.training.compile:
+        torch.compiler.reset()
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECIPE, recipe.to_yaml())
     if source.key:
@@ -340,8 +347,12 @@ def _measure(
     return measurements
 
 
+# Seconds between two lines about the same work, off a terminal.
+_LINE_EVERY = 15.0
+
+
 class _Report:
-    """Rows of one progress bar, made as they are asked for; off a terminal, a line when each begins."""
+    """Rows of one progress bar, made as they are asked for; off a terminal, a line when each begins and now and then."""
 
     def __init__(self, console: Console | None, title: str = "") -> None:
         self.console, self.title = console, title
@@ -349,13 +360,17 @@ class _Report:
 
     def __call__(self, name: str) -> Callable[[int, int | None], None]:
         row: Any = None
+        title, told = f"{self.title} {name}".strip(), time.monotonic()
 
         def report(done: int, total: int | None) -> None:
-            nonlocal row
+            nonlocal row, told
             if row is None:
-                row = self._begin(f"{self.title} {name}".strip(), total)
+                row, told = self._begin(title, total), time.monotonic()
             if self.bar is not None:
                 self.bar.update(row, completed=done)
+            elif self.console is not None and time.monotonic() - told > _LINE_EVERY:
+                told = time.monotonic()
+                self.console.print(f"{title}: {100 * done // total} %" if total else f"{title}: {done:,}")
 
         return report
 
