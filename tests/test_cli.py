@@ -70,6 +70,34 @@ def test_missing_package_in_a_command_is_named(recipe: Path, monkeypatch: pytest
     assert "transformers is not installed: pip install 'path-attention[train]'" in result.stderr
 
 
+def test_missing_package_of_another_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.training.texts import over_texts, write_texts
+
+    recipe = over_texts(write_texts(tmp_path / "text")).to_mapping()
+    recipe["data"] |= {"files": None, "dataset": {"name": "somebody/something"}}
+    (tmp_path / "hub.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    result = call("train", tmp_path / "hub.yaml", "--runs", tmp_path / "runs")
+    assert result.exit_code == 1
+    assert "datasets is not installed: pip install 'path-attention[data]'" in result.stderr
+
+
+def test_training_on_tokens_stops_in_time_and_goes_on(tmp_path: Path) -> None:
+    from tests.training.texts import over_texts, write_texts
+
+    recipe = over_texts(write_texts(tmp_path / "text"), "training.steps=10", "mixers=[rope]")
+    (tmp_path / "tokens.yaml").write_text(recipe.to_yaml())
+    options = [tmp_path / "tokens.yaml", "--runs", tmp_path / "runs"]
+    result = call("train", *options, "--time-limit", 0.001)
+    assert result.exit_code == 1
+    assert result.stderr == "path-attention: rope: stopped at step 5 of 10; the same command goes on\n"
+    result = call("train", *options)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.stdout
+    prompt = ["--prompt", "def return", "--max-new-tokens", 3]
+    assert call("generate", tmp_path / "runs/tiny/rope", *prompt).exit_code == 0  # by the tokenizer that was saved
+
+
 def test_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", call("--version").stdout)
 
@@ -81,6 +109,7 @@ def test_version() -> None:
         (["train", "{recipe}", "training.stesp=3"], "training.stesp: unknown key"),
         (["train", "{recipe}", "steps"], "wanted key.sub=value"),
         (["train", "{recipe}", "model.hiden_size=3"], "model.hiden_size: unknown key"),
+        (["train", "{recipe}", "--time-limit", "0"], "--time-limit: wanted a number above 0"),
         (["evaluate", "{folder}"], "no run here"),
         (["demo", "training.steps=x"], "training.steps: wanted a whole number"),
         (["benchmark", "operator", "--lengths", "many"], "--lengths"),

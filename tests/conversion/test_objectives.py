@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM
 
-from path_attention.conversion.objectives import divergence, output_error, token_losses
+from path_attention.conversion.objectives import divergence, output_error
 from path_attention.models import PaTHConfig, PaTHForCausalLM
-from tests.conversion.teachers import SHAPE, ids, teacher
+from tests.conversion.teachers import SHAPE, ids
 
 
 def operands(tokens: int = 23, vocabulary: int = 31) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,9 +57,6 @@ def test_logits_of_a_chunk_are_the_largest_there_are() -> None:
     with Largest() as largest:
         divergence(student, head, hidden, teacher_head, 50).backward()
     assert largest.size == 50 * 300
-    with Largest() as largest:
-        token_losses(student, head, torch.zeros(2, 500, dtype=torch.int64), 50)
-    assert largest.size == 50 * 300
 
 
 def test_other_vocabularies_are_refused() -> None:
@@ -71,20 +67,17 @@ def test_other_vocabularies_are_refused() -> None:
         divergence(student, head, hidden[:, 1:], teacher_head)
 
 
-def test_token_losses_are_the_models() -> None:
-    model, x = teacher("llama"), ids()
-    assert isinstance(model, LlamaForCausalLM)
-    found = token_losses(model.model(x).last_hidden_state, model.lm_head.weight, x, 13)
-    assert found.shape == (2, 69)
-    torch.testing.assert_close(found.mean(), model(x, labels=x).loss)
-
-
 def test_model_with_an_objective_of_its_own() -> None:
     torch.manual_seed(0)
     model, x = PaTHForCausalLM(PaTHConfig(**SHAPE)), ids()
-    out = model(x, labels=x, objective=lambda states, head, labels: token_losses(states, head.weight, labels).mean())
+
+    def last(states: Tensor, head: nn.Linear, labels: Tensor | None) -> Tensor:
+        assert labels is x
+        return head(states)[:, -1].logsumexp(-1).sum()
+
+    out = model(x, labels=x, objective=last)
     assert out.logits is None
-    torch.testing.assert_close(out.loss, model(x, labels=x).loss)
+    torch.testing.assert_close(out.loss, model(x).logits[:, -1].logsumexp(-1).sum())
 
 
 def test_error_is_in_units_of_the_teacher() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from path_attention.conversion import ConversionRecipe, convert, stages
+from path_attention.data.tokenizer import train_bpe
 from path_attention.training import strict
 from path_attention.training.recipe import override
 from path_attention.training.trainer import METRICS, read_metrics
@@ -80,7 +81,7 @@ def test_every_stage_lowers_what_it_is_about(finished: Path) -> None:
     for name, key in (("distill", "loss"), ("continued", "loss")):
         losses = [entry[key] for entry in read_metrics(finished / "conversion" / name / METRICS) if key in entry]
         assert losses[-1] < losses[0]
-    assert found["continued"]["value"] < found["teacher"]["value"]  # a random teacher knows less than its text
+    assert found["continued"]["loss"] < found["teacher"]["loss"]  # a random teacher knows less than its text
     assert set(found["by_length"]["teacher"]["perplexity"]) == {"32", "64", "128"}
 
 
@@ -177,6 +178,26 @@ def test_hybrid_keeps_layers_as_they_are(place: Path, tmp_path: Path) -> None:
     )
 
 
+def test_text_in_the_sources_own_tokens(place: Path, tmp_path: Path) -> None:
+    """The source's tokenizer reads the text; a stage of another length cuts the same tokens anew."""
+    tokenizer = train_bpe(((place / "text" / "0.txt").read_text() for _ in range(2)), 300)
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer) + 3, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    files = {"paths": [str(place / "text")], "include": ["**/*.txt"]}
+    text = {"files": files, "length": 32, "validation": {"fraction": 0.25}, "cache": str(tmp_path / "cache")}
+    changes = ["align.length=16", "continued=null", "evaluation.lengths=[64]", f"data={json.dumps(text)}"]
+    found = convert(tmp_path / "teacher", tmp_path / "target", recipe(place, *changes))
+    assert found["align-000-000 speed"]["tokens"] == 8 * 4 * 16
+    assert found["distill speed"]["tokens"] == 8 * 4 * 32
+    assert found["distill"]["tokens"] % 31 == 0
+    assert set(found["by_length"]["student"]["perplexity"]) == {"32", "64"}
+    assert (tmp_path / "target" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match=r"data\.packing: wanted plain for a conversion"):
+        recipe(place, f"data={json.dumps({**text, 'packing': 'documents'})}")
+
+
 def test_another_recipe_or_source_is_refused(place: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "conversion", tmp_path / "conversion")
     with pytest.raises(ValueError, match=r"another recipe: align\.steps was 8, is 9"):
@@ -205,9 +226,12 @@ def test_another_recipe_or_source_is_refused(place: Path, finished: Path, tmp_pa
         ("distill.chunk=0", "distill.chunk: wanted a number above 0"),
         ("initialisation.beta=0", r"initialisation.beta: wanted a number in \(0, 2\)"),
         ("initialisation.w=value", "initialisation.w: wanted one of key, random"),
-        ("evaluation.lengths=[100000]", "evaluation.lengths: wanted at most"),
+        ("evaluation.lengths=[100000]", "evaluation.lengths: length: wanted at most"),
         ("data.path=/nowhere/at/all", "data.path: no folder"),
-        ("data.tokenizer=/nowhere/at/all", "data.tokenizer: no tokenizer in /nowhere"),
+        ("data={files: {paths: [/nowhere]}}", "data.tokenizer: wanted one, for .* has none"),
+        ("data.validation_fraction=2", "data.validation_fraction: wanted a number in"),
+        ("align.compile=true", "align.compile: wanted false"),
+        ("distill.parallel.strategy=fsdp", "training.parallel: wanted nothing"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(place: Path, tmp_path: Path, change: str, message: str) -> None:

@@ -1,6 +1,8 @@
 """Runs: exact resumption, what a run folder holds, what is refused, what stops a run."""
 
 import functools
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from safetensors.torch import load_file
 
 from path_attention.training import Recipe, recipe_from_mapping
 from path_attention.training import source as sources
+from path_attention.training.divergence import examine
 from path_attention.training.recipe import override
 from path_attention.training.run import EVALUATION, FINAL, RECIPE, Run, evaluate, read_recipe, run_folders, train
 from path_attention.training.source import open_source
-from path_attention.training.trainer import METRICS, TrainingDiverged, last_checkpoint, read_metrics
+from path_attention.training.trainer import DIVERGENCE, METRICS, TrainingDiverged, last_checkpoint, read_metrics
 from tests.training.tiny import TINY, tiny, without_time
 
 
@@ -176,9 +179,42 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pyte
         return output
 
     monkeypatch.setattr(PaTHForCausalLM, "forward", forward)
-    with pytest.raises(TrainingDiverged, match=r"loss is nan at step 15; last good checkpoint is .*checkpoint-10"):
+    message = (
+        r"diverged at step 13: the gradient's norm is nan, the loss nan; first not finite: the loss, from finite "
+        r"outputs of all layers. Sequences 48 to 51 of the data; .*divergence\.json has more. "
+        r"Last good checkpoint: .*checkpoint-10"
+    )
+    with pytest.raises(TrainingDiverged, match=message):
         train(tiny("training.eval_every=0"), tmp_path)
-    assert not (tmp_path / "tiny" / "path" / "checkpoint-15").exists()
+    folder = tmp_path / "tiny" / "path"
+    assert not (folder / "checkpoint-15").exists()
+    known = json.loads((folder / DIVERGENCE).read_text())
+    assert (known["step"], known["sequences"], known["last_good_checkpoint"]) == (13, [48, 52], "checkpoint-10")
+    (process,) = known["processes"]
+    assert process["outputs"][0]["rms"] > 0
+    # The weights are those before the step; the gradients are not finite.
+    assert all(found["not_finite"] == 0 for found in process["weights"].values())
+    assert all(found["not_finite"] > 0 for found in process["gradients"].values())
+    assert process["weights"].keys() == process["gradients"].keys()
+
+
+@pytest.mark.parametrize(
+    "name, value, first",
+    [
+        ("model.layers.1.mlp.up_proj.weight", math.nan, "the weights of model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.1.mlp.up_proj.weight", 1e38, "the output of layer 1"),
+        ("lm_head.weight", 3e38, "the loss, from finite outputs of all layers"),
+    ],
+)
+def test_first_number_that_is_not_finite_is_found(name: str, value: float, first: str) -> None:
+    from path_attention.models import PaTHConfig, PaTHForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = PaTHForCausalLM(PaTHConfig(vocab_size=5, **sizes))  # type: ignore[arg-type]
+    model.get_parameter(name).data.fill_(value)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    found = examine(model, [{"input_ids": ids, "labels": ids}], lambda batch: model(**batch).loss)
+    assert found["first"] == first
 
 
 def test_model_section_is_checked_before_anything_is_written(tmp_path: Path) -> None:

@@ -15,10 +15,25 @@ from transformers import AutoConfig, GenerationConfig
 
 from path_attention.conversion.families import FLA, OWN, ROPE_FAMILIES, Family, family
 from path_attention.models import PaTHConfig, PaTHForCausalLM
-from path_attention.training.run import TOKENIZER_FILES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What a tokenizer may consist of, in transformers' and sentencepiece's formats.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# The file that says what a tokenizer is: of the tokenizers library, of sentencepiece, of the first byte-level BPEs.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 

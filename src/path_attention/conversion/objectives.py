@@ -1,6 +1,5 @@
 """What the stages minimise, a few tokens' logits at a time."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,28 +64,6 @@ def divergence(
     teacher, teacher_head = teacher.detach().flatten(0, -2), teacher_head.detach()
     value: Tensor = _ChunkedDivergence.apply(student.flatten(0, -2), student_head, teacher, teacher_head, chunk)
     return value
-
-
-def token_losses(hidden_states: Tensor, head: Tensor, input_ids: Tensor, chunk: int = CHUNK) -> Tensor:
-    """(B, L - 1) float32: the loss, in nats, of every token but the first, given those before it. No gradients.
-
-    Args:
-        hidden_states: the last ones (B, L, C).
-        head: (V, C).
-        input_ids: (B, L).
-        chunk: tokens whose logits are in memory at a time.
-    """
-    states, targets = hidden_states[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-    with torch.no_grad():
-        losses = [
-            nn.functional.cross_entropy(nn.functional.linear(part, head).float(), target, reduction="none")
-            for part, target in _chunks(states, targets, chunk)
-        ]
-    return torch.cat(losses).unflatten(0, (len(input_ids), -1))
-
-
-def _chunks(states: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(states.split(chunk), targets.split(chunk), strict=True)
 
 
 def output_error(student: Tensor, teacher: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 
 from path_attention.conversion.objectives import CHUNK
-from path_attention.data.bytes import ByteData
+from path_attention.data import ByteData, TokenData
 from path_attention.training import strict
-from path_attention.training.recipe import Mixer, Training, override, read_recipe_file
+from path_attention.training.recipe import Mixer, Training, override, read_recipe_file, text_data
 
 # Fields of the student that follow from the teacher.
 _STUDENT_KEYS = ("w_rank", "conv_size", "num_reflections", "w_norm_eps", "scale_gate", "qk_norm")
@@ -54,18 +54,18 @@ class Stage(Training):
 
     Args:
         length: tokens of a sequence; None means the data's.
-        activation_checkpointing: compute the layers again in the backward pass, to save memory.
 
     The others are those of :class:`path_attention.training.recipe.Training`.
     """
 
     length: int | None = None
-    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.length is not None and self.length < 2:
             raise ValueError(f"length: wanted at least 2 tokens, got {self.length}")
+        if self.parallel.strategy != "ddp":
+            raise ValueError("training.parallel: wanted nothing: a conversion runs on one device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,9 @@ class Align(Stage):
         super().__post_init__()
         if self.layers_at_once is not None and self.layers_at_once < 1:
             raise ValueError(f"align.layers_at_once: wanted at least 1, got {self.layers_at_once}")
+        for name in ("compile", "activation_checkpointing"):
+            if getattr(self, name):
+                raise ValueError(f"align.{name}: wanted false: one layer's attention is computed at a time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ class ConversionRecipe:
     Args:
         mixer: of the layers that are converted: path, path_fox, fox; or rope, the control that keeps the teacher's.
         keep_rope: layers that keep RoPE, by number from 0; negative ones count from the end.
-        data: text, in the source's own tokens.
+        data: text, as a training recipe has it; ``tokenizer`` is the source's unless another is named.
         model: fields of the student that the teacher does not have: w_rank, conv_size, num_reflections, ...
         initialisation, align, distill, evaluation: see there.
         continued: stage 3, plain training on the text.
@@ -147,7 +150,7 @@ class ConversionRecipe:
 
     mixer: Mixer = "path"
     keep_rope: tuple[int, ...] = ()
-    data: ByteData | None = None
+    data: Mapping[str, Any] | None = None
     description: str = ""
     model: Mapping[str, Any] = field(default_factory=dict)
     initialisation: Initialisation = field(default_factory=Initialisation)
@@ -163,6 +166,28 @@ class ConversionRecipe:
         strict.check_keys(self.model, _STUDENT_KEYS, "model")
         if self.data is None and (self.align or self.distill or self.continued):
             raise ValueError("data: missing; wanted the text that the stages train on")
+        if self.data is not None:
+            self.text("tokenizer")
+
+    def text(self, tokenizer: str, length: int | None = None) -> ByteData | TokenData:
+        """The text in windows of another length, where one is given.
+
+        Args:
+            tokenizer: a folder, for text in tokens that names none.
+            length: tokens.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        values = dict(self.data or {})
+        if "files" in values or "dataset" in values:
+            values = {"tokenizer": tokenizer, **values}
+        if length is not None:
+            values["length"] = length
+        data = text_data(values)
+        if isinstance(data, TokenData) and data.packing != "plain":
+            raise ValueError(f"data.packing: wanted plain for a conversion, got {data.packing!r}")
+        return data
 
     def layer_mixers(self, layers: int) -> list[str]:
         """The mixer of every layer of a student of so many.

@@ -65,10 +65,10 @@ def _rows(results: Mapping[str, Any]) -> list[list[str]]:
     for name, title in STAGES.items():
         if name in results:
             found, speeds = results[name], _speeds(results, name)
-            share = f"{100 * (found['value'] / results['teacher']['value'] - 1):+.2f} %"
+            share = f"{100 * (found['perplexity'] / results['teacher']['perplexity'] - 1):+.2f} %"
             tokens, seconds = max((x["tokens"] for x in speeds), default=0), sum(x["seconds"] for x in speeds)
             trained = [f"{tokens:,}", f"{seconds:.0f}"] if speeds else ["", ""]
-            rows.append([title, f"{found['value']:.4f}", f"{found['loss']:.4f}", share, *trained])
+            rows.append([title, f"{found['perplexity']:.4f}", f"{found['loss']:.4f}", share, *trained])
     return rows
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from path_attention.conversion import report
-from path_attention.conversion.checkpoint import Checkpoint, check_target, find, write
+from path_attention.conversion.checkpoint import TOKENIZERS, Checkpoint, check_target, find, write
 from path_attention.conversion.families import FLA, OWN
 from path_attention.conversion.initialise import new_attentions, student_of
 from path_attention.conversion.recipe import Align, ConversionRecipe, Stage
@@ -34,16 +34,14 @@ from path_attention.conversion.stages import (
     AlignmentTrainer,
     DistillationTrainer,
     TextSource,
-    autocast,
     by_length,
     layer_errors,
-    prepare,
 )
-from path_attention.data.bytes import BYTES, TOKENIZERS, ByteCorpus, tokenizer_alphabet
+from path_attention.data import ByteCorpus, TokenCorpus, TokenData
+from path_attention.evaluation.perplexity import precision_context
 from path_attention.models import PaTHConfig, PaTHForCausalLM
-from path_attention.training import strict
-from path_attention.training.run import Report, check_unchanged, machine, write_whole
-from path_attention.training.trainer import RecipeTrainer, fit
+from path_attention.training.run import Report, check_unchanged, fit, machine, write_whole
+from path_attention.training.trainer import RecipeTrainer
 
 WORK, RECIPE, SOURCE, RESULTS, FINAL = "conversion", "recipe.yaml", "source.json", "results.json", "final.safetensors"
 
@@ -86,6 +84,7 @@ def convert(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: before anything is computed, naming what does not fit.
         TrainingDiverged: a loss that is not finite.
+        Unfinished: it was told to stop (SIGTERM), and did so in good order.
     """
     check_target(target)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -113,7 +112,10 @@ class _Conversion:
         self.first = next(iter(self.stages.values()), None)
         self.device = _device(self.first)
         self._check_same()
-        self.corpus = None if recipe.data is None else self._open()
+        self.precision = "float32" if self.first is None else self.first.precision
+        self.corpora: dict[int, ByteCorpus | TokenCorpus] = {}
+        if recipe.data is not None:
+            self._check_text()
         self.work.mkdir(parents=True, exist_ok=True)
         write_whole(self.work / RECIPE, recipe.to_yaml())
         write_whole(self.work / SOURCE, json.dumps(self._source_facts(), indent=2) + "\n")
@@ -121,14 +123,14 @@ class _Conversion:
         self.results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def run(self) -> dict[str, Any]:
-        half = self.first is not None and self.first.precision == "bfloat16" and self.checkpoint.dtype.itemsize == 2
+        half = self.precision == "bfloat16" and self.checkpoint.dtype.itemsize == 2
         teacher = self.checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
         teacher.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         seed = 0 if self.first is None else self.first.seed
         # The student is on the device only where all of it is needed: alignment takes a few layers' attention.
         student = student_of(teacher, self.config, self.recipe.initialisation, seed)
         self._note("facts", lambda: self._facts(student))
-        if self.corpus is not None:
+        if self.recipe.data is not None:
             self._measure("teacher", teacher)
             self._measure("initial", student)
             student.cpu()
@@ -136,7 +138,7 @@ class _Conversion:
             {"align": self._align, "distill": self._distill, "continued": self._continue}[name](student, teacher)
             self._measure(name, student)
             student.cpu()
-        if self.corpus is not None and self.recipe.evaluation.lengths:
+        if self.recipe.data is not None and self.recipe.evaluation.lengths:
             self._note("by_length", lambda: {"teacher": self._by_length(teacher), "student": self._by_length(student)})
         self._write(student)
         return self.results
@@ -157,12 +159,12 @@ class _Conversion:
         attentions = {n: attention for n, attention in new_attentions(student).items() if n in group}
         for attention in attentions.values():
             attention.requires_grad_(True)
-        alignment = Alignment(teacher, attentions)
+        alignment = Alignment(teacher, attentions, self.config)
         source = self._text(stage)
         batches = source.windows(self.recipe.evaluation.windows)
 
         def errors() -> dict[str, float]:
-            with autocast(self.device, stage):
+            with precision_context(stage.precision, self.device):
                 return {str(n): error for n, error in layer_errors(alignment, batches).items()}
 
         alignment.to(self.device)
@@ -207,7 +209,10 @@ class _Conversion:
         folder = self.work / name
         if not (folder / FINAL).is_file():
             student.requires_grad_(True)
-            prepare(student, stage)
+            if student.is_gradient_checkpointing and not stage.activation_checkpointing:
+                # transformers 5.17 has the old name only, and newer versions warn of it.
+                old = student.gradient_checkpointing_disable
+                getattr(student, "activation_checkpointing_disable", old)()
             trainer = self._fit(lambda: build(self._text(stage), folder), stage, name)
             self._finish(folder, _untied(student), trainer)
         student.load_state_dict(load_file(folder / FINAL), strict=False)
@@ -238,20 +243,18 @@ class _Conversion:
             progress = Report(self.console, name)
             try:
                 model.to(self.device)  # type: ignore[arg-type]
-                with autocast(self.device, self.first):
-                    found = self._text(None).evaluate(model, progress=progress)["validation"]
+                found = self._text(None).evaluate(model, progress=progress)["validation"]
             finally:
                 progress.close()
-            return {**strict.plain(found), "loss": math.log(found.value)}
+            return {"perplexity": math.exp(found.value), "loss": found.value, "tokens": found.count}
 
         self._note(name, measure)
         if self.console:
             found = self.results[name]
-            self.console.print(f"{name}: perplexity {found['value']:.4f}, loss {found['loss']:.4f}")
+            self.console.print(f"{name}: perplexity {found['perplexity']:.4f}, loss {found['loss']:.4f}")
 
     def _by_length(self, model: PaTHForCausalLM) -> dict[str, Any]:
-        with autocast(self.device, self.first):
-            return by_length(model.to(self.device), self._text(None))  # type: ignore[arg-type]
+        return by_length(model.to(self.device), self._text(None))  # type: ignore[arg-type]
 
     def _note(self, name: str, measure: Callable[[], Any]) -> None:
         """Measure once, and write it down at once."""
@@ -261,36 +264,40 @@ class _Conversion:
 
     # --- around it ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _corpus(self) -> ByteCorpus:
-        assert self.corpus is not None
-        return self.corpus
-
     def _text(self, stage: Stage | None) -> TextSource:
-        return TextSource(self._corpus, self.recipe.evaluation, None if stage is None else stage.length)
+        """The text in windows of a stage's length, or of the data's."""
+        return TextSource(self._corpus(stage), self.recipe.evaluation, self.precision)
 
-    def _open(self) -> ByteCorpus:
-        data, size = self.recipe.data, self.config.vocab_size
-        assert data is not None
-        folder = Path(data.tokenizer).expanduser() if data.tokenizer else self.checkpoint.folder
-        has_tokenizer = bool(data.tokenizer) or any((folder / name).is_file() for name in TOKENIZERS)
-        if not has_tokenizer and size != BYTES.vocab_size:
-            raise ValueError(f"data: {folder} has no tokenizer, and {size} tokens are not bytes")
-        alphabet = tokenizer_alphabet(folder) if has_tokenizer else BYTES
-        if alphabet.vocab_size > size:
-            raise ValueError(f"data.tokenizer: {folder} has {alphabet.vocab_size} tokens; the model knows {size}")
-        progress = Report(self.console)
-        try:
-            corpus = data.open(progress("reading files"), alphabet)
-        finally:
-            progress.close()
-        lengths = {"evaluation.lengths": max(self.recipe.evaluation.lengths, default=0)}
-        lengths |= {f"{name}.length": stage.length or 0 for name, stage in self.stages.items()}
-        available = min(corpus.tokens("train"), corpus.tokens("validation"))
-        for name, length in lengths.items():
-            if length > available:
-                raise ValueError(f"{name}: wanted at most {available}, the tokens of the shorter split, got {length}")
-        return corpus
+    def _corpus(self, stage: Stage | None) -> ByteCorpus | TokenCorpus:
+        data = self.recipe.text(str(self.checkpoint.folder), None if stage is None else stage.length)
+        if data.length not in self.corpora:
+            report = Report(self.console)
+            try:
+                if isinstance(data, TokenData):
+                    self.corpora[data.length] = data.open(report)
+                else:
+                    self.corpora[data.length] = data.open(report("reading files"))
+            finally:
+                report.close()
+        return self.corpora[data.length]
+
+    def _check_text(self) -> None:
+        """That the text is in the model's tokens, and long enough for everything that is to come."""
+        data = self.recipe.text(str(self.checkpoint.folder))
+        folder, size = self.checkpoint.folder, self.config.vocab_size
+        own = isinstance(data, TokenData) and data.tokenizer == str(folder)
+        if own and not any((folder / name).is_file() for name in TOKENIZERS):
+            raise ValueError(f"data.tokenizer: wanted one, for {folder} has none")
+        known = self._corpus(None).vocab_size
+        if known > size or (not isinstance(data, TokenData) and known != size):
+            raise ValueError(f"data: wanted text in the model's {size} tokens, got {known}")
+        for stage in self.stages.values():
+            self._corpus(stage)
+        if self.recipe.evaluation.lengths:
+            try:
+                self._text(None).long_windows(1, max(self.recipe.evaluation.lengths))
+            except ValueError as error:
+                raise ValueError(f"evaluation.lengths: {error}") from error
 
     def _facts(self, student: PaTHForCausalLM) -> dict[str, Any]:
         parameters = sum(p.numel() for p in student.parameters())

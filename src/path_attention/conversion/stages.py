@@ -1,45 +1,66 @@
 """The stages of a conversion, each a recipe's trainer with an objective of its own."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from path_attention.autocast import without_autocast
 from path_attention.conversion.initialise import new_attentions
-from path_attention.conversion.objectives import divergence, output_error, token_losses
-from path_attention.conversion.recipe import Distill, Measure, Stage
+from path_attention.conversion.objectives import divergence, output_error
+from path_attention.conversion.recipe import Distill, Measure
 from path_attention.data.bytes import ByteCorpus
+from path_attention.data.tokens import TokenCorpus
+from path_attention.evaluation.perplexity import precision_context, token_losses
 from path_attention.layers.attention import Attention
-from path_attention.models import PaTHForCausalLM
+from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.training.source import Measurement, Progress, Source
 from path_attention.training.trainer import RecipeTrainer
 
 
 class TextSource(Source):
-    """A corpus in windows of a stage's length, measured in perplexity a token on its validation files."""
+    """A corpus, measured in nats per token on its validation text, however it is cut into tokens."""
 
-    def __init__(self, corpus: ByteCorpus, settings: Measure, length: int | None = None) -> None:
-        self.corpus, self.settings = corpus, settings
-        self.vocab_size, self.length = corpus.vocab_size, corpus.length if length is None else length
+    def __init__(self, corpus: ByteCorpus | TokenCorpus, settings: Measure, precision: str = "float32") -> None:
+        self.corpus, self.settings, self.precision = corpus, settings, precision
+        self.vocab_size, self.length = corpus.vocab_size, corpus.length
+        if isinstance(corpus, TokenCorpus):
+            self.key, self.sequences = corpus.key, corpus.windows("train")
 
     def example(self, seed: int, index: int) -> dict[str, Tensor]:
-        window = torch.from_numpy(self.corpus.training_window(seed, index, self.length))
-        return {"input_ids": window, "labels": window}
+        if isinstance(self.corpus, TokenCorpus):
+            window = self.corpus.read("train", self.corpus.training_start(seed, index))
+        else:
+            window = self.corpus.training_window(seed, index)
+        tokens = torch.from_numpy(window)
+        return {"input_ids": tokens, "labels": tokens}
 
-    def windows(self, count: int, length: int | None = None) -> list[Tensor]:
+    def windows(self, count: int) -> list[Tensor]:
         """Batches of validation windows (B, L)."""
-        length, size = self.length if length is None else length, self.settings.batch_size
-        starts = self.corpus.validation_starts(count, length)
-        read = [self.corpus.read("validation", start, length) for start in starts]
-        return [torch.from_numpy(np.stack(read[n : n + size])) for n in range(0, len(read), size)]
+        return self._batches(self.corpus.validation_starts(count), self.length, self.settings.batch_size)
+
+    def long_windows(self, count: int, length: int) -> list[Tensor]:
+        """Validation windows (1, length) that may be longer; in tokens, each within one document or folder.
+
+        Raises:
+            ValueError: there is no text as long.
+        """
+        if isinstance(self.corpus, TokenCorpus):
+            starts = self.corpus.long_starts(length, count)
+        else:
+            starts = self.corpus.validation_starts(count, length)
+            if not starts:
+                raise ValueError(f"length: wanted at most the tokens of the validation files, got {length}")
+        return self._batches(starts, length, 1)
+
+    def _batches(self, starts: list[int], length: int, size: int) -> list[Tensor]:
+        read = [torch.from_numpy(self.corpus.read("validation", start, length)) for start in starts]
+        return [torch.stack(read[n : n + size]) for n in range(0, len(read), size)]
 
     def evaluate(
         self, model: nn.Module, *, quick: bool = False, progress: Callable[[str], Progress] | None = None
@@ -47,27 +68,22 @@ class TextSource(Source):
         batches = self.windows(self.settings.quick_windows if quick else self.settings.windows)
         report = progress("validation") if progress else None
         total, count = 0.0, 0
-        for n, losses in enumerate(each_loss(model, batches)):
+        for n, losses in enumerate(self.losses(model, batches)):
             total, count = total + float(losses.double().sum()), count + losses.numel()
             if report:
                 report(n + 1, len(batches))
-        windows = sum(map(len, batches))
-        return {"validation": Measurement(math.exp(total / count), "perplexity", count, windows)}
+        return {"validation": Measurement(total / count, "nats per token", count, sum(map(len, batches)))}
 
-
-@torch.no_grad()
-def each_loss(model: nn.Module, batches: list[Tensor]) -> Any:
-    """The losses (B, L - 1) of each batch of tokens, in evaluation mode."""
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
-        for batch in batches:
-            ids = batch.to(device)
-            yield model(
-                input_ids=ids, objective=lambda states, head, _, ids=ids: token_losses(states, head.weight, ids)
-            ).loss
-    finally:
-        model.train(was_training)
+    def losses(self, model: nn.Module, batches: list[Tensor]) -> Iterator[Tensor]:
+        """The losses (B, L - 1) of each batch of tokens, in evaluation mode."""
+        device, was_training = next(model.parameters()).device, model.training
+        model.eval()
+        try:
+            for batch in batches:
+                with precision_context(self.precision, device):
+                    yield token_losses(model, batch.to(device))
+        finally:
+            model.train(was_training)
 
 
 def by_length(model: nn.Module, source: TextSource) -> dict[str, Any]:
@@ -76,9 +92,8 @@ def by_length(model: nn.Module, source: TextSource) -> dict[str, Any]:
     The lengths are those of ``source.settings``, and the source's own.
     """
     lengths = sorted({*source.settings.lengths, source.length})
-    alone = TextSource(source.corpus, dataclasses.replace(source.settings, batch_size=1))
-    batches = alone.windows(max(1, source.settings.tokens // lengths[-1]), lengths[-1])
-    losses = torch.stack([x.double().mean(0).cpu() for x in each_loss(model, batches)]).mean(0)
+    batches = source.long_windows(max(1, source.settings.tokens // lengths[-1]), lengths[-1])
+    losses = torch.stack([x.double().mean(0).cpu() for x in source.losses(model, batches)]).mean(0)
     stretches = zip([1, *lengths], lengths, strict=False)  # token n's loss is losses[n - 1]
     return {
         "windows": len(batches),
@@ -109,15 +124,24 @@ class Alignment(nn.Module):
     Args:
         teacher: frozen; not a part of this module.
         students: by number of the layer.
+        config: of the model that they are layers of.
     """
 
-    def __init__(self, teacher: PaTHForCausalLM, students: Mapping[int, Attention]) -> None:
+    context = None  # sequences are whole
+
+    def __init__(self, teacher: PaTHForCausalLM, students: Mapping[int, Attention], config: PaTHConfig) -> None:
         super().__init__()
+        self.config = config
         self.students = nn.ModuleDict({str(n): attention for n, attention in students.items()})
         self._teacher = [teacher]  # in a list, which torch does not look into: it is neither trained nor saved
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        return {"loss": self.errors(input_ids).sum()}
+    @property
+    def base_model(self) -> Any:
+        """What the trainer asks for the layers of, when a loss is not finite."""
+        return SimpleNamespace(layers=list(self.students.values()))
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(loss=self.errors(input_ids).sum())
 
     def errors(self, input_ids: Tensor) -> Tensor:
         """Each student's error, (students,)."""
@@ -153,11 +177,10 @@ class AlignmentTrainer(RecipeTrainer):
     """Stage 1. While training it is measured by the layers' errors on validation text."""
 
     source: TextSource
-    model: Alignment
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        with self.accelerator.autocast():
-            errors = layer_errors(self.model, self.source.windows(self.source.settings.quick_windows))
+        with precision_context(self.settings.precision, self.args.device):
+            errors = layer_errors(self.language_model, self.source.windows(self.source.settings.quick_windows))
         metrics = {f"eval_layer_{n}": error for n, error in errors.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -194,7 +217,7 @@ class DistillationTrainer(RecipeTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ids, teacher = inputs["input_ids"], self._teacher[0]
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad():
             wanted = teacher.model(input_ids=ids).last_hidden_state[:, :-1]
         count = wanted.shape[:2].numel() if num_items_in_batch is None else num_items_in_batch
 
@@ -205,30 +228,15 @@ class DistillationTrainer(RecipeTrainer):
         given = {"input_ids": ids, "objective": objective}
         return super().compute_loss(model, given, return_outputs, num_items_in_batch)
 
-    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         rate = self._distill.attention_learning_rate
         fresh = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and rate is not None:
-            assert isinstance(self.model, PaTHForCausalLM)
-            attention = {id(p) for layer in new_attentions(self.model).values() for p in layer.parameters()}
+            layers = new_attentions(self.language_model).values()
+            attention = {id(p) for layer in layers for p in layer.parameters()}
             for group in list(optimizer.param_groups):
                 ours = [p for p in group["params"] if id(p) in attention]
                 group["params"] = [p for p in group["params"] if id(p) not in attention]
                 optimizer.add_param_group({**group, "params": ours, "lr": rate})
         return optimizer
-
-
-def prepare(model: PaTHForCausalLM, stage: Stage) -> None:
-    """What a stage asks of the model: activations kept, or computed again."""
-    model.config.use_cache = False
-    # transformers 5.17 has the old names only, and newer versions warn of them.
-    name = "enable" if stage.activation_checkpointing else "disable"
-    old = getattr(model, f"gradient_checkpointing_{name}")
-    getattr(model, f"activation_checkpointing_{name}", old)()
-
-
-def autocast(device: torch.device, stage: Stage | None) -> AbstractContextManager[Any]:
-    """What a stage computes in, for measuring."""
-    half = stage is not None and stage.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
