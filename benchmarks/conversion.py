@@ -8,8 +8,7 @@ scratch on as many tokens.
 
 Parts, each done once (their results are kept in WORK/NAME.json, and training is resumed from checkpoints):
 
-    tokenizer    a byte-level BPE of the sources
-    teacher      a Llama with RoPE, written as a transformers checkpoint
+    teacher      a byte-level BPE and a Llama with RoPE, written as a transformers checkpoint
     beginnings   the loss of students before any training, for several ways to begin
     path, fox    students: before training, after stage 1, after stage 2; perplexity by length to 8 times the training's
     scratch      the student's architecture from random weights on the tokens of both stages
@@ -42,11 +41,11 @@ from path_attention.conversion.recipe import ConversionRecipe, Initialisation
 from path_attention.conversion.report import STAGES
 from path_attention.conversion.run import by_length
 from path_attention.conversion.stages import Alignment, TextSource
-from path_attention.data import ByteData
 from path_attention.evaluation.plots import COLOURS
 from path_attention.evaluation.tables import NAMES
 from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.training import recipe_from_mapping, strict
+from path_attention.training.recipe import text_data
 from path_attention.training.run import machine, train, write_whole
 
 # All packages beside torch: some 100 MB of Python on a machine that trains models; or one that is always there.
@@ -58,6 +57,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpu": {
         "path": str(PACKAGES),
         "validation": 0.02,
+        "by": "folder",  # whole packages
         "vocabulary": 8192,
         "length": 1024,
         "model": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -76,6 +76,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
         "path": str(PACKAGES / "transformers"),
         "validation": 0.05,
+        "by": "document",
         "vocabulary": 2048,
         "length": 256,
         "model": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 2},
@@ -91,6 +92,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "path": sysconfig.get_path("stdlib") + "/email",
         "validation": 0.3,
+        "by": "document",
         "vocabulary": 512,
         "length": 64,
         "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
@@ -128,6 +130,7 @@ class Experiment:
         self.work, self.students, self.console = work, students, console
         self.sizes, self.on_gpu = SIZES[size], size == "gpu"
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
+        self.precision = "bfloat16" if self.on_gpu else "float32"
         work.mkdir(parents=True, exist_ok=True)
 
     def once(self, name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -142,7 +145,7 @@ class Experiment:
         return loaded
 
     def run(self) -> dict[str, Any]:
-        found = {"tokenizer": self.once("tokenizer", self.tokenizer), "teacher": self.once("teacher", self.teacher)}
+        found: dict[str, Any] = {"teacher": self.once("teacher", self.teacher)}
         found["beginnings"] = self.once("beginnings", self.beginnings)
         found["students"] = {name: self.once(name, lambda name=name: self.student(name)) for name in self.students}
         found["scratch"] = self.once("scratch", self.scratch)
@@ -157,43 +160,19 @@ class Experiment:
     # --- data and teacher --------------------------------------------------------------------------------------------
 
     def data(self) -> dict[str, Any]:
-        """The text, in the teacher's tokens."""
-        return {
-            "path": self.sizes["path"],
-            "include": ("**/*.py",),
-            "exclude": EXCLUDED,
-            "length": self.sizes["length"],
-            "validation_fraction": self.sizes["validation"],
-            "tokenizer": str(self.work / "tokenizer"),
-            "cache": str(self.work / "cache"),
-        }
+        """The text; in the tokens of a BPE for the teacher and the control, in the source's for students: the same."""
+        files = {"paths": (self.sizes["path"],), "include": ("**/*.py",), "exclude": EXCLUDED}
+        held = {"fraction": self.sizes["validation"], "by": self.sizes["by"]}
+        return {"files": files, "length": self.sizes["length"], "validation": held, "cache": str(self.work / "cache")}
 
-    def tokenizer(self) -> dict[str, Any]:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        from transformers import PreTrainedTokenizerFast
-
-        files = ByteData(**{**self.data(), "tokenizer": ""}).files()
-        chosen = files[:: max(1, len(files) // 2000)]  # some 20 MB: merges of a few thousand tokens are settled
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.sizes["vocabulary"],
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        made.train_from_iterator((file.read_text(encoding="utf-8", errors="replace") for file in chosen), trainer)
-        end = "<|endoftext|>"
-        fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end)
-        fast.save_pretrained(self.work / "tokenizer")
-        return {"vocabulary": len(fast), "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    def bpe(self) -> dict[str, Any]:
+        return {**self.data(), "tokenizer": "bpe", "vocab_size": self.sizes["vocabulary"]}
 
     def training(self, steps: int, **changes: Any) -> dict[str, Any]:
         """What all trainings share."""
         every = max(1, steps // 8)
         shared = {"steps": steps, "warmup_steps": min(100, steps // 10), "weight_decay": 0.1, "betas": (0.9, 0.95)}
-        shared |= {"log_every": every, "save_every": every, "precision": "bfloat16" if self.on_gpu else "float32"}
+        shared |= {"log_every": every, "save_every": every, "precision": self.precision}
         return {**shared, "workers": 4 if self.on_gpu else 0, "device": "auto" if self.on_gpu else "cpu", **changes}
 
     def recipe(self, name: str, **sections: Any) -> Any:
@@ -205,7 +184,7 @@ class Experiment:
         recipe = self.recipe(
             "teacher",
             mixers=["rope"],
-            data=self.data(),
+            data=self.bpe(),
             model=model,
             training=self.training(**self.sizes["teacher"]),
         )
@@ -213,7 +192,7 @@ class Experiment:
         if not (self.work / "teacher" / "config.json").exists():
             translate(run.folder / "final", self.work / "teacher", to="llama")
         tokens = recipe.training.steps * recipe.training.batch_size * self.sizes["length"]
-        corpus = ByteData(**self.data()).open()
+        corpus = text_data(self.bpe()).open()
         found = {"facts": run.facts, "tokens": tokens, "measurements": strict.plain(run.measurements)}
         return {**found, "corpus": {split: corpus.tokens(split) for split in ("train", "validation")}}
 
@@ -255,7 +234,7 @@ class Experiment:
         recipe = self.recipe(
             "scratch",
             mixers=[mixer],
-            data=self.data(),
+            data=self.bpe(),
             model={**self.sizes["model"], **conversion.model, "tie_word_embeddings": True},
             training=self.training(
                 **{**self.sizes["teacher"], "steps": tokens // (batch * length), "batch_size": batch}
@@ -271,14 +250,11 @@ class Experiment:
         }
 
     def lengths(self, model: PaTHForCausalLM) -> dict[str, Any]:
-        with self.autocast():
-            return by_length(model.to(self.device), self.text())  # type: ignore[arg-type]
+        return by_length(model.to(self.device), self.text())  # type: ignore[arg-type]
 
     def text(self) -> TextSource:
-        return TextSource(ByteData(**self.data()).open(), self.conversion(self.students[0]).evaluation)
-
-    def autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
+        corpus = text_data(self.bpe()).open()
+        return TextSource(corpus, self.conversion(self.students[0]).evaluation, self.precision)  # type: ignore[arg-type]
 
     def beginnings(self) -> dict[str, Any]:
         """Losses at the training length before anything is trained."""
@@ -286,8 +262,7 @@ class Experiment:
         teacher = checkpoint.load()
 
         def loss(model: PaTHForCausalLM) -> float:
-            with self.autocast():
-                return math.log(text.evaluate(model.to(self.device))["validation"].value)  # type: ignore[arg-type]
+            return text.evaluate(model.to(self.device))["validation"].value  # type: ignore[arg-type]
 
         rows: list[dict[str, Any]] = []
         for mixer, options, fields in BEGINNINGS:
@@ -349,8 +324,8 @@ class Experiment:
 
     @staticmethod
     def alignment(teacher: PaTHForCausalLM, student: PaTHForCausalLM) -> tuple[Any, Callable[[Tensor], Tensor]]:
-        model = Alignment(teacher, new_attentions(student))
-        return model, lambda ids: model(ids)["loss"]
+        model = Alignment(teacher, new_attentions(student), student.config)
+        return model, lambda ids: model(ids).loss
 
     @staticmethod
     def distillation(teacher: PaTHForCausalLM, student: PaTHForCausalLM) -> tuple[Any, Callable[[Tensor], Tensor]]:

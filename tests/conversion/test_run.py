@@ -220,8 +220,8 @@ def test_another_recipe_or_source_is_refused(place: Path, finished: Path, tmp_pa
         ("model.hidden_size=3", "model.hidden_size: unknown key"),
         ("model.conv_size=-1", "model: .*conv_size: got -1"),
         ("data=null", "data: missing"),
-        ("align.steps=0", "training.steps: wanted a number above 0"),
-        ("align.length=1", "length: wanted at least 2 tokens, got 1"),
+        ("align.steps=0", "align.steps: wanted a number above 0"),
+        ("align.length=1", "align.length: wanted at least 2 tokens, got 1"),
         ("align.layers_at_once=0", "align.layers_at_once: wanted at least 1, got 0"),
         ("distill.chunk=0", "distill.chunk: wanted a number above 0"),
         ("initialisation.beta=0", r"initialisation.beta: wanted a number in \(0, 2\)"),
@@ -231,7 +231,8 @@ def test_another_recipe_or_source_is_refused(place: Path, finished: Path, tmp_pa
         ("data={files: {paths: [/nowhere]}}", "data.tokenizer: wanted one, for .* has none"),
         ("data.validation_fraction=2", "data.validation_fraction: wanted a number in"),
         ("align.compile=true", "align.compile: wanted false"),
-        ("distill.parallel.strategy=fsdp", "training.parallel: wanted nothing"),
+        ("distill.parallel.strategy=fsdp", "distill.parallel: wanted nothing"),
+        ("distill.save_every=3", r"distill\.save_every: wanted a multiple of distill\.log_every = 2"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(place: Path, tmp_path: Path, change: str, message: str) -> None:

@@ -7,7 +7,7 @@ left out.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -60,12 +60,17 @@ class Stage(Training):
 
     length: int | None = None
 
+    section: ClassVar[str] = "continued"  # the recipe's key
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ValueError(str(error).replace("training.", f"{self.section}.")) from error
         if self.length is not None and self.length < 2:
-            raise ValueError(f"length: wanted at least 2 tokens, got {self.length}")
+            raise ValueError(f"{self.section}.length: wanted at least 2 tokens, got {self.length}")
         if self.parallel.strategy != "ddp":
-            raise ValueError("training.parallel: wanted nothing: a conversion runs on one device")
+            raise ValueError(f"{self.section}.parallel: wanted nothing: a conversion runs on one device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,8 @@ class Align(Stage):
     """
 
     layers_at_once: int | None = None
+
+    section: ClassVar[str] = "align"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +107,8 @@ class Distill(Stage):
 
     attention_learning_rate: float | None = None
     chunk: int = CHUNK
+
+    section: ClassVar[str] = "distill"
 
     def __post_init__(self) -> None:
         super().__post_init__()
