@@ -12,7 +12,8 @@ Parts, each done once (their results are kept in WORK/NAME.json, and training is
     beginnings   the loss of students before any training, for several ways to begin
     path, fox    students: before training, after stage 1, after stage 2; perplexity by length to 8 times the training's
     scratch      the student's architecture from random weights on the tokens of both stages
-    flip_flop    teacher and students after a short continued training on flip-flop, written in the teacher's tokens
+    flip_flop, variable_tracking
+                 teacher and students after a short continued training on each, written in the teacher's tokens
     memory       one step of each stage, and of plain training, with random weights in SmolLM2-1.7B's shape, length 4096
 
 Writes OUT/conversion.json and OUT/conversion.png, or OUT/cpu_conversion.json and so on.
@@ -64,8 +65,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "teacher": {"steps": 2000, "batch_size": 32, "learning_rate": 2e-3},
         "align": {"steps": 320, "batch_size": 16, "length": 512, "learning_rate": 3e-3},
         "distill": {"steps": 480, "batch_size": 8, "learning_rate": 5e-4},
-        "flip_flop": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
-        "flip_flop_length": 512,
+        "task": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
+        "task_length": 512,
         "windows": 128,
         "tokens": 524288,
         "answers": 20000,
@@ -83,8 +84,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "teacher": {"steps": 1500, "batch_size": 16, "learning_rate": 3e-3},
         "align": {"steps": 240, "batch_size": 4, "length": 256, "learning_rate": 3e-3},
         "distill": {"steps": 340, "batch_size": 4, "learning_rate": 5e-4},
-        "flip_flop": {"steps": 300, "batch_size": 8, "learning_rate": 1e-3},
-        "flip_flop_length": 128,
+        "task": {"steps": 300, "batch_size": 8, "learning_rate": 1e-3},
+        "task_length": 128,
         "windows": 64,
         "tokens": 65536,
         "answers": 5000,
@@ -99,8 +100,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "teacher": {"steps": 60, "batch_size": 8, "learning_rate": 3e-3},
         "align": {"steps": 8, "batch_size": 4, "length": 64, "learning_rate": 3e-3},
         "distill": {"steps": 8, "batch_size": 4, "learning_rate": 5e-4},
-        "flip_flop": {"steps": 10, "batch_size": 4, "learning_rate": 1e-3},
-        "flip_flop_length": 64,
+        "task": {"steps": 10, "batch_size": 4, "learning_rate": 1e-3},
+        "task_length": 64,
         "windows": 8,
         "tokens": 4096,
         "answers": 200,
@@ -109,6 +110,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "memory_vocabulary": 1000,
     },
 }
+TASKS = ("flip_flop", "variable_tracking")
 # Ways to begin whose losses are compared: mixer, fields of Initialisation, fields of the student.
 FULL: dict[str, Any] = {"w_rank": None, "conv_size": 0}
 BEGINNINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -149,10 +151,11 @@ class Experiment:
         found["beginnings"] = self.once("beginnings", self.beginnings)
         found["students"] = {name: self.once(name, lambda name=name: self.student(name)) for name in self.students}
         found["scratch"] = self.once("scratch", self.scratch)
-        found["flip_flop"] = {
-            name: self.once(f"flip_flop-{name}", lambda name=name: self.flip_flop(name))
-            for name in ("teacher", *self.students)
-        }
+        for task in TASKS:
+            found[task] = {
+                name: self.once(f"{task}-{name}", lambda task=task, name=name: self.task(task, name))
+                for name in ("teacher", *self.students)
+            }
         if "memory" in self.sizes:
             found["memory"] = self.once("memory", self.memory)
         return found
@@ -275,19 +278,19 @@ class Experiment:
             rows.append({"mixer": mixer, **options, **fields, "loss": loss(student)})
         return {"teacher": loss(teacher), "rows": rows}
 
-    def flip_flop(self, name: str) -> dict[str, Any]:
-        """Error rates after a short continued training, from the teacher or from a student."""
+    def task(self, task: str, name: str) -> dict[str, Any]:
+        """Error rates after a short continued training on a task, from the teacher or from a student."""
         if name == "teacher":
             initial, mixer = self.work / "runs/teacher/rope/final", "rope"
         else:
             initial, mixer = self.work / f"student-{name}", name
         recipe = recipe_from_mapping(
             {
-                "name": f"flip_flop-{name}",
+                "name": f"{task}-{name}",
                 "mixers": [mixer],
                 "initial": str(initial),
-                "task": {"name": "flip_flop", "length": self.sizes["flip_flop_length"]},
-                "training": self.training(**self.sizes["flip_flop"]),
+                "task": {"name": task, "length": self.sizes["task_length"]},
+                "training": self.training(**self.sizes["task"]),
                 "evaluation": {"answers": self.sizes["answers"], "batch_size": 32},
             }
         )
@@ -386,9 +389,9 @@ def stage_losses(found: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def figure(found: dict[str, Any]) -> Figure:
-    """Losses at the training length by stage; perplexity by length; flip-flop."""
-    made = Figure(figsize=(14, 4), layout="constrained")
-    stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.5, 1.1, 1))
+    """Losses at the training length by stage; perplexity by length; state tracking."""
+    made = Figure(figsize=(15, 4.4), layout="constrained")
+    stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.5, 1.1, 1.3))
     rows = stage_losses(found)
     for n, (whose, _, loss) in enumerate(rows):
         stages.barh(n, loss, color=COLOURS[whose])
@@ -415,16 +418,18 @@ def figure(found: dict[str, Any]) -> Figure:
     lengths.set_xlabel("tokens read")
     lengths.set_ylabel("perplexity")
     lengths.legend(frameon=False, fontsize=8)
-    splits = list(next(iter(found["flip_flop"].values()))["measurements"])
-    for n, (name, result) in enumerate(found["flip_flop"].items()):
+    columns = [(task, split) for task in TASKS for split in found[task]["teacher"]["measurements"]]
+    models = list(found[TASKS[0]])
+    for n, name in enumerate(models):
         whose = "rope" if name == "teacher" else name
-        rates = [100 * result["measurements"][split]["value"] for split in splits]
-        places = [k + 0.8 * (n + 0.5) / len(found["flip_flop"]) - 0.4 for k in range(len(splits))]
-        reads.bar(places, rates, 0.8 / len(found["flip_flop"]), color=COLOURS[whose], label=f"{NAMES[whose]}")
+        rates = [100 * found[task][name]["measurements"][split]["value"] for task, split in columns]
+        places = [k + 0.8 * (n + 0.5) / len(models) - 0.4 for k in range(len(columns))]
+        reads.bar(places, rates, 0.8 / len(models), color=COLOURS[whose], label=NAMES[whose])
         for place, rate in zip(places, rates, strict=True):
-            reads.text(place, rate, f"{rate:.3g}", ha="center", va="bottom", fontsize=7)
-    reads.set_xticks(range(len(splits)), [split.replace("_", " ") for split in splits])
-    reads.set_ylabel("flip-flop: wrong reads, %")
+            reads.text(place, rate, f"{rate:.3g}", ha="center", va="bottom", fontsize=6)
+    names = [f"{task.replace('_', ' ')},\n{split.replace('_', ' ')}" for task, split in columns]
+    reads.set_xticks(range(len(columns)), names, fontsize=7, rotation=30)
+    reads.set_ylabel("wrong answers, %")
     reads.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=3)
     for axis in (stages, lengths, reads):
         axis.spines[["top", "right"]].set_visible(False)

@@ -282,7 +282,7 @@ def demo(
 
 
 def task(
-    name: Annotated[str, typer.Argument(help="flip_flop, group_words, mqar, mqrar or phone_book.")],
+    name: Annotated[str, typer.Argument(help="flip_flop, group_words, mqar, mqrar, phone_book, variable_tracking.")],
     options: Annotated[
         list[str] | None, typer.Argument(help="Fields of the task: length=64 ...", metavar="KEY=VALUE")
     ] = None,
