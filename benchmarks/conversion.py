@@ -430,7 +430,7 @@ def figure(found: dict[str, Any]) -> Figure:
     names = [f"{task.replace('_', ' ')},\n{split.replace('_', ' ')}" for task, split in columns]
     reads.set_xticks(range(len(columns)), names, fontsize=7, rotation=30)
     reads.set_ylabel("wrong answers, %")
-    reads.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=3)
+    reads.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3)
     for axis in (stages, lengths, reads):
         axis.spines[["top", "right"]].set_visible(False)
     return made

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,10 @@ def test_folders_are_held_out_whole(folder: Path, tokenizer: Path) -> None:
     assert held_out == [t for n, t in enumerate(TEXTS) if n // 5 in folders]
     total = sum(len(t.encode()) for t in TEXTS)
     assert 0 < sum(len(t.encode()) for t in held_out) <= 0.3 * total
+    # Wherever the folders lie.
+    moved = shutil.copytree(folder, folder.parent / "elsewhere" / "text")
+    again = data(moved, tokenizer, validation=Validation(fraction=0.3, by="folder")).open()
+    assert decoded(again, "validation") == held_out
     with pytest.raises(ValueError, match=r"data\.validation\.fraction: no folder is as small as 0\.001"):
         data(folder, tokenizer, validation=Validation(fraction=0.001, by="folder")).open()
 

@@ -252,15 +252,16 @@ def find_files(
 
     A path that is a file is taken as it is and is a group of its own. Of a folder, the files that match a pattern of
     ``include`` and none of ``exclude``, relative to it; the group is the first folder under it, or the file itself.
+    Groups are called NUMBER:NAME by the number of the path: the same wherever the paths lie.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: nothing matches.
     """
     found: dict[Path, str] = {}
-    for path in paths:
+    for number, path in enumerate(paths):
         if path.is_file():
-            found.setdefault(path.resolve(), str(path))
+            found.setdefault(path.resolve(), f"{number}:{path.name}")
             continue
         if not path.is_dir():
             raise FileNotFoundError(f"{key}: no file or folder {path}")
@@ -268,7 +269,7 @@ def find_files(
         matched = {p for pattern in include for p in path.glob(pattern) if p.is_file()} - excluded
         for p in sorted(matched, key=lambda p: p.relative_to(path).parts):
             # A file under two of the paths is one file.
-            found.setdefault(p.resolve(), f"{path}/{p.relative_to(path).parts[0]}")
+            found.setdefault(p.resolve(), f"{number}:{p.relative_to(path).parts[0]}")
     if not found:
         raise ValueError(f"{key}: no file in {[str(p) for p in paths]} matches {list(include)} without {list(exclude)}")
     groups = {name: n for n, name in enumerate(dict.fromkeys(found.values()))}

@@ -118,7 +118,7 @@ def collect(recipe: Recipe, runs: Path, command: str) -> dict[str, Any]:
         "command": command,
         "recipe": recipe.to_mapping(),
         "corpus": {key: value for key, value in corpus.items() if key not in ("key", "dtype", "separator")},
-        "held_out": sorted(Path(group).name for group in getattr(documents, "held_out", ())),
+        "held_out": sorted(group.partition(":")[2] for group in getattr(documents, "held_out", ())),
         "missing": [mixer for mixer in recipe.mixers if mixer not in finished],
         "models": finished,
     }

@@ -381,7 +381,7 @@ _LINE_EVERY = 15.0
 
 
 class Report:
-    """Rows of one progress bar, made when asked for; off a terminal, a line when each begins, and now and then."""
+    """Rows of one progress bar, made as they are asked for; off a terminal lines, at the beginning and now and then."""
 
     def __init__(self, console: Console | None, title: str = "") -> None:
         self.console, self.title = console, title
