@@ -46,8 +46,7 @@ def within(leaf: int, level: int) -> int:
 
 def pairs(table: LeafTable) -> list[Pair]:
     found = []
-    start, length, index = table.start.tolist(), table.length.tolist(), table.index.tolist()
-    query_base, key_base = table.query_base.tolist(), table.key_base.tolist()
+    start, length, index, _, query_base, key_base = table.written_out().T.tolist()
     for leaf in range(table.num_leaves):
         for level in range(table.num_levels):
             if length[leaf] and index[leaf] >> level & 1:
@@ -104,7 +103,7 @@ def problem(
     generator = torch.Generator(device).manual_seed(0)
     value_dim = value_dim or dim
     if ends is None:
-        table = batch_leaf_table(batch, length, torch.device(device))
+        table = batch_leaf_table(batch, length)
     else:
         table = packed_leaf_table(torch.tensor(ends, device=device), length, torch.device(device))
     tokens, query_heads = batch * length, heads * group

@@ -30,11 +30,10 @@ class Pair:
     """One query leaf and its left sibling at one level: rows and slots by the leaf table's own description."""
 
     def __init__(self, table: LeafTable, leaf: int, level: int) -> None:
-        index = int(table.index[leaf])
+        start, length, index, _, query_base, key_base = table.written_out()[leaf].tolist()
         first = ((index >> level) - 1) << level
-        start, length = int(table.start[leaf]), int(table.length[leaf])
-        self.query_slot = int(table.query_base[leaf]) + within(index, level)
-        key_slot = int(table.key_base[leaf]) + within(first, level)
+        self.query_slot = query_base + within(index, level)
+        key_slot = key_base + within(first, level)
         self.key_slots = slice(key_slot, key_slot + 2**level)
         self.rows = slice(start, start + length)
         left = start - (index - first) * LEAF
@@ -47,7 +46,7 @@ def pairs(table: LeafTable) -> list[Pair]:
         Pair(table, leaf, level)
         for leaf in range(table.num_leaves)
         for level in range(table.num_levels)
-        if int(table.length[leaf]) and int(table.index[leaf]) >> level & 1
+        if int(table.written_out()[leaf, 1]) and int(table.written_out()[leaf, 2]) >> level & 1
     ]
 
 
@@ -65,7 +64,7 @@ def logits(levels: linear.Levels, pair: Pair, group: int) -> tuple[Tensor, Tenso
 def attend(inputs: linear.Inputs, table: LeafTable) -> tuple[linear.Levels, Tensor, Tensor]:
     out = torch.full((*inputs.q.shape[:2], inputs.v.shape[2]), float("nan"))
     log_sum_exp = torch.full(inputs.q.shape[:2], float("nan"))
-    levels = linear.forward(inputs, table, out, log_sum_exp)
+    levels = linear.forward(inputs, table, out, log_sum_exp, inputs.work_dtype)
     group = inputs.query_heads // inputs.heads
     for pair in pairs(table):
         scores, _, _ = logits(levels, pair, group)
@@ -152,9 +151,7 @@ def test_linear_stages_equal_the_definition(case: dict) -> None:
     d_out = normal(heads * group, v.shape[-1])
     expected.backward(d_out.double())
 
-    table = (
-        batch_leaf_table(batch, length, q.device) if ends is None else packed_leaf_table(cu_seqlens, length, q.device)
-    )
+    table = batch_leaf_table(batch, length) if ends is None else packed_leaf_table(cu_seqlens, length, q.device)
     rows = [None if x is None else x.flatten(0, 1).contiguous() for x in (q, k, v, w, beta, g)]
     inputs = linear.Inputs(*rows, scale=dim**-0.5)
     _, out, log_sum_exp = attend(inputs, table)

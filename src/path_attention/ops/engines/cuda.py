@@ -92,7 +92,7 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
     for first in range(0, batch, sequences):
         sequence = slice(first, min(first + sequences, batch))
         if cu_seqlens is None and (table is None or sequence.stop - first != sequences):
-            table = batch_leaf_table(sequence.stop - first, length, q.device)
+            table = batch_leaf_table(sequence.stop - first, length)
         assert table is not None
         for head in range(0, heads, part_heads):
             last = min(head + part_heads, heads)
@@ -149,7 +149,9 @@ def forward(
     for part in _parts(q, k, cu_seqlens):
         inputs = part.of(q, k, v, w, beta, g, scale)
         out, log_sum_exp = _place(result, part.queries), _place(result_log_sum_exp, part.queries)
-        levels = linear.forward(inputs, part.table, out, log_sum_exp)
+        # Our kernel takes rows in float16 whatever the values are in; torch's want one dtype.
+        row_dtype = inputs.work_dtype if siblings_by == "triton" else q.dtype
+        levels = linear.forward(inputs, part.table, out, log_sum_exp, row_dtype)
         attend(inputs, part.table, levels, out, log_sum_exp)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)

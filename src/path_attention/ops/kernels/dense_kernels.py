@@ -18,7 +18,7 @@ descriptor (t_) where the launcher could make one, else by pointers (p_): descri
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import LOG2_E, within
+from path_attention.ops.kernels.tiles import LOG2_E, place, within
 
 LEAF = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 
@@ -43,13 +43,23 @@ def _leaf_and_head(num_leaves, num_heads, SECTION: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES: tl.constexpr):
-    """Tokens in the program's leaves; 0 if another program has them or there are none."""
-    s_rows = tl.load(p_length + i_leaf)
+def _tokens(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys):
+    """Tokens in a leaf."""
+    _, s_tokens, _, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
+    return s_tokens
+
+
+@triton.jit
+def _place_of_leaves(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES: tl.constexpr):
+    """``place`` of the program's first leaf, with the tokens of all; 0 if another program has them, or none."""
+    i_row, s_rows, i_index, s_count, i_query_base, i_key_base = place(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
+    )
     if LEAVES == 2:
-        s_rows += tl.load(p_length + i_leaf + 1, mask=i_index + 1 < s_count, other=0)
+        if i_index + 1 < s_count:
+            s_rows += _tokens(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys)
         s_rows = tl.where(i_index % 2 == 0, s_rows, 0)
-    return s_rows
+    return i_row, s_rows, i_index, s_count, i_query_base, i_key_base
 
 
 @triton.jit
@@ -187,12 +197,11 @@ def dense_forward_kernel(
     p_values,  # (T, H, DV)
     p_gate_query,  # (levels, query_slots, 64, HQ) float32 or None
     p_gate_key,  # (levels, key_slots, 64, HQ) float32 or None
-    p_start,
-    p_length,
-    p_index,
-    p_count,
-    p_query_base,
-    p_key_base,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
     p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
     num_leaves,
@@ -213,15 +222,12 @@ def dense_forward_kernel(
     HQ = H * GROUP
     i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, SECTION)
     i_leaf = num_leaves - 1 - i_turn  # the last leaves have the most keys: they come first
-    i_index = tl.load(p_index + i_leaf)
-    s_count = tl.load(p_count + i_leaf)
-    s_rows = _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES)
+    i_row, s_rows, i_index, s_count, i_query_base, i_key_base = _place_of_leaves(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES
+    )
     i_last = i_index + LEAVES - 1
     if s_rows == 0 or i_last == 0:
         return
-    i_row = tl.load(p_start + i_leaf)
-    i_query_base = tl.load(p_query_base + i_leaf)
-    i_key_base = tl.load(p_key_base + i_leaf)
     i_head = i_query_head // GROUP
     p_query_rows += i_query_head * D
     p_out += i_query_head * DV
@@ -306,12 +312,11 @@ def dense_backward_queries_kernel(
     p_values,
     p_gate_query,
     p_gate_key,
-    p_start,
-    p_length,
-    p_index,
-    p_count,
-    p_query_base,
-    p_key_base,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
     p_d_out,  # (T, HQ, DV)
     p_log_sum_exp,  # (T, HQ) float32
     p_delta,  # (T, HQ) float32: rowsum(d_out * out)
@@ -335,14 +340,11 @@ def dense_backward_queries_kernel(
     HQ = H * GROUP
     i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, SECTION)
     i_leaf = num_leaves - 1 - i_turn  # the last leaves have the most keys: they come first
-    i_index = tl.load(p_index + i_leaf)
-    s_count = tl.load(p_count + i_leaf)
-    s_rows = _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES)
+    i_row, s_rows, i_index, s_count, i_query_base, i_key_base = _place_of_leaves(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES
+    )
     if s_rows == 0:
         return
-    i_row = tl.load(p_start + i_leaf)
-    i_query_base = tl.load(p_query_base + i_leaf)
-    i_key_base = tl.load(p_key_base + i_leaf)
     i_last = i_index + LEAVES - 1
     i_head = i_query_head // GROUP
     p_query_rows += i_query_head * D
@@ -543,12 +545,11 @@ def dense_backward_keys_kernel(
     p_values,
     p_gate_query,
     p_gate_key,
-    p_start,
-    p_length,
-    p_index,
-    p_count,
-    p_query_base,
-    p_key_base,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
     p_d_out,  # (T, HQ, DV)
     p_log_sum_exp,  # (T, HQ) float32
     p_delta,  # (T, HQ) float32: rowsum(d_out * out)
@@ -570,14 +571,11 @@ def dense_backward_keys_kernel(
     """Gradients of the keys of LEAVES leaves and one key head at every level that they stand at, and of the values."""
     KEYS: tl.constexpr = LEAVES * LEAF
     i_leaf, i_head = _leaf_and_head(num_leaves, H, SECTION)  # the first leaves, with the most queries, come first
-    i_index = tl.load(p_index + i_leaf)
-    s_count = tl.load(p_count + i_leaf)
-    s_own = _rows_of_leaves(p_length, i_leaf, i_index, s_count, LEAVES)
+    i_row, s_own, i_index, s_count, i_query_base, i_key_base = _place_of_leaves(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES
+    )
     if s_own == 0:
         return
-    i_row = tl.load(p_start + i_leaf)
-    i_query_base = tl.load(p_query_base + i_leaf)
-    i_key_base = tl.load(p_key_base + i_leaf)
     o = tl.arange(0, KEYS)
     m_own = o < s_own
     b_d_v = tl.zeros((KEYS, block_of(DV)), tl.float32)
@@ -591,13 +589,16 @@ def dense_backward_keys_kernel(
                 b_d_v, m_own, o < LEAF, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,
                 p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row,
                 (i_key_base + within(i_index, 0)) * LEAF, (i_query_base + within(i_index + 1, 0)) * LEAF, i_row + LEAF,
-                tl.load(p_length + i_leaf + 1), i_head, H, True, GROUP, D, DV, KEYS, STAGES
+                _tokens(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys), i_head, H, True,
+                GROUP, D, DV, KEYS, STAGES
             )  # fmt: skip
     for level in range(LEAVES - 1, num_levels):
         i_first = ((i_index >> level) + 1) << level  # of the right sibling, which the sequence's end may cut short
         if ((i_index >> level) & 1) == 0 and i_first < s_count:
             s_more = tl.minimum(1 << level, s_count - i_first) - 1  # leaves before its last, all of them full
-            s_rows = s_more * LEAF + tl.load(p_length + i_leaf - i_index + i_first + s_more)
+            s_rows = s_more * LEAF + _tokens(
+                i_leaf - i_index + i_first + s_more, p_table, table_leaves, table_length, table_queries, table_keys
+            )
             i_key = (level * key_slots + i_key_base + within(i_index, level)) * LEAF
             i_query = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
             b_d_v = _key_level(

@@ -2,17 +2,18 @@
 
 Tokens of a batch (B, L, ...) or of a packed row are one row of T = B * L tokens. Leaves of LEAF tokens are numbered
 through, sequence after sequence; a leaf's index i is counted within its sequence, where bit l of i says which sibling
-it belongs to at level l: 0 the left one, 1 the right one. The tables are made on the device without the host waiting:
-for packed batches the number of leaves is an upper bound and the leaves past the last have length 0.
+it belongs to at level l: 0 the left one, 1 the right one. Sequences of one length need no table: a kernel computes
+where a leaf stands. Tables of packed batches are made on the device without the host waiting: the number of leaves is
+an upper bound and the leaves past the last have no tokens.
 
 Rows moved to the edges of level l are kept for the siblings that use them, compactly: with
 
     within(i, l) = ((i >> (l + 1)) << l) | (i & (2^l - 1))          (i with bit l taken out)
 
 a query leaf (bit l of i set) stands at slot ``query_base + within`` and a key leaf (bit l clear, a right sibling
-exists) at slot ``key_base + within`` of its level, so that a span's leaves are consecutive. A span's transition matrix
-stands at node 2 * first + 2^l - 1 of its sequence's 2 * count nodes (the in-order numbering of a binary tree), where
-first is its first leaf.
+exists) at slot ``key_base + within`` of its level, so that a span's leaves are consecutive. Bases are even: from level
+1 on, so are the slots of leaves at even indices. A span's transition matrix stands at node 2 * first + 2^l - 1 of its
+sequence's 2 * count nodes (the in-order numbering of a binary tree), where first is its first leaf.
 """
 
 from dataclasses import dataclass
@@ -22,47 +23,75 @@ from torch import Tensor
 
 # Tokens a leaf on CUDA: 64 rows are one warpgroup's matrix instruction, and the leaf's inverse stays in registers.
 LEAF = 64
+# Columns of a table that is written out: those of LeafTable.written_out, and two to make a row 32 bytes.
+COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class LeafTable:
-    """One int32 entry for each of N leaves, on the device, and the sizes the host needs to allocate."""
+    """Where each of N leaves stands, and the sizes the host needs to allocate."""
 
-    start: Tensor  # row of the leaf's first token among T tokens
-    length: Tensor  # tokens in the leaf, 0 for no leaf
-    index: Tensor  # i, its index in its sequence
-    count: Tensor  # leaves in its sequence
-    query_base: Tensor  # first query slot of its sequence, at every level
-    key_base: Tensor  # first key slot of its sequence, at every level
+    # (N, COLUMNS) int32, on the device; None where all sequences are alike, as the next four numbers say.
+    columns: Tensor | None
+    leaves: int  # of each sequence
+    length: int  # tokens of each sequence
+    queries: int  # query slots of each sequence
+    keys: int  # key slots of each sequence
     num_leaves: int  # N
     num_levels: int
     query_slots: int  # leaves in a level's query buffer
     key_slots: int  # leaves in a level's key buffer
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What every kernel takes to find a leaf's place: ``place`` of tiles.py."""
+        return {
+            "p_table": self.columns,
+            "table_leaves": self.leaves,
+            "table_length": self.length,
+            "table_queries": self.queries,
+            "table_keys": self.keys,
+        }
+
+    def written_out(self) -> Tensor:
+        """(N, 6): row of the leaf's first token among T tokens; tokens in the leaf, 0 for no leaf; its index in its
+        sequence; leaves in its sequence; first query slot and first key slot of its sequence, at every level.
+        """
+        if self.columns is not None:
+            return self.columns[:, :6]
+        leaf = torch.arange(self.num_leaves)
+        sequence, index = leaf // self.leaves, leaf % self.leaves
+        tokens = (self.length - index * LEAF).clamp_max(LEAF)
+        count = torch.full_like(leaf, self.leaves)
+        bases = sequence * self.queries, sequence * self.keys
+        return torch.stack([sequence * self.length + index * LEAF, tokens, index, count, *bases], dim=1)
 
 
 def _levels(leaves: int) -> int:
     return max(0, leaves - 1).bit_length()
 
 
-def batch_leaf_table(batch: int, length: int, device: torch.device) -> LeafTable:
+def _even(x: Tensor) -> Tensor:
+    return x + x % 2
+
+
+def batch_leaf_table(batch: int, length: int) -> LeafTable:
     """The table of ``batch`` sequences of ``length`` tokens each."""
     leaves = -(-length // LEAF)
     levels = _levels(leaves)
     # Left siblings at level l come in whole spans: the widest level decides.
     keys = max((-(-(leaves - 2**level) // 2 ** (level + 1)) * 2**level for level in range(levels)), default=0)
-    sequence = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(leaves)
-    index = torch.arange(leaves, dtype=torch.int32, device=device).repeat(batch)
+    queries, keys = leaves // 2 + leaves // 2 % 2, keys + keys % 2
     return LeafTable(
-        start=sequence * length + index * LEAF,
-        length=(length - index * LEAF).clamp_max(LEAF),
-        index=index,
-        count=torch.full_like(index, leaves),
-        query_base=sequence * (leaves // 2),
-        key_base=sequence * keys,
+        columns=None,
+        leaves=leaves,
+        length=length,
+        queries=queries,
+        keys=keys,
         num_leaves=batch * leaves,
         num_levels=levels,
-        query_slots=max(1, batch * (leaves // 2)),
-        key_slots=max(1, batch * keys),
+        query_slots=max(2, batch * queries),
+        key_slots=max(2, batch * keys),
     )
 
 
@@ -85,21 +114,21 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
     number = torch.arange(bound, device=cu_seqlens.device)
     sequence = torch.searchsorted(last, number, right=True).clamp_max(sequences - 1)
     first = (last - leaves)[sequence]
+    queries, keys = _even(leaves // 2), _even(leaves)  # slots of each sequence
     index = number - first
     start = ends[:-1][sequence] + index * LEAF
     present = number < last[-1]
     tokens = torch.where(present, (ends[1:][sequence] - start).clamp(0, LEAF), 0)
-    columns = torch.stack([start, tokens, index, leaves[sequence], first // 2, first])
-    columns = columns.to(torch.int32).to(device, non_blocking=True)
+    bases = [(x.cumsum(0) - x)[sequence] for x in (queries, keys)]
+    rows = torch.stack([start, tokens, index, leaves[sequence], *bases, index, index], dim=1)
     return LeafTable(
-        start=columns[0],
-        length=columns[1],
-        index=columns[2],
-        count=columns[3],
-        query_base=columns[4],
-        key_base=columns[5],
+        columns=rows.to(torch.int32).to(device, non_blocking=True),
+        leaves=1,
+        length=1,
+        queries=1,
+        keys=1,
         num_leaves=bound,
         num_levels=_levels(longest),
-        query_slots=max(1, bound // 2),
-        key_slots=bound,
+        query_slots=bound // 2 + bound // 2 % 2 + 2 * sequences,
+        key_slots=bound + bound % 2 + 2 * sequences,
     )

@@ -1,7 +1,7 @@
 """Launchers of the linear-cost stages: what each allocates, and in which order they run.
 
-leaf_transition -> tree, level by level -> leaf_queries and key_transport. What they write is all that the dense
-attention between siblings needs; docs/kernels.md lists the buffers with their sizes.
+leaf_forward -> tree -> query_transport and key_transport. What they write is all that the dense attention between
+siblings needs; docs/kernels.md lists the buffers with their sizes.
 """
 
 from dataclasses import dataclass
@@ -11,22 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from path_attention.ops.kernels.leaf_kernels import (
+from path_attention.ops.kernels.leaf_kernels import leaf_backward_kernel, leaf_forward_kernel
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+from path_attention.ops.kernels.transport_kernels import (
     key_transport_backward_kernel,
     key_transport_kernel,
-    leaf_queries_backward_kernel,
-    leaf_queries_kernel,
-    leaf_transition_backward_kernel,
-    leaf_transition_kernel,
     query_transport_backward_kernel,
-    tree_backward_kernel,
-    tree_kernel,
+    query_transport_kernel,
 )
-from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+from path_attention.ops.kernels.tree_kernels import tree_backward_kernel, tree_kernel
 
-_HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
-# Narrowest tile of the linear stages, in columns.
+# Narrowest tile of the linear stages, in columns: what a matrix instruction of Hopper takes whole.
 MIN_BLOCK = 64
+# Levels of the tree that one launch works through: seven products in a row, and a third of the launches and of the
+# traffic of one launch a level.
+TREE_LEVELS = 3
 
 
 @dataclass(frozen=True)
@@ -50,166 +49,191 @@ class Inputs:
         return self.q.shape[1]
 
     @property
-    def options(self) -> dict[str, object]:
-        """Compile-time arguments and launch options that all kernels of the linear stages take."""
-        dim = self.q.shape[2]
-        return {
-            "GROUP": self.query_heads // self.heads,
-            "D": dim,
-            # At 32 columns Triton 3.6 makes an illegal memory access of the leaf's backward kernel; 64 is safe.
-            "BLOCK_D": max(MIN_BLOCK, triton.next_power_of_2(dim)),
-            "HALF": _HALF[self.q.dtype],
-            # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
-            "num_stages": 1,
-        }
+    def group(self) -> int:
+        return self.query_heads // self.heads
 
     @property
-    def matrix_warps(self) -> int:
-        """Warps of the backward kernels that hold two D x D matrices; the others have 4.
+    def work_dtype(self) -> torch.dtype:
+        """What operands of the linear stages' products are rounded to, and what lies between the stages: tiles.py."""
+        return torch.float32 if self.q.dtype == torch.float32 else torch.float16
 
-        On an H200 at D = 64 4 are 1.1 to 2 times as fast as 8 in every kernel, spills and all. At D = 128 so in every
-        kernel but these two (tree_backward 1.65 ms against 1.10, leaf_transition_backward 2.28 against 1.96).
+    def options(self, *, wide: bool = False) -> dict[str, object]:
+        """Compile-time arguments and launch options of the linear stages' kernels.
+
+        ``wide``: of those that hold two D x D matrices or as much beside their rows. Measured on an H200 at 16k tokens
+        of 2048 channels: at D = 64 4 warps are faster than 8 in every kernel, at D = 128 8 in the wide ones
+        (leaf_backward 1.73 ms against 2.61; leaf_forward 1.16 against 0.65).
         """
-        return 4 if self.q.shape[2] <= 64 else 8
+        dim = self.q.shape[2]
+        return {
+            "GROUP": self.group,
+            "D": dim,
+            "BLOCK_D": max(MIN_BLOCK, triton.next_power_of_2(dim)),
+            "WORK": None if self.work_dtype == torch.float32 else tl.float16,
+            # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
+            "num_stages": 1,
+            "num_warps": 8 if wide and dim > MIN_BLOCK else 4,
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.work_dtype, device=self.q.device)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Gradients in the work dtype, each tile to be multiplied by its power of two; float32 ones are as they are."""
+
+    tiles: Tensor
+    power: Tensor  # float32
 
 
 @dataclass(frozen=True)
 class Levels:
     """Rows at the edges of every level."""
 
-    query_rows: Tensor  # (levels, query_slots, 64, HQ, D) dtype of q, times scale
-    key_rows: Tensor  # (levels, key_slots, 64, H, D) dtype of k
+    query_rows: Tensor  # (levels, query_slots, 64, HQ, D), times scale
+    key_rows: Tensor  # (levels, key_slots, 64, H, D)
     gate_query: Tensor | None  # (levels, query_slots, 64, HQ) float32
     gate_key: Tensor | None  # (levels, key_slots, 64, HQ) float32
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """What the backward pass wants again of the leaves and the tree, float32."""
+    """What the backward pass wants again of the leaves and the tree, in the work dtype."""
 
-    inverse: Tensor | None  # (N, H, 64, 64): T^-1; None in the forward pass
+    inverse: Tensor  # (N, H, 64, 64): T^-1
     y: Tensor  # (N, H, 64, 64)
     u: Tensor  # (N, H, 64, D)
     nodes: Tensor  # (2 N, H, D, D)
 
 
-def forward(inputs: Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor) -> Levels:
-    """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ)."""
-    return _leaves_and_levels(inputs, table, out, log_sum_exp)[0]
+def forward(inputs: Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor, row_dtype: torch.dtype) -> Levels:
+    """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ).
+
+    row_dtype: what the rows at the levels' edges are rounded to.
+    """
+    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, None)
+    return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
 
 
 def recompute(inputs: Inputs, table: LeafTable) -> tuple[Levels, Leaves]:
     """The forward linear stages again, for the backward pass: no attention, but all that it needs of the leaves."""
-    return _leaves_and_levels(inputs, table, None, None)
+    leaves, heads = table.num_leaves, inputs.heads
+    inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
+    u = inputs.empty(leaves, heads, LEAF, inputs.q.shape[2])
+    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, (inverse, y, u))
+    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, inputs.q.dtype)
+    return levels, Leaves(inverse, y, u, nodes)
 
 
-def _leaves_and_levels(
-    inputs: Inputs, table: LeafTable, out: Tensor | None, log_sum_exp: Tensor | None
-) -> tuple[Levels, Leaves]:
-    q, k, w, g = inputs.q, inputs.k, inputs.w, inputs.g
-    heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
-    leaves, levels = table.num_leaves, table.num_levels
-    options = inputs.options
-
-    def float32(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
-
-    y = float32(leaves, heads, LEAF, LEAF)
-    inverse = None if out is not None else torch.empty_like(y)
-    u, k_right = float32(leaves, heads, LEAF, dim), float32(leaves, heads, LEAF, dim)
-    nodes = float32(2 * leaves, heads, dim, dim)
-    gate_nodes = None if g is None else float32(2 * leaves, query_heads)
-    result = Levels(
-        query_rows=torch.empty(levels, table.query_slots, LEAF, query_heads, dim, dtype=q.dtype, device=q.device),
-        key_rows=torch.empty(levels, table.key_slots, LEAF, heads, dim, dtype=k.dtype, device=q.device),
-        gate_query=None if g is None else float32(levels, table.query_slots, LEAF, query_heads),
-        gate_key=None if g is None else float32(levels, table.key_slots, LEAF, query_heads),
-    )
-    by_key_head = (leaves * heads,)
-    leaf_transition_kernel[by_key_head](
-        p_k=k,
-        p_w=w,
+def _leaves(
+    inputs: Inputs,
+    table: LeafTable,
+    out: Tensor | None,
+    log_sum_exp: Tensor | None,
+    factors: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All nodes of the tree (2 N, H, D, D), q_left (N, 64, HQ, D), k_right (N, 64, H, D) and the nodes' gates."""
+    heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
+    leaves, is_half = table.num_leaves, inputs.work_dtype != torch.float32
+    nodes = inputs.empty(2 * leaves, heads, dim, dim)
+    node_rest = torch.empty_like(nodes) if is_half else None
+    gate_nodes = None if inputs.g is None else inputs.empty(2 * leaves, query_heads, dtype=torch.float32)
+    q_left, k_right = inputs.empty(leaves, LEAF, query_heads, dim), inputs.empty(leaves, LEAF, heads, dim)
+    inverse, y, u = (None, None, None) if factors is None else factors
+    leaf_forward_kernel[(leaves * heads,)](
+        p_q=inputs.q,
+        p_k=inputs.k,
+        p_v=inputs.v,
+        p_w=inputs.w,
         p_beta=inputs.beta,
-        p_g=g,
-        p_start=table.start,
-        p_length=table.length,
+        p_g=inputs.g,
+        p_q_left=q_left,
+        p_k_right=k_right,
+        p_node=nodes,
+        p_node_rest=node_rest,
+        p_gate_node=gate_nodes,
+        p_out=out,
+        p_log_sum_exp=log_sum_exp,
         p_inverse=inverse,
         p_y=y,
         p_u=u,
-        p_k_right=k_right,
-        p_node=nodes,
-        p_gate_node=gate_nodes,
-        H=heads,
-        **options,
-        num_warps=4,
-    )
-    for level in range(levels - 1):
-        tree_kernel[by_key_head](
-            p_index=table.index,
-            p_count=table.count,
-            p_node=nodes,
-            p_gate_node=gate_nodes,
-            level=level,
-            H=heads,
-            **options,
-            num_warps=4,
-        )
-    leaf_queries_kernel[(leaves * query_heads,)](
-        p_q=q,
-        p_k=k,
-        p_v=inputs.v,
-        p_w=w,
-        p_g=g,
-        p_y=y,
-        p_u=u,
-        p_node=nodes,
-        p_gate_node=gate_nodes,
-        p_start=table.start,
-        p_length=table.length,
-        p_index=table.index,
-        p_query_base=table.query_base,
-        p_out=out,
-        p_log_sum_exp=log_sum_exp,
-        p_query_rows=result.query_rows,
-        p_gate_query=result.gate_query,
         scale=inputs.scale,
         H=heads,
-        query_slots=table.query_slots,
-        num_levels=levels,
         DV=inputs.v.shape[2],
         BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(inputs.v.shape[2])),
-        **options,
-        num_warps=4,
+        SPLIT_W=is_half and inputs.w.dtype == torch.float32,
+        **table.arguments,
+        **inputs.options(),
     )
-    key_transport_kernel[by_key_head](
+    for first_level in range(0, table.num_levels - 1, TREE_LEVELS):
+        tree_kernel[(leaves * heads,)](
+            p_node=nodes,
+            p_node_rest=node_rest,
+            p_gate_node=gate_nodes,
+            first_level=first_level,
+            H=heads,
+            LEVELS=min(TREE_LEVELS, table.num_levels - 1 - first_level),
+            **table.arguments,
+            **inputs.options(wide=True),
+        )
+    return nodes, q_left, k_right, gate_nodes
+
+
+def _levels(
+    inputs: Inputs,
+    table: LeafTable,
+    nodes: Tensor,
+    q_left: Tensor,
+    k_right: Tensor,
+    gate_nodes: Tensor | None,
+    row_dtype: torch.dtype,
+) -> Levels:
+    heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
+    levels, gated = table.num_levels, inputs.g is not None
+    queries, keys = (levels, table.query_slots, LEAF), (levels, table.key_slots, LEAF)
+    result = Levels(
+        query_rows=inputs.empty(*queries, query_heads, dim, dtype=row_dtype),
+        key_rows=inputs.empty(*keys, heads, dim, dtype=row_dtype),
+        gate_query=inputs.empty(*queries, query_heads, dtype=torch.float32) if gated else None,
+        gate_key=inputs.empty(*keys, query_heads, dtype=torch.float32) if gated else None,
+    )
+    if levels == 0:
+        return result
+    shared = {
+        "p_g": inputs.g,
+        "p_node": nodes,
+        "p_gate_node": gate_nodes,
+        "H": heads,
+        "num_levels": levels,
+        **table.arguments,
+        **inputs.options(),
+    }
+    query_transport_kernel[(table.num_leaves * query_heads,)](
+        p_q_left=q_left,
+        p_query_rows=result.query_rows,
+        p_gate_query=result.gate_query,
+        query_slots=table.query_slots,
+        **shared,
+    )
+    key_transport_kernel[(table.num_leaves * heads,)](
         p_k_right=k_right,
-        p_g=g,
-        p_node=nodes,
-        p_gate_node=gate_nodes,
-        p_start=table.start,
-        p_length=table.length,
-        p_index=table.index,
-        p_count=table.count,
-        p_key_base=table.key_base,
         p_key_rows=result.key_rows,
         p_gate_key=result.gate_key,
-        H=heads,
         key_slots=table.key_slots,
-        num_levels=levels,
-        BLOCK_GROUP=triton.next_power_of_2(query_heads // heads),
-        **options,
-        num_warps=4,
+        BLOCK_GROUP=triton.next_power_of_2(inputs.group),
+        **shared,
     )
-    return result, Leaves(inverse, y, u, nodes)
+    return result
 
 
 @dataclass(frozen=True)
 class DenseGradients:
     """What the backward of the dense attention between siblings hands to the linear stages."""
 
-    query_rows: Tensor  # like Levels.query_rows; overwritten
-    key_rows: Tensor  # like Levels.key_rows; overwritten
-    values: Tensor  # (T, H, DV) float32
+    query_rows: Tensor  # (levels, query_slots, 64, HQ, D)
+    key_rows: Tensor  # (levels, key_slots, 64, H, D)
+    values: Tensor  # (T, H, DV)
     gate: Tensor | None  # (T, HQ) float32: row sums less column sums of dS
 
 
@@ -226,71 +250,80 @@ class Gradients:
 
 @dataclass(frozen=True)
 class EdgeGradients:
-    """Gradients of the leaves' rows at their edges and of all transitions, float32."""
+    """Gradients of the leaves' rows at their edges and of all transitions."""
 
-    q_left: Tensor  # (N, HQ, 64, D)
-    k_right: Tensor  # (N, H, 64, D)
-    nodes: Tensor  # (2 N, H, D, D)
+    q_left: Scaled  # (N, 64, HQ, D), (N, HQ)
+    k_right: Scaled  # (N, 64, H, D), (N, H)
+    nodes: Scaled  # (2 N, H, D, D), (2 N, H)
 
 
 def levels_backward(
     inputs: Inputs, table: LeafTable, levels: Levels, leaves: Leaves, dense: DenseGradients
 ) -> EdgeGradients:
     """From the rows at all levels' edges back to the leaves' edges: transports, and the tree from its root down."""
-    q = inputs.q
-    heads, query_heads, dim = inputs.heads, inputs.query_heads, q.shape[2]
-    options = inputs.options
-    by_key_head = (table.num_leaves * heads,)
-    d_q_left = torch.empty(table.num_leaves, query_heads, LEAF, dim, dtype=torch.float32, device=q.device)
-    d_k_right = torch.empty(table.num_leaves, heads, LEAF, dim, dtype=torch.float32, device=q.device)
-    d_nodes = torch.empty_like(leaves.nodes)
+    heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
+
+    def scaled(tiles: tuple[int, ...], powers: tuple[int, ...]) -> Scaled:
+        return Scaled(inputs.empty(*tiles), inputs.empty(*powers, dtype=torch.float32))
+
+    def scaled_matrices(number: int, of_heads: int) -> Scaled:
+        return scaled((number, of_heads, dim, dim), (number, of_heads))
+
+    q_left = scaled((table.num_leaves, LEAF, query_heads, dim), (table.num_leaves, query_heads))
+    k_right = scaled((table.num_leaves, LEAF, heads, dim), (table.num_leaves, heads))
+    nodes = scaled_matrices(2 * table.num_leaves, heads)
+    query_partials = scaled_matrices(_partial_tiles(table.query_slots, table.num_levels), query_heads)
+    key_partials = scaled_matrices(_partial_tiles(table.key_slots, table.num_levels), heads)
+    shared = {
+        "p_node": leaves.nodes,
+        "H": heads,
+        **table.arguments,
+        **inputs.options(wide=True),
+    }
     query_transport_backward_kernel[(table.num_leaves * query_heads,)](
-        p_node=leaves.nodes,
-        p_length=table.length,
-        p_index=table.index,
-        p_query_base=table.query_base,
+        p_query_rows=levels.query_rows,
         p_d_query_rows=dense.query_rows,
-        p_d_q_left=d_q_left,
-        H=heads,
+        p_d_q_left=q_left.tiles,
+        p_d_q_left_power=q_left.power,
+        p_partials=query_partials.tiles,
+        p_partials_power=query_partials.power,
         query_slots=table.query_slots,
         num_levels=table.num_levels,
-        **options,
-        num_warps=4,
+        **shared,
     )
-    key_transport_backward_kernel[by_key_head](
-        p_node=leaves.nodes,
-        p_length=table.length,
-        p_index=table.index,
-        p_count=table.count,
-        p_key_base=table.key_base,
+    if table.num_levels == 0:
+        return EdgeGradients(q_left, k_right, nodes)
+    key_transport_backward_kernel[(table.num_leaves * heads,)](
+        p_key_rows=levels.key_rows,
         p_d_key_rows=dense.key_rows,
-        p_d_k_right=d_k_right,
-        H=heads,
+        p_d_k_right=k_right.tiles,
+        p_d_k_right_power=k_right.power,
+        p_partials=key_partials.tiles,
+        p_partials_power=key_partials.power,
         key_slots=table.key_slots,
         num_levels=table.num_levels,
-        **options,
-        num_warps=4,
+        **shared,
     )
-    for level in reversed(range(table.num_levels)):
-        tree_backward_kernel[by_key_head](
-            p_index=table.index,
-            p_count=table.count,
-            p_query_base=table.query_base,
-            p_key_base=table.key_base,
-            p_query_rows=levels.query_rows,
-            p_key_rows=levels.key_rows,
-            p_d_query_rows=dense.query_rows,
-            p_d_key_rows=dense.key_rows,
-            p_node=leaves.nodes,
-            p_d_node=d_nodes,
-            level=level,
-            H=heads,
+    for first_level in reversed(range(0, table.num_levels, TREE_LEVELS)):
+        tree_backward_kernel[(table.num_leaves * heads,)](
+            p_query_partials=query_partials.tiles,
+            p_query_partials_power=query_partials.power,
+            p_key_partials=key_partials.tiles,
+            p_key_partials_power=key_partials.power,
+            p_d_node=nodes.tiles,
+            p_d_node_power=nodes.power,
+            first_level=first_level,
             query_slots=table.query_slots,
             key_slots=table.key_slots,
-            **options,
-            num_warps=inputs.matrix_warps,
+            LEVELS=min(TREE_LEVELS, table.num_levels - first_level),
+            **shared,
         )
-    return EdgeGradients(d_q_left, d_k_right, d_nodes)
+    return EdgeGradients(q_left, k_right, nodes)
+
+
+def _partial_tiles(slots: int, levels: int) -> int:
+    """Tiles that partial_tile of tree_kernels.py numbers: one a slot at level 0, one for two slots above."""
+    return slots + max(0, levels - 1) * (slots // 2)
 
 
 def leaves_backward(
@@ -310,61 +343,36 @@ def leaves_backward(
     d_values and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
     log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
     """
-    q, k, v, w = inputs.q, inputs.k, inputs.v, inputs.w
-    by_key_head = (table.num_leaves * inputs.heads,)
-
-    d_y, d_u = torch.empty_like(leaves.y), torch.empty_like(leaves.u)
-    d_w, d_k = torch.empty_like(d_u), torch.empty_like(d_u)
-    leaf_queries_backward_kernel[by_key_head](
-        p_q=q,
-        p_k=k,
-        p_v=v,
-        p_w=w,
+    leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
+        p_q=inputs.q,
+        p_k=inputs.k,
+        p_v=inputs.v,
+        p_w=inputs.w,
+        p_beta=inputs.beta,
         p_g=inputs.g,
+        p_inverse=leaves.inverse,
         p_y=leaves.y,
         p_u=leaves.u,
         p_log_sum_exp=log_sum_exp,
         p_delta=delta,
         p_d_out=d_out,
-        p_d_q_left=edges.q_left,
+        p_d_q_left=edges.q_left.tiles,
+        p_d_q_left_power=edges.q_left.power,
+        p_d_k_right=edges.k_right.tiles,
+        p_d_k_right_power=edges.k_right.power,
+        p_d_node=edges.nodes.tiles,
+        p_d_node_power=edges.nodes.power,
         p_d_values=d_values,
-        p_start=table.start,
-        p_length=table.length,
         p_d_q=result.q,
+        p_d_k=result.k,
         p_d_v=result.v,
-        p_d_y=d_y,
-        p_d_u=d_u,
-        p_d_w=d_w,
-        p_d_k=d_k,
+        p_d_w=result.w,
+        p_d_beta=result.beta,
         p_d_gate=d_gate,
         scale=inputs.scale,
         H=inputs.heads,
-        DV=v.shape[2],
-        BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(v.shape[2])),
-        **inputs.options,
-        num_warps=4,
-    )
-    leaf_transition_backward_kernel[by_key_head](
-        p_k=k,
-        p_w=w,
-        p_beta=inputs.beta,
-        p_inverse=leaves.inverse,
-        p_y=leaves.y,
-        p_u=leaves.u,
-        p_d_y=d_y,
-        p_d_u=d_u,
-        p_d_w_queries=d_w,
-        p_d_k_queries=d_k,
-        p_d_k_right=edges.k_right,
-        p_d_node=edges.nodes,
-        p_start=table.start,
-        p_length=table.length,
-        p_index=table.index,
-        p_count=table.count,
-        p_d_k=result.k,
-        p_d_w=result.w,
-        p_d_beta=result.beta,
-        H=inputs.heads,
-        **inputs.options,
-        num_warps=inputs.matrix_warps,
+        DV=inputs.v.shape[2],
+        BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(inputs.v.shape[2])),
+        **table.arguments,
+        **inputs.options(wide=True),
     )

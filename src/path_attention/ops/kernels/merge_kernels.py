@@ -6,9 +6,7 @@ Used where the levels run in torch's own attention kernels: each level brings te
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import LOG2_E, load_rows, store_rows, within
-
-ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
+from path_attention.ops.kernels.tiles import LOG2_E, ROWS, load_rows, place, store_rows, within
 
 
 @triton.jit
@@ -26,10 +24,11 @@ def merge_kernel(
     p_log_sum_exp,  # (T, HQ) float32, likewise
     parts,  # one (query_slots, 64, HQ, DV) for each level from FIRST_LEVEL on
     parts_log_sum_exp,  # one (spans, HQ, 64 * 2^level) float32 for each
-    p_start,
-    p_length,
-    p_index,
-    p_query_base,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
     HQ,
     FIRST_LEVEL: tl.constexpr,
     NUM_LEVELS: tl.constexpr,
@@ -39,12 +38,9 @@ def merge_kernel(
     """out = sum_l exp(lse_l - lse) out_l with lse = log sum_l exp(lse_l), over the leaf and its left siblings."""
     i_leaf = tl.program_id(0) // HQ
     i_query_head = tl.program_id(0) % HQ
-    s_rows = tl.load(p_length + i_leaf)
-    i_index = tl.load(p_index + i_leaf)
+    i_row, s_rows, i_index, _, i_base, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
     if s_rows == 0 or (i_index >> FIRST_LEVEL) == 0:
         return
-    i_row = tl.load(p_start + i_leaf)
-    i_base = tl.load(p_query_base + i_leaf)
     o = tl.arange(0, ROWS)
     p_lse = p_log_sum_exp + (i_row + o).to(tl.int64) * HQ + i_query_head
     b_own = tl.load(p_lse, mask=o < s_rows, other=0.0)
@@ -75,11 +71,11 @@ def merge_kernel(
 def sum_values_kernel(
     p_d_values,  # (T, H, DV) float32: in, the levels below FIRST_LEVEL; out, all
     parts,  # one (key_slots, 64, H, DV) for each level from FIRST_LEVEL on
-    p_start,
-    p_length,
-    p_index,
-    p_count,
-    p_key_base,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
     H,
     FIRST_LEVEL: tl.constexpr,
     NUM_LEVELS: tl.constexpr,
@@ -89,13 +85,11 @@ def sum_values_kernel(
     """Gradient of the values: the sum over the levels at which their leaf has a right sibling."""
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
-    s_rows = tl.load(p_length + i_leaf)
+    i_row, s_rows, i_index, s_count, _, i_base = place(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
+    )
     if s_rows == 0:
         return
-    i_row = tl.load(p_start + i_leaf)
-    i_index = tl.load(p_index + i_leaf)
-    s_count = tl.load(p_count + i_leaf)
-    i_base = tl.load(p_key_base + i_leaf)
     b_d = load_rows(p_d_values + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
     for i in tl.static_range(NUM_LEVELS):
         level = FIRST_LEVEL + i

@@ -1,83 +1,84 @@
-"""What every kernel shares: products in more than half precision, places in the leaf table, masked tiles.
+"""What every kernel shares: rounding and products of tiles, tiles kept in half precision, places in the leaf table.
 
 Only Triton is imported here and in the kernels' own modules, so that they compile ahead of time without torch.
 Prefixes: i_ an index, b_ a tile in registers, p_ a pointer, s_ a scalar.
+
+WORK is the type that operands of the linear stages' products are rounded to: float16 for half-precision inputs, whose
+11 bits are three more than bfloat16 has at the same speed, or None for float32 inputs, which are not rounded. The
+numbers in question need no wider exponent: w is a unit vector, every row of T^-1, U and P is bounded by 2, queries and
+keys keep their length, and gradients are scaled by a power of two (see :func:`power_of_two`).
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E): exp2 is what the hardware has
+ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
+# Bits of the exponent of a float32, and the largest power of two whose reciprocal is a normal number.
+EXPONENT = tl.constexpr(0x7F800000)
+LARGEST_POWER = tl.constexpr(253 << 23)
 
 
 @triton.jit
-def dot_split(b_a, b_b, HALF: tl.constexpr):
-    """a b for float32 tiles on half-precision matrix units, to about 16 bits: each tile is the sum of a rounded part
-    and the rounded rest, and only rest times rest is left out. HALF is the parts' type, or None for float32 products.
+def rounded(b_x, WORK: tl.constexpr):
+    """b_x as an operand of a product."""
+    if WORK is None:
+        return b_x.to(tl.float32)
+    else:
+        return b_x.to(WORK)
 
-    For what every later token depends on, a leaf's triangular inverse, its transition and products of transitions; and
-    for gradients that the inverse multiplies, where its condition would magnify the error.
+
+@triton.jit
+def rest(b_x, b_rounded, WORK: tl.constexpr):
+    """What rounding left out, as an operand: b_rounded + rest has 22 bits. Zeros, not to be used, without WORK."""
+    return (b_x.to(tl.float32) - b_rounded.to(tl.float32)).to(b_rounded.dtype)
+
+
+@triton.jit
+def dot(b_a, b_b, b_c=None):
+    """a b + c in float32. float32 operands take three products of tensor-float-32 parts, about 21 bits."""
+    return tl.dot(b_a, b_b, b_c, input_precision="tf32x3")
+
+
+@triton.jit
+def dot_split(b_a, b_a_rest, b_b, b_b_rest, WORK: tl.constexpr):
+    """(a + a_rest)(b + b_rest) less the product of both rests: 22 bits for half-precision parts.
+
+    For what every later token depends on, and whose errors therefore add up: products of transitions.
     """
-    if HALF is None:
-        return tl.dot(b_a, b_b, input_precision="ieee")
-    else:
-        b_a_high = b_a.to(HALF)
-        b_b_high = b_b.to(HALF)
-        b_a_low = (b_a - b_a_high.to(tl.float32)).to(HALF)
-        b_b_low = (b_b - b_b_high.to(tl.float32)).to(HALF)
-        b_c = tl.dot(b_a_low, b_b_high)
-        b_c = tl.dot(b_a_high, b_b_low, b_c)
-        return tl.dot(b_a_high, b_b_high, b_c)
+    b_c = dot(b_a, b_b)
+    if WORK is not None:
+        b_c = dot(b_a, b_b_rest, b_c)
+        b_c = dot(b_a_rest, b_b, b_c)
+    return b_c
 
 
 @triton.jit
-def _to_tf32(b_x):
-    """Nearest number of 11 bits. The matrix unit would truncate, which shrinks a row a little at every level."""
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1)
+def power_of_two(b_x):
+    """(p, 1 / p) for the largest power of two p that max |x| reaches, among float32's normal numbers; p is 0 for zeros.
 
-
-@triton.jit
-def dot_rows(b_a, b_b, HALF: tl.constexpr):
-    """a b for rows and gradients that end in half precision, to at least three bits more than it has.
-
-    For bfloat16 both are rounded to the 11 bits of tensor-float-32: one product in place of dot_split's three. Measured
-    faster where b comes transposed; else the matrix unit's 32-bit operand is transposed through shared memory.
+    Gradients may have any size (a loss may be scaled): x / p, at most 2 in size, is what half precision holds best.
     """
-    if tl.bfloat16 == HALF:
-        return tl.dot(_to_tf32(b_a), _to_tf32(b_b), input_precision="tf32")
-    else:
-        return dot_split(b_a, b_b, HALF)
+    s_bits = tl.max(tl.max(tl.abs(b_x).to(tl.float32), axis=1), axis=0).to(tl.int32, bitcast=True) & EXPONENT
+    s_bits = tl.minimum(s_bits, LARGEST_POWER)
+    return s_bits.to(tl.float32, bitcast=True), ((254 << 23) - s_bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def dot_exact_left(b_a, b_b, HALF: tl.constexpr):
-    """a b where a was given in half precision (or float32 where HALF is None) and only b has more bits to keep."""
-    if HALF is None:
-        return tl.dot(b_a, b_b, input_precision="ieee")
+def place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys):
+    """First row, tokens, index and sequence's leaves of a leaf, and its sequence's first query and key slots.
+
+    Computed where all sequences are alike: a program that began with a load would wait for it.
+    """
+    if p_table is not None:
+        p = p_table + i_leaf * 8  # COLUMNS of leaf_table.py
+        return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
     else:
-        b_b_high = b_b.to(HALF)
-        b_b_low = (b_b - b_b_high.to(tl.float32)).to(HALF)
-        return tl.dot(b_a, b_b_high, tl.dot(b_a, b_b_low))
-
-
-@triton.jit
-def dot_exact_right(b_a, b_b, HALF: tl.constexpr):
-    """a b where b was given in half precision (or float32 where HALF is None) and only a has more bits to keep."""
-    if HALF is None:
-        return tl.dot(b_a, b_b, input_precision="ieee")
-    else:
-        b_a_high = b_a.to(HALF)
-        b_a_low = (b_a - b_a_high.to(tl.float32)).to(HALF)
-        return tl.dot(b_a_high, b_b, tl.dot(b_a_low, b_b))
-
-
-@triton.jit
-def dot_half(b_a, b_b, HALF: tl.constexpr):
-    """a b with both rounded to half precision: for gradients, which are rounded to it in the end anyway."""
-    if HALF is None:
-        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(b_a.to(HALF), b_b.to(HALF))
+        i_sequence = i_leaf // table_leaves
+        i_index = i_leaf - i_sequence * table_leaves
+        s_tokens = tl.minimum(ROWS, table_length - i_index * ROWS)
+        i_row = i_sequence * table_length + i_index * ROWS
+        return i_row, s_tokens, i_index, table_leaves, i_sequence * table_queries, i_sequence * table_keys
 
 
 @triton.jit
@@ -93,18 +94,82 @@ def node(i_first, level):
 
 
 @triton.jit
-def load_rows(p_x, i_row, s_rows, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, BLOCK) tile of rows i_row .. i_row + s_rows, zeros past them and past column DIM."""
-    o_row = tl.arange(0, ROWS)
-    o_col = tl.arange(0, BLOCK)
-    p = p_x + (i_row + o_row).to(tl.int64)[:, None] * row_stride + o_col[None, :]
-    return tl.load(p, mask=(o_row < s_rows)[:, None] & (o_col < DIM)[None, :], other=0.0)
+def _pointers(p_x, i_row, row_stride, BLOCK: tl.constexpr, N_ROWS: tl.constexpr):
+    """Of rows i_row .. i_row + N_ROWS. Only the first needs 64 bits: a tile itself is small."""
+    p_first = p_x + tl.cast(i_row, tl.int64) * row_stride
+    return p_first + (tl.arange(0, N_ROWS)[:, None] * row_stride + tl.arange(0, BLOCK)[None, :])
 
 
 @triton.jit
-def store_rows(p_x, b_x, i_row, s_rows, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _mask(m_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    if DIM >= BLOCK:
+        return m_row[:, None]
+    else:
+        return m_row[:, None] & (tl.arange(0, BLOCK) < DIM)[None, :]
+
+
+@triton.jit
+def load_where(p_x, i_row, m_row, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, N_ROWS: tl.constexpr):
+    """(N_ROWS, BLOCK) tile from row i_row on, zeros where m_row is false and past column DIM."""
+    p = _pointers(p_x, i_row, row_stride, BLOCK, N_ROWS)
+    return tl.load(p, mask=_mask(m_row, DIM, BLOCK), other=0.0)
+
+
+@triton.jit
+def store_where(p_x, b_x, i_row, m_row, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, N_ROWS: tl.constexpr):
+    """The opposite of load_where, in the type of p_x."""
+    p = _pointers(p_x, i_row, row_stride, BLOCK, N_ROWS)
+    tl.store(p, b_x.to(p_x.dtype.element_ty), mask=_mask(m_row, DIM, BLOCK))
+
+
+@triton.jit
+def load_rows(p_x, i_row, s_rows, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, N_ROWS: tl.constexpr):
+    """load_where of rows i_row .. i_row + s_rows."""
+    return load_where(p_x, i_row, tl.arange(0, N_ROWS) < s_rows, row_stride, DIM, BLOCK, N_ROWS)
+
+
+@triton.jit
+def store_rows(p_x, b_x, i_row, s_rows, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, N_ROWS: tl.constexpr):
     """The opposite of load_rows, in the type of p_x."""
-    o_row = tl.arange(0, ROWS)
-    o_col = tl.arange(0, BLOCK)
-    p = p_x + (i_row + o_row).to(tl.int64)[:, None] * row_stride + o_col[None, :]
-    tl.store(p, b_x.to(p_x.dtype.element_ty), mask=(o_row < s_rows)[:, None] & (o_col < DIM)[None, :])
+    store_where(p_x, b_x, i_row, tl.arange(0, N_ROWS) < s_rows, row_stride, DIM, BLOCK, N_ROWS)
+
+
+@triton.jit
+def load_square(p_x, i_tile, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Matrix i_tile of p_x (tiles, DIM, DIM)."""
+    return load_rows(p_x + tl.cast(i_tile, tl.int64) * (DIM * DIM), 0, DIM, DIM, DIM, BLOCK, BLOCK)
+
+
+@triton.jit
+def store_square(p_x, b_x, i_tile, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    store_rows(p_x + tl.cast(i_tile, tl.int64) * (DIM * DIM), b_x, 0, DIM, DIM, DIM, BLOCK, BLOCK)
+
+
+@triton.jit
+def store_square_scaled(p_x, p_power, b_x, i_tile, DIM: tl.constexpr, BLOCK: tl.constexpr, WORK: tl.constexpr):
+    """store_square of x / p, and p to p_power (tiles,); without WORK of x itself."""
+    if WORK is None:
+        store_square(p_x, b_x, i_tile, DIM, BLOCK)
+    else:
+        s_power, s_inverse = power_of_two(b_x)
+        store_square(p_x, b_x * s_inverse, i_tile, DIM, BLOCK)
+        tl.store(p_power + i_tile, s_power)
+
+
+@triton.jit
+def normalised(b_x, WORK: tl.constexpr):
+    """x / p in WORK, p and 1 / p for the power of two p of the tile; without WORK x as it is."""
+    if WORK is None:
+        return b_x.to(tl.float32), 1.0, 1.0
+    else:
+        s_power, s_inverse = power_of_two(b_x)
+        return (b_x.to(tl.float32) * s_inverse).to(WORK), s_power, s_inverse
+
+
+@triton.jit
+def load_power(p_power, i_tile, WORK: tl.constexpr):
+    """What the tile i_tile is to be multiplied by."""
+    if WORK is None:
+        return 1.0
+    else:
+        return tl.load(p_power + i_tile)

@@ -1,0 +1,327 @@
+"""Triton kernels that move rows: each leaf's queries to the left edges, its keys to the right edges of all spans that
+use them there, and the gradients of those rows back.
+
+A program takes a pair of leaves, the first at an even index: at level 0 one of them is moved by the other's matrix,
+from level 1 on both have the same siblings. A moved row stays in float32 registers from level to level; it is rounded
+as an operand of the next product, to 11 bits, and once for the level that uses it. leaf_table.py says where rows stand.
+"""
+
+import triton
+import triton.language as tl
+
+from path_attention.ops.kernels.tiles import (
+    ROWS,
+    dot,
+    load_rows,
+    load_square,
+    load_where,
+    node,
+    normalised,
+    place,
+    rounded,
+    store_rows,
+    store_square_scaled,
+    store_where,
+    within,
+)
+from path_attention.ops.kernels.tree_kernels import partial_tile
+
+PAIR = tl.constexpr(128)  # rows of two leaves
+
+
+@triton.jit
+def _pair(p_table, table_leaves, table_length, table_queries, table_keys, s_heads):
+    """First leaf, head, the leaf's index and its sequence's leaves, how many leaves (0: no pair) and tokens the pair
+    has, its first token's row, and its sequence's first query and key slots.
+    """
+    i_leaf = tl.program_id(0) // s_heads
+    i_row, s_tokens, i_index, s_count, i_query_base, i_key_base = place(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
+    )
+    s_leaves = tl.where((i_index % 2 == 0) & (s_tokens > 0), tl.minimum(2, s_count - i_index), 0)
+    if s_leaves == 2:
+        _, s_more, _, _, _, _ = place(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys)
+        s_tokens += s_more
+    i_head = tl.program_id(0) % s_heads
+    return i_leaf, i_head, i_index, s_count, s_leaves, s_tokens, i_row, i_query_base, i_key_base
+
+
+@triton.jit
+def _gates_of_pair(p_g, i_row, s_rows, row_stride):
+    """(2, 64) log gates of a pair's tokens for one query head."""
+    o = tl.arange(0, 2)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    return tl.load(p_g + tl.cast(i_row, tl.int64) * row_stride + o * row_stride, mask=o < s_rows, other=0.0)
+
+
+@triton.jit
+def query_transport_kernel(
+    p_q_left,  # (N, 64, HQ, D) WORK
+    p_g,  # (T, HQ) or None
+    p_node,
+    p_gate_node,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    p_query_rows,  # out (levels, query_slots, 64, HQ, D)
+    p_gate_query,  # out (levels, query_slots, 64, HQ) float32 or None: the gates from the edge up to each query
+    H,
+    query_slots,
+    num_levels,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """Queries of one pair of leaves and one query head at the left edge of each span that has a left sibling."""
+    HQ = H * GROUP
+    i_leaf, i_query_head, i_index, _, s_leaves, s_tokens, i_row, i_base, _ = _pair(
+        p_table, table_leaves, table_length, table_queries, table_keys, HQ
+    )
+    if s_leaves == 0:
+        return
+    i_head = i_query_head // GROUP
+    o = tl.arange(0, PAIR)
+    m_pair = o < s_leaves * ROWS
+    m_right = m_pair & (o >= ROWS)
+    p_query_rows += i_query_head * D
+    b_moved = load_where(p_q_left + i_query_head * D, i_leaf * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+    b_gate = tl.zeros((PAIR,), tl.float32)
+    if p_g is not None:
+        b_g = _gates_of_pair(p_g + i_query_head, i_row, s_tokens, HQ).to(tl.float32)
+        b_gate = tl.reshape(tl.cumsum(b_g, axis=1), (PAIR,))
+        p_gate_query += i_query_head
+        p_gate_node += i_query_head
+    if s_leaves == 2:
+        i_slot = (i_base + within(i_index + 1, 0) - 1) * ROWS
+        store_where(p_query_rows, b_moved, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
+        if p_gate_query is not None:
+            tl.store(p_gate_query + tl.cast(i_slot, tl.int64) * HQ + o * HQ, b_gate, mask=m_right)
+        if i_index != 0:
+            b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
+            b_moved = tl.where(m_right[:, None], dot(rounded(b_moved, WORK), b_p), b_moved)
+            if p_gate_query is not None:
+                b_gate += tl.where(m_right, tl.load(p_gate_node + 2 * i_leaf * HQ), 0.0)
+    for level in range(1, num_levels):
+        if ((i_index >> level) & 1) == 1:
+            i_slot = (level * query_slots + i_base + within(i_index, level)) * ROWS
+            store_where(p_query_rows, b_moved, i_slot, m_pair, HQ * D, D, BLOCK_D, PAIR)
+            if p_gate_query is not None:
+                tl.store(p_gate_query + tl.cast(i_slot, tl.int64) * HQ + o * HQ, b_gate, mask=m_pair)
+            if (i_index >> (level + 1)) != 0:
+                i_left = ((i_index >> level) - 1) << level
+                i_node = 2 * (i_leaf - i_index) + node(i_left, level)
+                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                b_moved = dot(rounded(b_moved, WORK), b_p)
+                if p_gate_query is not None:
+                    b_gate += tl.load(p_gate_node + i_node * HQ)
+
+
+@triton.jit
+def key_transport_kernel(
+    p_k_right,  # (N, 64, H, D) WORK
+    p_g,  # (T, HQ) or None
+    p_node,
+    p_gate_node,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    p_key_rows,  # out (levels, key_slots, 64, H, D)
+    p_gate_key,  # out (levels, key_slots, 64, HQ) float32 or None: the gates after each key up to the edge
+    H,
+    key_slots,
+    num_levels,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """Keys of one pair of leaves and one key head at the right edge of each span that has a right sibling."""
+    HQ = H * GROUP
+    i_leaf, i_head, i_index, s_count, s_leaves, s_tokens, i_row, _, i_base = _pair(
+        p_table, table_leaves, table_length, table_queries, table_keys, H
+    )
+    if s_leaves < 2:  # the last leaf of a sequence has no queries to the right of it
+        return
+    o = tl.arange(0, PAIR)
+    m_left = o < ROWS
+    o_group = tl.arange(0, BLOCK_GROUP)
+    m_group = o_group < GROUP
+    o_gate = o[:, None] * HQ + (i_head * GROUP + o_group)[None, :]
+    p_key_rows += i_head * D
+    b_moved = load_rows(p_k_right + i_head * D, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+    b_gate = tl.zeros((PAIR, BLOCK_GROUP), tl.float32)
+    if p_g is not None:
+        p_gates = p_g + tl.cast(i_row, tl.int64) * HQ + o_gate
+        b_g = tl.load(p_gates, mask=(o < s_tokens)[:, None] & m_group[None, :], other=0.0).to(tl.float32)
+        b_g = tl.reshape(b_g, (2, ROWS, BLOCK_GROUP))
+        b_gate = tl.reshape(tl.sum(b_g, axis=1)[:, None, :] - tl.cumsum(b_g, axis=1), (PAIR, BLOCK_GROUP))
+    i_slot = (i_base + within(i_index, 0)) * ROWS
+    store_where(p_key_rows, b_moved, i_slot, m_left, H * D, D, BLOCK_D, PAIR)
+    if p_gate_key is not None:
+        tl.store(
+            p_gate_key + tl.cast(i_slot, tl.int64) * HQ + o_gate, b_gate, mask=(m_left[:, None] & m_group[None, :])
+        )
+    if i_index + 2 < s_count:
+        b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
+        b_moved = tl.where(m_left[:, None], dot(rounded(b_moved, WORK), tl.trans(b_p)), b_moved)
+        if p_gate_key is not None:
+            b_span = tl.load(p_gate_node + 2 * (i_leaf + 1) * HQ + i_head * GROUP + o_group, mask=m_group, other=0.0)
+            b_gate += tl.where(m_left[:, None], b_span[None, :], 0.0)
+    for level in range(1, num_levels):
+        i_right = ((i_index >> level) + 1) << level
+        if ((i_index >> level) & 1) == 0 and i_right < s_count:
+            i_slot = (level * key_slots + i_base + within(i_index, level)) * ROWS
+            store_rows(p_key_rows, b_moved, i_slot, PAIR, H * D, D, BLOCK_D, PAIR)
+            if p_gate_key is not None:
+                tl.store(p_gate_key + tl.cast(i_slot, tl.int64) * HQ + o_gate, b_gate, mask=m_group[None, :])
+            if i_right + (1 << level) < s_count:
+                i_node = 2 * (i_leaf - i_index) + node(i_right, level)
+                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                b_moved = dot(rounded(b_moved, WORK), tl.trans(b_p))
+                if p_gate_key is not None:
+                    b_span = tl.load(p_gate_node + i_node * HQ + i_head * GROUP + o_group, mask=m_group, other=0.0)
+                    b_gate += b_span[None, :]
+
+
+@triton.jit
+def _store_pair(
+    p_x, p_power, b_x, i_leaf, i_head, s_leaves, s_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr
+):
+    """A pair's gradients to (N, 64, heads, D), to be multiplied by the power (N, heads) of their leaf."""
+    b_x, s_power, _ = normalised(b_x, WORK)
+    store_rows(p_x + i_head * D, b_x, i_leaf * ROWS, s_leaves * ROWS, s_heads * D, D, BLOCK_D, PAIR)
+    if WORK is not None:
+        o = tl.arange(0, 2)
+        tl.store(p_power + (i_leaf + o) * s_heads + i_head, tl.zeros((2,), tl.float32) + s_power, mask=o < s_leaves)
+
+
+@triton.jit
+def query_transport_backward_kernel(
+    p_node,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    p_query_rows,  # (levels, query_slots, 64, HQ, D)
+    p_d_query_rows,  # (levels, query_slots, 64, HQ, D): from the attention between siblings
+    p_d_q_left,  # out (N, 64, HQ, D) WORK, to be multiplied by its power
+    p_d_q_left_power,  # out (N, HQ) float32
+    p_partials,  # out (tiles, HQ, D, D) WORK, likewise: the pair's share of the gradients of the matrices that moved it
+    p_partials_power,  # out (tiles, HQ) float32
+    H,
+    query_slots,
+    num_levels,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """Gradients of one pair's moved queries back at its leaves' left edges: x' = x P_left gives dx = dx' P_left^T and
+    dP_left = x^T dx'.
+    """
+    HQ = H * GROUP
+    i_leaf, i_query_head, i_index, _, s_leaves, s_tokens, _, i_base, _ = _pair(
+        p_table, table_leaves, table_length, table_queries, table_keys, HQ
+    )
+    if s_leaves == 0:
+        return
+    i_head = i_query_head // GROUP
+    o = tl.arange(0, PAIR)
+    m_pair = o < s_tokens
+    m_right = m_pair & (o >= ROWS)
+    p_query_rows += i_query_head * D
+    p_d_query_rows += i_query_head * D
+    b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
+    for i in range(1, num_levels):
+        level = num_levels - i
+        if ((i_index >> level) & 1) == 1:
+            i_slot = level * query_slots + i_base + within(i_index, level)
+            if (i_index >> (level + 1)) != 0:
+                b_half, s_power, _ = normalised(b_d, WORK)
+                b_x = rounded(load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR), WORK)
+                i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
+                b_partial = dot(tl.trans(b_x), b_half) * s_power
+                store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                i_left = ((i_index >> level) - 1) << level
+                i_node = 2 * (i_leaf - i_index) + node(i_left, level)
+                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                b_d = dot(b_half, tl.trans(b_p)) * s_power
+            b_d += load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+    if s_leaves == 2:
+        i_slot = i_base + within(i_index + 1, 0)
+        if i_index != 0:
+            b_half, s_power, _ = normalised(b_d, WORK)
+            b_x = rounded(load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR), WORK)
+            b_partial = dot(tl.trans(b_x), b_half) * s_power
+            i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
+            store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+            b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
+            b_d = tl.where(m_right[:, None], dot(b_half, tl.trans(b_p)) * s_power, b_d)
+        b_d += load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+    _store_pair(p_d_q_left, p_d_q_left_power, b_d, i_leaf, i_query_head, s_leaves, HQ, D, BLOCK_D, WORK)
+
+
+@triton.jit
+def key_transport_backward_kernel(
+    p_node,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    p_key_rows,  # (levels, key_slots, 64, H, D)
+    p_d_key_rows,  # (levels, key_slots, 64, H, D): from the attention between siblings
+    p_d_k_right,  # out (N, 64, H, D) WORK, to be multiplied by its power
+    p_d_k_right_power,  # out (N, H) float32
+    p_partials,  # out (tiles, H, D, D) WORK, likewise
+    p_partials_power,  # out (tiles, H) float32
+    H,
+    key_slots,
+    num_levels,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """The same for keys: x' = x P_right^T gives dx = dx' P_right and dP_right = dx'^T x."""
+    i_leaf, i_head, i_index, s_count, s_leaves, _, _, _, i_base = _pair(
+        p_table, table_leaves, table_length, table_queries, table_keys, H
+    )
+    if s_leaves < 2:
+        return
+    m_left = tl.arange(0, PAIR) < ROWS
+    p_key_rows += i_head * D
+    p_d_key_rows += i_head * D
+    b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
+    for i in range(1, num_levels):
+        level = num_levels - i
+        i_right = ((i_index >> level) + 1) << level
+        if ((i_index >> level) & 1) == 0 and i_right < s_count:
+            i_slot = level * key_slots + i_base + within(i_index, level)
+            if i_right + (1 << level) < s_count:
+                b_half, s_power, _ = normalised(b_d, WORK)
+                b_x = rounded(load_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR), WORK)
+                i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
+                b_partial = dot(tl.trans(b_half), b_x) * s_power
+                store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                i_node = 2 * (i_leaf - i_index) + node(i_right, level)
+                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                b_d = dot(b_half, b_p) * s_power
+            b_d += load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+    i_slot = i_base + within(i_index, 0)
+    if i_index + 2 < s_count:
+        b_half, s_power, _ = normalised(b_d, WORK)
+        b_x = rounded(load_where(p_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR), WORK)
+        b_partial = dot(tl.trans(b_half), b_x) * s_power
+        i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
+        store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+        b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
+        b_d = tl.where(m_left[:, None], dot(b_half, b_p) * s_power, b_d)
+    b_d += load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+    _store_pair(p_d_k_right, p_d_k_right_power, b_d, i_leaf, i_head, s_leaves, H, D, BLOCK_D, WORK)
