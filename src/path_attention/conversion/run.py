@@ -209,7 +209,8 @@ class _Conversion:
         folder = self.work / name
         if not (folder / FINAL).is_file():
             student.requires_grad_(True)
-            if student.is_gradient_checkpointing and not stage.activation_checkpointing:
+            enabled = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
+            if enabled and not stage.activation_checkpointing:
                 # transformers 5.17 has the old name only, and newer versions warn of it.
                 old = student.gradient_checkpointing_disable
                 getattr(student, "activation_checkpointing_disable", old)()
