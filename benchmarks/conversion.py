@@ -52,6 +52,8 @@ from path_attention.training.run import machine, train, write_whole
 # All packages beside torch: some 100 MB of Python on a machine that trains models; or one that is always there.
 PACKAGES = Path(torch.__file__).parents[1]
 EXCLUDED = ("**/test/**/*", "**/tests/**/*")
+# More text than the teacher reads is not put into tokens.
+MOST_TOKENS = 80_000_000
 
 # Sizes of everything. gpu: 30M parameters, 66M tokens for the teacher, 6.6M for a student. cpu: 1.1M, 6.1M and 0.6M.
 SIZES: dict[str, dict[str, Any]] = {
@@ -63,8 +65,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "length": 1024,
         "model": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
         "teacher": {"steps": 2000, "batch_size": 32, "learning_rate": 2e-3},
-        "align": {"steps": 320, "batch_size": 16, "length": 512, "learning_rate": 3e-3},
-        "distill": {"steps": 480, "batch_size": 8, "learning_rate": 5e-4},
+        "align": {"steps": 640, "batch_size": 8, "length": 512, "learning_rate": 2e-3},
+        "distill": {"steps": 480, "batch_size": 8, "learning_rate": 2e-4},
         "task": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
         "task_length": 512,
         "windows": 128,
@@ -82,8 +84,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "length": 256,
         "model": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 2},
         "teacher": {"steps": 1500, "batch_size": 16, "learning_rate": 3e-3},
-        "align": {"steps": 240, "batch_size": 4, "length": 256, "learning_rate": 3e-3},
-        "distill": {"steps": 340, "batch_size": 4, "learning_rate": 5e-4},
+        "align": {"steps": 480, "batch_size": 2, "length": 256, "learning_rate": 3e-3},
+        "distill": {"steps": 340, "batch_size": 4, "learning_rate": 2e-4},
         "task": {"steps": 300, "batch_size": 8, "learning_rate": 1e-3},
         "task_length": 128,
         "windows": 64,
@@ -166,7 +168,8 @@ class Experiment:
         """The text; in the tokens of a BPE for the teacher and the control, in the source's for students: the same."""
         files = {"paths": (self.sizes["path"],), "include": ("**/*.py",), "exclude": EXCLUDED}
         held = {"fraction": self.sizes["validation"], "by": self.sizes["by"]}
-        return {"files": files, "length": self.sizes["length"], "validation": held, "cache": str(self.work / "cache")}
+        text = {"files": files, "validation": held, "max_tokens": MOST_TOKENS, "cache": str(self.work / "cache")}
+        return {**text, "length": self.sizes["length"]}
 
     def bpe(self) -> dict[str, Any]:
         return {**self.data(), "tokenizer": "bpe", "vocab_size": self.sizes["vocabulary"]}
