@@ -194,7 +194,7 @@ def test_how_the_work_is_done_may_change_in_the_middle(finished: Run, texts: Pat
 
 
 @pytest.mark.slow  # tracing takes seconds
-@pytest.mark.parametrize("mixer, packing", [("path_fox", "plain"), ("path", "documents"), ("rope", "plain")])
+@pytest.mark.parametrize("mixer, packing", [("path_fox", "documents"), ("rope", "plain")])
 def test_compiled_layers_and_loss_train_alike(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixer: str, packing: str
 ) -> None:
