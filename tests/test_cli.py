@@ -30,6 +30,7 @@ def test_help_of_every_verb() -> None:
     assert overview.exit_code == 0
     for verb in (
         ["train"],
+        ["convert"],
         ["evaluate"],
         ["recipes"],
         ["demo"],
@@ -69,6 +70,34 @@ def test_missing_package_in_a_command_is_named(recipe: Path, monkeypatch: pytest
     assert "transformers is not installed: pip install 'path-attention[train]'" in result.stderr
 
 
+def test_missing_package_of_another_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.training.texts import over_texts, write_texts
+
+    recipe = over_texts(write_texts(tmp_path / "text")).to_mapping()
+    recipe["data"] |= {"files": None, "dataset": {"name": "somebody/something"}}
+    (tmp_path / "hub.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    result = call("train", tmp_path / "hub.yaml", "--runs", tmp_path / "runs")
+    assert result.exit_code == 1
+    assert "datasets is not installed: pip install 'path-attention[data]'" in result.stderr
+
+
+def test_training_on_tokens_stops_in_time_and_goes_on(tmp_path: Path) -> None:
+    from tests.training.texts import over_texts, write_texts
+
+    recipe = over_texts(write_texts(tmp_path / "text"), "training.steps=10", "mixers=[rope]")
+    (tmp_path / "tokens.yaml").write_text(recipe.to_yaml())
+    options = [tmp_path / "tokens.yaml", "--runs", tmp_path / "runs"]
+    result = call("train", *options, "--time-limit", 0.001)
+    assert result.exit_code == 1
+    assert result.stderr == "path-attention: rope: stopped at step 5 of 10; the same command goes on\n"
+    result = call("train", *options)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.stdout
+    prompt = ["--prompt", "def return", "--max-new-tokens", 3]
+    assert call("generate", tmp_path / "runs/tiny/rope", *prompt).exit_code == 0  # by the tokenizer that was saved
+
+
 def test_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", call("--version").stdout)
 
@@ -80,12 +109,24 @@ def test_version() -> None:
         (["train", "{recipe}", "training.stesp=3"], "training.stesp: unknown key"),
         (["train", "{recipe}", "steps"], "wanted key.sub=value"),
         (["train", "{recipe}", "model.hiden_size=3"], "model.hiden_size: unknown key"),
+        (["train", "{recipe}", "--time-limit", "0"], "--time-limit: wanted a number above 0"),
         (["evaluate", "{folder}"], "no run here"),
         (["demo", "training.steps=x"], "training.steps: wanted a whole number"),
         (["benchmark", "operator", "--lengths", "many"], "--lengths"),
         (["benchmark", "decode", "--shapes", "many"], "--shapes: wanted BATCHxLENGTHxHEADSxDIM, got 'many'"),
         (["benchmark", "decode", "--dtype", "int8"], "--dtype"),
         (["generate", "{folder}", "--prompt", "w1"], "no model here"),
+        (["convert", "{folder}", "{folder}/target", "--recipe", "quick"], "no checkpoint here"),
+        (
+            ["convert", "{folder}", "{folder}/target", "--recipe", "slow"],
+            "neither a file nor one of the shipped recipes",
+        ),
+        (["convert", "{folder}", "{folder}/target", "--recipe", "quick", "mixers=[path]"], "mixers: unknown key"),
+        (["convert", "{folder}", "{folder}/target", "mixer=path"], "--recipe: wanted one to change by mixer=path"),
+        (
+            ["convert", "{folder}", "{folder}/target", "--recipe", "quick", "--to", "llama"],
+            "--to: wanted path_attention",
+        ),
         (["generate", "{folder}"], "--prompt: wanted either --prompt or --prompts"),
     ],
 )
@@ -182,3 +223,23 @@ def test_demo_in_miniature(tmp_path: Path) -> None:
     numbers = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert set(numbers["runs"]) == {"path", "rope"}
     assert numbers["published"]["RoPE"] == [0.069, 0.403, 0.0001]
+
+
+def test_convert_there_and_back(tmp_path: Path) -> None:
+    from tests.conversion.teachers import save, teacher
+
+    source = save(teacher("llama"), tmp_path / "llama")
+    result = call("convert", source, tmp_path / "target")
+    assert result.exit_code == 2
+    assert "--recipe: wanted one to convert a RoPE model by: a YAML file or one of quick, two_stage" in result.stderr
+    small = ["data=null", "align=null", "distill=null", "evaluation.lengths=[]"]
+    result = call("convert", source, tmp_path / "target", "--recipe", "quick", *small)
+    assert result.exit_code == 0, result.output
+    assert "written to" in result.stdout
+    result = call("convert", source, tmp_path / "target", "--recipe", "quick", *small)
+    assert result.exit_code == 2
+    assert "holds a model already" in result.stderr
+    result = call("convert", tmp_path / "target", tmp_path / "fla", "--to", "path_attn")
+    assert result.exit_code == 2
+    assert "w_norm_eps: got 0.0; wanted 1e-06" in result.stderr
+    assert not (tmp_path / "fla").exists()

@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
     from path_attention.training.run import Run
 
 FAILED, MISTAKE = 1, 2
-# Modules that the extra brings: where one is missing, installing the extra is the remedy.
-_EXTRA = ("accelerate", "matplotlib", "numpy", "rich", "transformers", "typer", "yaml")
+# Modules that an extra brings: where one is missing, installing the extra is the remedy.
+_EXTRA = dict.fromkeys(
+    ("accelerate", "filelock", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "typer", "yaml"), "train"
+) | {"datasets": "data", "pyarrow": "data", "lm_eval": "eval"}
 # RuntimeErrors whose message is all there is to say; by name, for importing them would import half of transformers.
-_FAILURES = ("TrainingDiverged", "WrongResult")
-_INSTALL = "pip install 'path-attention[train]'"
+_FAILURES = ("CacheIncomplete", "TrainingDiverged", "Unfinished", "WrongResult")
 _RUNS = Path("runs")
 
 
 def main() -> None:
     """Entry point of the command."""
     if typer is None:
-        sys.exit(_fail(f"the command line needs packages that are not installed: {_INSTALL}", FAILED))
+        sys.exit(_fail(f"the command line needs packages that are not installed: {_install('train')}", FAILED))
     app()()
 
 
@@ -46,6 +47,7 @@ def app() -> Any:
     application = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     application.callback(invoke_without_command=True)(_common)
     application.command(context_settings={"allow_interspersed_args": True})(_checked(train))
+    application.command(context_settings={"allow_interspersed_args": True})(_checked(convert))
     application.command()(_checked(evaluate))
     application.command()(_checked(generate))
     application.command()(_checked(recipes))
@@ -83,35 +85,137 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start anew; an existing run folder is moved aside, never deleted.")
     ] = False,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which to stop with a checkpoint; the same command goes on.")
+    ] = None,
 ) -> None:
     """Train what a recipe describes; continue it where it was interrupted.
 
     Writes runs/NAME/report.html, and into runs/NAME/MIXER the resolved recipe, metrics.jsonl, TensorBoard logs,
-    checkpoints, the final model and its evaluation.json.
+    checkpoints, the final model and its evaluation.json. Several processes: torchrun -m path_attention train ...
     """
     from path_attention.training import load_recipe
 
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"--time-limit: wanted a number above 0, got {time_limit}")
     loaded = load_recipe(recipe, overrides or ())
     console = _console()
     _quiet()
     from path_attention.evaluation.report import write_report
     from path_attention.training.run import train as train_recipe
 
-    finished = train_recipe(loaded, runs, restart=restart, console=console)
+    finished = train_recipe(loaded, runs, restart=restart, time_limit=time_limit, console=console)
     _show(console, finished)
+    if os.environ.get("RANK", "0") != "0":
+        return
     report = write_report(finished, runs / loaded.name, title=loaded.description or loaded.name)
     console.print(f"report: {report}")
 
 
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder: runs/NAME, or runs/NAME/MIXER for one of its models.")],
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or a name on the hub.")],
+    target: Annotated[Path, typer.Argument(help="A new folder, or that of an interrupted conversion.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the recipe: mixer=path_fox distill.steps=1000 ...", metavar="KEY=VALUE"),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="How to convert a RoPE model: a YAML file, or a shipped recipe (see: recipes).")
+    ] = None,
+    to: Annotated[
+        str, typer.Option(help="Write this format, train nothing: path_attention, path_attn (fla), llama, ...")
+    ] = "path_attention",
 ) -> None:
-    """Evaluate a finished run's final model again and write its evaluation.json."""
+    """Convert a pretrained RoPE model to PaTH, or write a model in another format.
+
+    RoPE models: Llama, Mistral, Qwen2, Qwen3, and this library's own; with --recipe. The student, a model card and a
+    report go into TARGET; an interrupted conversion continues with the same command.
+
+    Without --recipe a model is only written anew: flash-linear-attention's PaTH models (path_attn) in this library's
+    format, and this library's models in the format that --to names.
+    """
+    from path_attention.training import shipped_recipes
+
+    if recipe is None and overrides:
+        raise ValueError(f"--recipe: wanted one to change by {overrides[0]}")
+    if recipe is not None and to != "path_attention":
+        raise ValueError(f"--to: wanted path_attention beside --recipe, got {to}")
     _quiet()
+    from path_attention.conversion import convert as by_recipe
+    from path_attention.conversion import find, is_rope, load_conversion, translate
+
+    if recipe is not None:
+        by_recipe(source, target, load_conversion(recipe, overrides or ()), console=_console())
+        return
+    if to == "path_attention" and is_rope(find(source)):
+        shipped = ", ".join(shipped_recipes("convert"))
+        raise ValueError(f"--recipe: wanted one to convert a RoPE model by: a YAML file or one of {shipped}")
+    translate(source, target, to=to, console=_console())
+
+
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="A run folder runs/NAME or runs/NAME/MIXER; with --tasks or --text also a model's.")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(help="Questions made here (needle_single, phone_book, story_1 ...) and tasks of the harness."),
+    ] = "",
+    lengths: Annotated[str, typer.Option(help="Of the questions made here, in tokens, separated by commas.")] = "4096",
+    samples: Annotated[int, typer.Option(help="Questions of each kind and length.")] = 96,
+    haystack: Annotated[Path | None, typer.Option(help="A text to hide things in, instead of a few sentences.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each of the harness's tasks at most.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt at most; by default the model's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text, JSONL or Parquet, file or folder: perplexity by position.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a stretch of --text, read in one pass.")] = 65536,
+    stretches: Annotated[int, typer.Option(help="Stretches at most.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 on a GPU.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write to, and beside it the plot of --text.")] = None,
+) -> None:
+    """Evaluate a finished run again as its recipe says, or a model by questions and by perplexity.
+
+    --tasks asks by lm-evaluation-harness: its own tasks by name, and questions about long texts that are made here,
+    without a network: all of the latter by --tasks questions. --text measures perplexity by position and by length.
+    """
+    _quiet()
+    console = _console()
+    if tasks and text:
+        raise ValueError("--tasks: wanted either --tasks or --text, got both")
+    numbers = {"--samples": samples, "--batch-size": batch_size, "--length": length, "--stretches": stretches}
+    numbers |= {"--limit": limit or 1, "--max-length": max_length or 1}
+    for option, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{option}: wanted at least 1, got {number}")
+    if tasks or text:
+        from path_attention.evaluation import command
+
+        place = command.place(device, dtype)
+        if text:
+            command.by_position(model, text, length, stretches, place, out, console)
+            return
+        command.by_tasks(
+            model,
+            [task for task in tasks.split(",") if task],
+            lengths=lengths,
+            samples=samples,
+            haystack=haystack,
+            limit=limit,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=seed,
+            place=place,
+            out=out,
+            console=console,
+        )
+        return
     from path_attention.training import run as runs
 
-    console = _console()
-    folders = runs.run_folders(run)
+    folders = runs.run_folders(model)
     finished = [runs.evaluate(folder, console=console) for folder in folders]
     _show(console, finished)
     for one in finished:
@@ -150,6 +254,10 @@ def recipes() -> None:
 
     for name in shipped_recipes():
         print(f"{name:20} {load_recipe(name).description}")
+    from path_attention.conversion.recipe import load_conversion
+
+    for name in shipped_recipes("convert"):
+        print(f"{'convert ' + name:20} {load_conversion(name).description}")
 
 
 def demo(
@@ -174,7 +282,7 @@ def demo(
 
 
 def task(
-    name: Annotated[str, typer.Argument(help="flip_flop, group_words, mqar, mqrar or phone_book.")],
+    name: Annotated[str, typer.Argument(help="flip_flop, group_words, mqar, mqrar, phone_book, variable_tracking.")],
     options: Annotated[
         list[str] | None, typer.Argument(help="Fields of the task: length=64 ...", metavar="KEY=VALUE")
     ] = None,
@@ -198,7 +306,9 @@ def task(
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(help="table1, mqrar, a5 or length; or a JSON file with --report-only.")],
+    table: Annotated[
+        str, typer.Argument(help="table1, mqrar, a5, length, language-model; a JSON file with --report-only.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to its recipes: training.steps=100 ...", metavar="KEY=VALUE")
     ] = None,
@@ -220,7 +330,7 @@ def reproduce(
         bool, typer.Option("--report-only", help="Make the report anew from the JSON; train nothing.")
     ] = False,
 ) -> None:
-    """Reproduce a state-tracking result of the paper, all mixers, several seeds.
+    """Reproduce a result of the paper: state tracking, all mixers, several seeds; or language models of code.
 
     Finished models are never trained again; a call that was cut off is continued by the same call.
     """
@@ -228,6 +338,12 @@ def reproduce(
     from path_attention.reproduction import command as reproduction
 
     console = _console()
+    if table.removesuffix(".json").rpartition("/")[2].removesuffix("-quick") == "language-model":
+        unfit = {"--seeds": seeds, "--processes": processes, "--concurrent": concurrent}
+        if given := [option for option, value in unfit.items() if value is not None]:
+            raise ValueError(f"{given[0]}: wanted none for language-model, whose models are trained one after another")
+        _language_model(table, overrides or (), quick, rows, time_limit, device, runs, out, report_only, console)
+        return
     if report_only:
         path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
         reproduction.remake(path, path.parent, console)
@@ -246,6 +362,42 @@ def reproduce(
         overrides=overrides or (),
         plan=plan,
         out=out,
+        command=" ".join(parts),
+        console=console,
+    )
+
+
+def _language_model(
+    table: str,
+    overrides: Sequence[str],
+    quick: bool,
+    rows: str,
+    time_limit: float | None,
+    device: str | None,
+    runs: Path,
+    out: Path,
+    report_only: bool,
+    console: Console,
+) -> None:
+    from path_attention.reproduction import language_model
+
+    if report_only:
+        path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
+        for written in language_model.write(language_model.read(path), path.parent):
+            console.print(f"written: {written}", soft_wrap=True)
+        return
+    if device not in (None, "cpu"):
+        raise ValueError(f"--device: wanted cpu, or nothing for a GPU where there is one, got {device!r}")
+    changes = [*overrides, *(["training.device=cpu"] if device == "cpu" else [])]
+    parts = ["path-attention reproduce language-model", *overrides, *(["--quick"] if quick else [])]
+    parts += [f"--rows {rows}"] if rows else []
+    language_model.reproduce(
+        quick=quick,
+        rows=[row for row in rows.split(",") if row],
+        overrides=changes,
+        runs=runs,
+        out=out,
+        time_limit=time_limit,
         command=" ".join(parts),
         console=console,
     )
@@ -300,8 +452,8 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
             package = (error.name or "").partition(".")[0]
             if package not in _EXTRA:
                 raise
-            code = _fail(f"{package} is not installed: {_INSTALL}", FAILED)
-        except (ValueError, FileNotFoundError) as error:
+            code = _fail(f"{package} is not installed: {_install(_EXTRA[package])}", FAILED)
+        except (ValueError, FileNotFoundError, FileExistsError) as error:
             code = _fail(str(error), MISTAKE)
         except KeyboardInterrupt:
             code = _fail("interrupted; the same command continues where it stopped", FAILED)
@@ -314,6 +466,10 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return checked
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'path-attention[{extra}]'"
 
 
 def _fail(message: str, code: int) -> int:
@@ -337,9 +493,12 @@ def _quiet() -> None:
 
 
 def _show(console: Console, runs: list[Run]) -> None:
-    from path_attention.evaluation.tables import runs_table
+    from path_attention.evaluation.tables import length_table, runs_table
 
     console.print(runs_table(runs))
+    positions = {run.mixer: losses for run in runs if (losses := run.positions) is not None}
+    if positions:
+        console.print(length_table(positions))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,16 @@ from path_attention.layers import mixer_names
 from path_attention.models import PaTHForCausalLM, load_cache, save_cache
 from tests.models.test_modeling import CLOSE, ids, model
 
-# All mixers, and PaTH with everything at once.
-KINDS = (*mixer_names(), "two reflections")
+# All mixers, PaTH with everything at once, and PaTH before RoPE.
+KINDS = (*mixer_names(), "two reflections", "hybrid")
 
 
 @pytest.fixture(params=KINDS)
 def m(request: pytest.FixtureRequest) -> PaTHForCausalLM:
     if request.param == "two reflections":
         return model("path_fox", num_reflections=2, conv_size=4, w_rank=None, qk_norm=True)
+    if request.param == "hybrid":
+        return model("path_fox", layer_mixers=["path_fox", "rope"])
     return model(request.param)
 
 
@@ -91,9 +93,10 @@ def test_static_cache(m: PaTHForCausalLM) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["path_fox", "rope"])
+@pytest.mark.parametrize("mixer", ["path_fox", "rope", "hybrid"])
 def test_compiled_generation_in_one_graph(mixer: str) -> None:
-    m, x = model(mixer), ids(2, 90)
+    m = model("path", layer_mixers=["path", "rope"]) if mixer == "hybrid" else model(mixer)
+    x = ids(2, 90)
     mask = torch.ones_like(x)
     mask[0, :9] = 0
     expected = m.generate(x, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=False)
@@ -166,8 +169,9 @@ def test_a_saved_cache_goes_on(m: PaTHForCausalLM, tmp_path: Path) -> None:
     assert loaded.get_seq_length() == 130
     out = m.generate(torch.cat([x, x[:, :1]], 1), past_key_values=loaded, max_new_tokens=3, do_sample=False)
     assert out.shape == (2, 134)
+    one_layer = {"num_hidden_layers": 1, "layer_mixers": None}
     with pytest.raises(CacheError, match="file: got"):
-        load_cache(type(m.config)(**{**m.config.to_dict(), "num_hidden_layers": 1}), tmp_path / "cache.safetensors")
+        load_cache(type(m.config)(**{**m.config.to_dict(), **one_layer}), tmp_path / "cache.safetensors")
 
 
 @torch.no_grad()

@@ -51,6 +51,9 @@ def mixer(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+HYBRID = {"layer_mixers": ["path", "rope"]}
+
+
 def test_loss_is_shifted_cross_entropy() -> None:
     m, x = model(), ids()
     labels = x.clone()
@@ -181,6 +184,54 @@ def test_rope_is_llama(tmp_path: Path) -> None:
     torch.testing.assert_close(ours.eval()(ids()).logits, llama(ids()).logits, **CLOSE)
 
 
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,  # wavelengths on both sides of 32 / 1 and of 32 / 4
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_scaled_rope_is_llama(scaling: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parameters = {"rope_theta": 100.0, **SCALINGS[scaling]}
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=parameters)).eval()
+    llama.save_pretrained(tmp_path)
+    config = PaTHConfig(**{**llama.config.to_dict(), "mixer": "rope"})
+    ours = PaTHForCausalLM.from_pretrained(tmp_path, config=config).eval()
+    torch.testing.assert_close(ours(ids()).logits, llama(ids()).logits, **CLOSE)
+    ours.save_pretrained(tmp_path / "ours")
+    again = PaTHForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(again(ids()).logits, ours(ids()).logits)
+
+
+def test_a_mixer_for_each_layer(tmp_path: Path) -> None:
+    """A hybrid's layers are those of the plain models."""
+    hybrid, path, rope = model(**HYBRID), model("path"), model("rope")
+    assert hybrid.config.layer_types == ["path_attention", "full_attention"]
+    states = {k: v for k, v in path.state_dict().items() if ".layers.0." in k}
+    states |= {k: v for k, v in rope.state_dict().items() if ".layers.0." not in k}
+    hybrid.load_state_dict(states)
+    x = path.model.embed_tokens.weight[ids()] * 0 + rope.model.embed_tokens.weight[ids()]
+    expected = rope.lm_head(rope.model.norm(rope.model.layers[1](path.model.layers[0](x))))
+    torch.testing.assert_close(hybrid(ids()).logits, expected)
+    hybrid.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids()).logits, hybrid(ids()).logits)
+
+
+def test_output_bias_alone() -> None:
+    attention = model(attention_bias=True, attention_output_bias=False).model.layers[0].self_attn
+    assert attention.q_proj.bias is not None
+    assert attention.o_proj.bias is None
+    assert model(attention_bias=True).model.layers[0].self_attn.o_proj.bias is not None
+
+
 def test_shapes_on_meta(mixer: str) -> None:
     with torch.device("meta"):
         m, x = model(mixer), torch.zeros(1, 70, dtype=torch.int64)
@@ -245,8 +296,14 @@ def test_initial_values_after_loading_on_meta(tmp_path: Path) -> None:
         ({"conv_size": -1}, "conv_size: got -1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
         ({"mixer": "rope", "head_dim": 7}, "head_dim: got 7"),
-        ({"mixer": "rope", "rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: got rope_type 'llama3'"),
-        ({"mixer": "rope", "rope_scaling": {"type": "linear"}}, "rope_parameters: got rope_type 'linear'"),
+        ({"mixer": "rope", "rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: got rope_type 'yarn'"),
+        ({"mixer": "rope", "rope_scaling": {"type": "linear"}}, "rope_parameters.factor: got None"),
+        ({"mixer": "rope", "rotary_scaling": {"rope_type": "su"}}, "rotary_scaling: got rope_type 'su'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters: got partial_rotary_factor 0.5"),
+        ({"layer_mixers": ["path"]}, "layer_mixers: got 1; wanted one for each of 2 layers"),
+        ({"layer_mixers": ["rope", "rope"]}, "layer_mixers: got .*; wanted at least one 'path'"),
+        ({"layer_mixers": ["path", "alibaba"]}, "mixer: got 'alibaba'"),
+        ({"w_norm_eps": -1.0}, "w_norm_eps: got -1.0"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias: got True"),
     ],

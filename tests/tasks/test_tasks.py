@@ -16,6 +16,7 @@ from path_attention.tasks import (
     PhoneBook,
     RecencyRecall,
     Task,
+    VariableTracking,
     score,
     task_names,
 )
@@ -35,6 +36,8 @@ TASKS = {
     "mqrar_2": RecencyRecall(length=64, num_pairs=6, num_queries=20, vocabulary=40, back=2),
     "mqrar_4": RecencyRecall(length=64, num_pairs=4, num_queries=28, vocabulary=40, back=4),
     "phone_book": PhoneBook(num_entries=9),
+    "variables": VariableTracking(length=64),
+    "one_variable": VariableTracking(length=8, num_variables=1),
     "one_entry": PhoneBook(num_entries=1, num_examples=0),
 }
 
@@ -45,7 +48,7 @@ def task(request: pytest.FixtureRequest) -> Task:
 
 
 def test_every_registered_task_is_tested() -> None:
-    assert set(task_names()) == {"flip_flop", "group_words", "mqar", "mqrar", "phone_book"}
+    assert set(task_names()) == {"flip_flop", "group_words", "mqar", "mqrar", "phone_book", "variable_tracking"}
 
 
 def test_generator_agrees_with_the_oracle(task: Task) -> None:
@@ -78,7 +81,7 @@ def test_a_sequence_is_a_function_of_seed_split_and_number(task: Task) -> None:
 def test_other_devices_make_the_same_sequences(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, random numbers come from torch operators; everything else is the same code."""
     expected = task.generate(2, torch.arange(20), task.splits[0])
-    for name in ("flip_flop", "group_words", "recall", "phone_book"):
+    for name in ("flip_flop", "group_words", "recall", "phone_book", "variable_tracking"):
         monkeypatch.setattr(f"path_attention.tasks.{name}.uniform", task_random.philox_uniform)
     for a, b in zip(task.generate(2, torch.arange(20), task.splits[0]), expected, strict=True):
         assert torch.equal(a, b)
@@ -248,3 +251,38 @@ def test_phone_book_arguments_are_checked() -> None:
             PhoneBook(num_entries=entries, num_examples=examples)
     with pytest.raises(ValueError, match="num_examples must be"):
         PhoneBook(num_entries=3, num_examples=3)
+
+
+def test_variables_are_what_their_programs_make_of_them() -> None:
+    """Python itself runs the statements; chains are of copies nearly all."""
+    task = VariableTracking(length=80, num_variables=4)
+    for split in ("train", *task.splits):
+        made = task.examples(0, range(50), split)
+        copies = 0
+        for sequence, answers in zip(made.input_ids, made.answers, strict=True):
+            memory: dict[str, int] = {}
+            for t in range(0, 80, 4):
+                text = "".join(task.tokens[token] for token in sequence[t : t + 3])
+                if "?" in text:
+                    assert memory[text[0]] == answers[t + 2] == int(text[2])
+                else:
+                    exec(text, {}, memory)
+                    copies += text[2].isalpha()
+            assert "?" in text
+        share = copies / (50 * (20 - 4 - 1))
+        expected = 0.65 if split == "chains" else 0.3
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / 750)  # five standard deviations
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"length": 18}, "length must be a multiple of 4, at least 24, got 18"),
+        ({"length": 20}, "length must be a multiple of 4, at least 24, got 20"),
+        ({"num_variables": 0}, "num_variables must be in 1 ... 26, got 0"),
+        ({"num_variables": 27}, "num_variables must be in 1 ... 26, got 27"),
+    ],
+)
+def test_variable_tracking_refuses(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VariableTracking(**fields)

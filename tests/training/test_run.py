@@ -1,16 +1,23 @@
 """Runs: exact resumption, what a run folder holds, what is refused, what stops a run."""
 
 import functools
+import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from path_attention.training import Recipe, recipe_from_mapping
 from path_attention.training import source as sources
+from path_attention.training.divergence import examine
+from path_attention.training.recipe import override
 from path_attention.training.run import EVALUATION, FINAL, RECIPE, Run, evaluate, read_recipe, run_folders, train
-from path_attention.training.trainer import METRICS, TrainingDiverged, last_checkpoint, read_metrics
-from tests.training.tiny import tiny, without_time
+from path_attention.training.source import open_source
+from path_attention.training.trainer import DIVERGENCE, METRICS, TrainingDiverged, last_checkpoint, read_metrics
+from tests.training.tiny import TINY, tiny, without_time
 
 
 class Interruption(Exception):
@@ -172,9 +179,42 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pyte
         return output
 
     monkeypatch.setattr(PaTHForCausalLM, "forward", forward)
-    with pytest.raises(TrainingDiverged, match=r"loss is nan at step 15; last good checkpoint is .*checkpoint-10"):
+    message = (
+        r"diverged at step 13: the gradient's norm is nan, the loss nan; first not finite: the loss, from finite "
+        r"outputs of all layers. Sequences 48 to 51 of the data; .*divergence\.json has more. "
+        r"Last good checkpoint: .*checkpoint-10"
+    )
+    with pytest.raises(TrainingDiverged, match=message):
         train(tiny("training.eval_every=0"), tmp_path)
-    assert not (tmp_path / "tiny" / "path" / "checkpoint-15").exists()
+    folder = tmp_path / "tiny" / "path"
+    assert not (folder / "checkpoint-15").exists()
+    known = json.loads((folder / DIVERGENCE).read_text())
+    assert (known["step"], known["sequences"], known["last_good_checkpoint"]) == (13, [48, 52], "checkpoint-10")
+    (process,) = known["processes"]
+    assert process["outputs"][0]["rms"] > 0
+    # The weights are those before the step; the gradients are not finite.
+    assert all(found["not_finite"] == 0 for found in process["weights"].values())
+    assert all(found["not_finite"] > 0 for found in process["gradients"].values())
+    assert process["weights"].keys() == process["gradients"].keys()
+
+
+@pytest.mark.parametrize(
+    "name, value, first",
+    [
+        ("model.layers.1.mlp.up_proj.weight", math.nan, "the weights of model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.1.mlp.up_proj.weight", 1e38, "the output of layer 1"),
+        ("lm_head.weight", 3e38, "the loss, from finite outputs of all layers"),
+    ],
+)
+def test_first_number_that_is_not_finite_is_found(name: str, value: float, first: str) -> None:
+    from path_attention.models import PaTHConfig, PaTHForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = PaTHForCausalLM(PaTHConfig(vocab_size=5, **sizes))  # type: ignore[arg-type]
+    model.get_parameter(name).data.fill_(value)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    found = examine(model, [{"input_ids": ids, "labels": ids}], lambda batch: model(**batch).loss)
+    assert found["first"] == first
 
 
 def test_model_section_is_checked_before_anything_is_written(tmp_path: Path) -> None:
@@ -193,3 +233,63 @@ def test_folders_that_hold_no_finished_run(tmp_path: Path) -> None:
     (tmp_path / RECIPE).write_text(tiny().to_yaml())
     with pytest.raises(FileNotFoundError, match="interrupted"):
         Run.read(tmp_path)
+
+
+def byte_model(folder: Path, mixer: str = "path", vocab_size: int = 257) -> Path:
+    from path_attention.models import PaTHConfig, PaTHForCausalLM
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(3)
+    PaTHForCausalLM(PaTHConfig(vocab_size=vocab_size, mixer=mixer, **shape)).save_pretrained(folder)
+    return folder
+
+
+def from_model(folder: Path, *overrides: str) -> Recipe:
+    values = {name: x for name, x in TINY.items() if name != "model"} | {"initial": str(folder)}
+    return recipe_from_mapping(override(values, ["training.steps=3", "training.eval_every=0", *overrides]))
+
+
+def test_training_starts_from_a_finished_model(tmp_path: Path) -> None:
+    """With the smallest learning rate there is, what comes out is what went in; the task is written in its bytes."""
+    folder = byte_model(tmp_path / "model")
+    run = train(from_model(folder, "training.learning_rate=1e-30"), tmp_path / "runs")[0]
+    before = load_file(folder / "model.safetensors")
+    assert all(torch.allclose(tensor, before[name], rtol=0, atol=1e-20) for name, tensor in weights(run).items())
+    source = open_source(from_model(folder))
+    example = source.example(0, 0)
+    assert set(bytes(example["input_ids"].tolist()).decode()) <= set("wri01")
+    assert bytes(example["input_ids"][:1].tolist()) == b"w"
+    labels = example["labels"]
+    assert torch.equal(labels[labels != -100], example["input_ids"][labels != -100])
+    assert read_recipe(run.folder).initial == str(folder)
+
+
+def test_a_model_with_the_tasks_own_tokens_keeps_them(tmp_path: Path) -> None:
+    source = open_source(from_model(byte_model(tmp_path, vocab_size=5)))
+    assert int(source.example(0, 0)["input_ids"].max()) < 5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["mixers=[rope]"], r"mixers: wanted \[path\], the mixer of the model"),
+        (["initial=/nowhere/at/all"], "initial: no model in /nowhere/at/all|/nowhere/at/all/config.json"),
+        (["model.hidden_size=8"], "model: wanted nothing beside initial"),
+        (["task.name=phone_book", "task.length=null"], "task.length: unknown key"),
+    ],
+)
+def test_what_does_not_go_with_an_initial_model(tmp_path: Path, changes: list[str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(from_model(byte_model(tmp_path / "model"), *changes), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_task_without_tokens_in_the_model_is_named(tmp_path: Path) -> None:
+    values = {"name": "x", "initial": str(byte_model(tmp_path)), "task": {"name": "phone_book"}}
+    recipe = recipe_from_mapping(values | {"training": TINY["training"]})
+    with pytest.raises(ValueError, match="the token 'Ada' is 3 tokens of the model"):
+        open_source(recipe)
+    byte_model(tmp_path / "other", vocab_size=100)
+    recipe = recipe_from_mapping(values | {"training": TINY["training"], "initial": str(tmp_path / "other")})
+    with pytest.raises(ValueError, match="has 100 tokens and no tokenizer to write the task in"):
+        open_source(recipe)

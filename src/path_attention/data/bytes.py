@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from path_attention.data.places import cache_folder, check_places, expand
 
 SEPARATOR = 256
 VOCAB_SIZE = 257
@@ -30,7 +31,8 @@ class ByteData:
     """Which text, and how it is cut.
 
     Args:
-        path: folder; ``~`` and ``${stdlib}`` (the sources of the running Python's standard library) are expanded.
+        path: folder; ``~``, ``${stdlib}`` and ``${site_packages}`` (the sources of the running Python's standard
+            library, and of what is installed) are expanded.
         include: glob patterns of the files, relative to the folder.
         exclude: glob patterns of those to leave out again.
         length: tokens L of a window.
@@ -57,21 +59,15 @@ class ByteData:
             raise ValueError(f"data.validation_fraction: wanted a number in (0, 1), got {self.validation_fraction}")
         if not self.include:
             raise ValueError("data.include: wanted at least one glob pattern, got none")
-        rest = self.path.replace("${stdlib}", "")
-        if "${" in rest:
-            raise ValueError(f"data.path: only ${{stdlib}} is known, got {self.path!r}")
+        check_places(self.path, "data.path")
 
     def folder(self) -> Path:
         """``path`` with everything expanded."""
-        return Path(self.path.replace("${stdlib}", sysconfig.get_path("stdlib"))).expanduser()
+        return expand(self.path)
 
     def cache_folder(self) -> Path:
         """Where caches of this and other corpora are kept."""
-        if self.cache:
-            return Path(self.cache).expanduser()
-        if own := os.environ.get("PATH_ATTENTION_CACHE"):
-            return Path(own)
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "path-attention"
+        return cache_folder(self.cache)
 
     def files(self) -> list[Path]:
         """The files, sorted by relative path.
@@ -174,13 +170,14 @@ class ByteCorpus:
         """Length of a split's stream, separators included."""
         return int(self._offsets[split][-1])
 
-    def read(self, split: Split, start: int) -> npt.NDArray[np.int64]:
-        """L tokens of a split's stream from position ``start``, int64."""
-        window = np.empty(self.length, dtype=np.int64)
+    def read(self, split: Split, start: int, length: int | None = None) -> npt.NDArray[np.int64]:
+        """``length`` tokens (by default L) of a split's stream from position ``start``, int64."""
+        length = self.length if length is None else length
+        window = np.empty(length, dtype=np.int64)
         offsets, documents = self._offsets[split], self._documents[split]
         n = int(np.searchsorted(offsets, start, side="right")) - 1
         filled = 0
-        while filled < self.length:
+        while filled < length:
             skipped = start + filled - int(offsets[n])  # tokens of document n that lie before the window
             first, last = int(self._starts[documents[n]]), int(self._starts[documents[n] + 1])
             if skipped == 0:
@@ -188,7 +185,7 @@ class ByteCorpus:
                 filled += 1
             else:
                 first += skipped - 1
-            text = self._bytes[first : min(last, first + self.length - filled)]
+            text = self._bytes[first : min(last, first + length - filled)]
             window[filled : filled + len(text)] = text
             filled += len(text)
             n += 1
@@ -202,11 +199,12 @@ class ByteCorpus:
         generator = np.random.Generator(np.random.Philox(key=(seed, 0), counter=(0, 0, 0, index)))
         return self.read("train", int(generator.integers(self.tokens("train") - self.length + 1)))
 
-    def validation_starts(self, windows: int) -> list[int]:
+    def validation_starts(self, windows: int, length: int | None = None) -> list[int]:
         """Where ``windows`` windows that do not overlap, spread evenly over the validation files, begin.
 
         All there are, where there are fewer.
         """
-        available = self.tokens("validation") // self.length
-        chosen = np.arange(min(windows, available)) * available // min(windows, available)
-        return [int(n) * self.length for n in chosen]
+        length = self.length if length is None else length
+        available = self.tokens("validation") // length
+        chosen = np.arange(min(windows, available)) * available // max(1, min(windows, available))
+        return [int(n) * length for n in chosen]

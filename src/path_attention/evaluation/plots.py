@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from path_attention.evaluation.tables import NAMES, percent
+from path_attention.evaluation.perplexity import RANGES, PositionLosses
+from path_attention.evaluation.tables import NAMES, lengths_of, percent
 from path_attention.training.run import Run
 from path_attention.training.trainer import METRICS, read_metrics
 
@@ -105,6 +106,74 @@ def _bar(axis: Axes, row: int, rate: float, colour: str, note: str, text_at: flo
     if rate > 0:
         axis.barh(row, rate - _SMALLEST_RATE, left=_SMALLEST_RATE, color=colour, height=0.7)
     axis.text(text_at * 1.3, row, note, va="center", fontsize=8)
+
+
+def loss_curves(curves: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]]) -> Figure:
+    """Training and validation loss by step, a line a mixer.
+
+    Args:
+        curves: mixer -> [step, loss] of training, and of validation.
+    """
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for mixer, parts in curves.items():
+        for axis, points in zip(axes, parts, strict=True):
+            if points:
+                steps, values = zip(*points, strict=True)
+                axis.plot(steps, values, color=COLOURS.get(mixer, _PUBLISHED), label=NAMES.get(mixer, mixer), lw=1.2)
+    for axis, title in zip(axes, ("training loss", "validation loss"), strict=True):
+        axis.set_title(f"{title}, nats per token", fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.tick_params(which="both", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def perplexity_by_position(positions: Mapping[str, PositionLosses], trained: int) -> Figure:
+    """Perplexity in long contexts, a line a mixer: of the tokens around a position, and of all tokens up to a length.
+
+    Args:
+        positions: mixer -> losses, all on the same stretches.
+        trained: tokens of the training's sequences.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for mixer, losses in positions.items():
+        colour, name = COLOURS.get(mixer, _PUBLISHED), NAMES.get(mixer, mixer)
+        width = losses.length // RANGES
+        ends, values = losses.by_position(width)
+        left.plot([end - width / 2 for end in ends], values, color=colour, label=name)
+        lengths = lengths_of(losses)
+        right.plot(lengths, losses.by_length(lengths), color=colour, marker=".", label=name)
+    first = next(iter(positions.values()))
+    left.set_xlabel("position")
+    left.set_ylabel(f"perplexity of {first.length // RANGES:,} tokens")
+    right.set_xlabel("length")
+    right.set_ylabel("perplexity of all tokens up to there")
+    right.set_xscale("log", base=2)
+    right.set_xticks(lengths_of(first), [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths_of(first)])
+    right.xaxis.set_minor_locator(NullLocator())
+    for axis in (left, right):
+        if trained < first.length:
+            axis.axvline(trained, color=_PUBLISHED, lw=1, ls="--", zorder=0)
+            axis.annotate(
+                " trained length",
+                (trained, 1),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                fontsize=8,
+                color="#666666",
+            )
+        low, high = axis.get_ylim()
+        if high > 8 * low > 0:  # one that falls apart would press the others flat
+            axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    return figure
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from path_attention.evaluation import plots
-from path_attention.evaluation.tables import NAMES, show
+from path_attention.evaluation.tables import NAMES, lengths_of, show
 from path_attention.training import strict
 from path_attention.training.run import RECIPE, Run, read_recipe, write_whole
 from path_attention.training.trainer import METRICS, read_metrics
@@ -59,15 +59,20 @@ def write_report(
         else "",
         "<h2>Learning curves</h2>",
         plots.as_image(plots.learning_curves(runs), "learning curves"),
+        *_long_contexts(runs),
         *sections,
         "<h2>What was trained</h2>",
         _facts(runs),
         f"<details><summary>The recipe</summary><pre>{recipe}</pre></details>",
     ]
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    path = folder / f"{name}.html"
-    write_whole(path, f"{head}<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n")
     write_whole(folder / "metrics.json", json.dumps(_numbers(runs, published or {}), indent=1) + "\n")
+    return write_page(folder / f"{name}.html", title, parts)
+
+
+def write_page(path: Path, title: str, parts: Iterable[str]) -> Path:
+    """Writes parts of HTML as one self-contained page."""
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    write_whole(path, f"{head}<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n")
     return path
 
 
@@ -86,9 +91,30 @@ def _results(runs: Sequence[Run], published: Mapping[str, Sequence[float]]) -> s
     return f"<table><thead><tr>{header}</tr></thead>{body}</table>"
 
 
+def _long_contexts(runs: Sequence[Run]) -> list[str]:
+    """A plot and a table of losses by position, where they were measured."""
+    positions = {run.mixer: run.positions for run in runs}
+    found = {mixer: losses for mixer, losses in positions.items() if losses is not None}
+    if not found:
+        return []
+    data = read_recipe(runs[0].folder).data
+    first = next(iter(found.values()))
+    lengths = lengths_of(first)
+    rows = [[NAMES[mixer], *(f"{p:.2f}" for p in losses.by_length(lengths))] for mixer, losses in found.items()]
+    header = "".join(f"<th>{html.escape(c)}</th>" for c in ("perplexity up to", *(f"{n:,}" for n in lengths)))
+    return [
+        "<h2>Long contexts</h2>",
+        plots.as_image(plots.perplexity_by_position(found, data.length if data else 0), "perplexity by position"),
+        f"<table><thead><tr>{header}</tr></thead>{_rows(rows)}</table>",
+        f"<p>{first.stretches} stretches of {first.length:,} held-out tokens, each in one pass.</p>",
+    ]
+
+
 def _facts(runs: Sequence[Run]) -> str:
     settings = read_recipe(runs[0].folder).training
     keys = {"parameters": "{:,}", "steps": "{:,}", "training_seconds": "{:.0f} s", "seed": "{}"}
+    optional = {"tokens_per_second": "{:,.0f}", "peak_memory_mib": "{:,.0f}"}
+    keys |= {key: form for key, form in optional.items() if all(key in r.facts for r in runs)}
     header = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in ("model", *keys))
     rows = [[NAMES[r.mixer], *(form.format(r.facts[key]) for key, form in keys.items())] for r in runs]
     first = runs[0].facts

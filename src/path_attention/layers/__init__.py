@@ -4,7 +4,7 @@ from path_attention.layers.decay import ALiBiAttention, ForgettingAttention
 from path_attention.layers.mixers import build_mixer, mixer_names, register_mixer
 from path_attention.layers.path import PaTHAttention, PaTHInputs
 from path_attention.layers.short_convolution import ShortConvolution
-from path_attention.layers.softmax import SoftmaxAttention
+from path_attention.layers.softmax import SoftmaxAttention, rotary_frequencies
 from path_attention.layers.stick_breaking import StickBreakingAttention
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "build_mixer",
     "mixer_names",
     "register_mixer",
+    "rotary_frequencies",
 ]

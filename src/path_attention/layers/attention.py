@@ -20,9 +20,16 @@ class HeadRMSNorm(nn.RMSNorm):
     which sums in float32, takes but one dtype.
     """
 
+    group: Any = None  # the processes that share the heads under tensor parallelism
+
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
-        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+        weight: Tensor = self.weight
+        if self.group is not None:
+            from path_attention.distributed.tensor import sum_gradients
+
+            weight = sum_gradients(weight, self.group)
+        return nn.functional.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):

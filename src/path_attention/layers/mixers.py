@@ -33,15 +33,16 @@ def mixer_names() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
-def build_mixer(config: Any) -> Attention:
-    """The mixer that ``config.mixer`` names.
+def build_mixer(config: Any, name: str | None = None) -> Attention:
+    """The mixer ``name``, by default the one that ``config.mixer`` names.
 
     Raises:
         ValueError: no such mixer, or fields that do not fit it.
     """
-    if config.mixer not in _BUILDERS:
-        raise ValueError(f"mixer: got {config.mixer!r}; wanted one of {', '.join(_BUILDERS)}")
-    return _BUILDERS[config.mixer](config)
+    name = config.mixer if name is None else name
+    if name not in _BUILDERS:
+        raise ValueError(f"mixer: got {name!r}; wanted one of {', '.join(_BUILDERS)}")
+    return _BUILDERS[name](config)
 
 
 def _shared(config: Any) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _shared(config: Any) -> dict[str, Any]:
         "qk_norm": config.qk_norm,
         "norm_eps": config.rms_norm_eps,
         "bias": config.attention_bias,
-        "output_bias": config.attention_bias,
+        "output_bias": config.attention_output_bias,
     }
 
 
@@ -64,12 +65,18 @@ def _path(config: Any, use_forget_gate: bool) -> PaTHAttention:
         conv_size=config.conv_size,
         num_reflections=config.num_reflections,
         use_forget_gate=use_forget_gate,
+        scale_gate=config.scale_gate,
+        w_norm_eps=config.w_norm_eps,
     )
+
+
+def _rope(config: Any) -> SoftmaxAttention:
+    return SoftmaxAttention(**_shared(config), rope_theta=config.rope_theta, rotary_scaling=config.rotary_scaling)
 
 
 register_mixer("path", lambda config: _path(config, use_forget_gate=False))
 register_mixer("path_fox", lambda config: _path(config, use_forget_gate=True))
-register_mixer("rope", lambda config: SoftmaxAttention(**_shared(config), rope_theta=config.rope_theta))
+register_mixer("rope", _rope)
 register_mixer("none", lambda config: SoftmaxAttention(**_shared(config), rope_theta=None))
 register_mixer("fox", lambda config: ForgettingAttention(**_shared(config)))
 register_mixer("stick_breaking", lambda config: StickBreakingAttention(**_shared(config)))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from path_attention.autocast import without_autocast
-from path_attention.checks import check_flag, check_integer
+from path_attention.checks import check_flag, check_integer, check_number
 from path_attention.layers.operator import OperatorAttention, PaTHInputs, at_least_float32
 from path_attention.layers.padding import token_positions
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
@@ -35,6 +35,9 @@ class PaTHAttention(OperatorAttention):
         conv_size: tokens of the causal convolution over w, this one included; 0 leaves it (and its SiLU) out.
         num_reflections: R transitions a token; one is the paper's, two can make a rotation.
         use_forget_gate: PaTH-FoX.
+        scale_gate: g_t is divided by sqrt(D), as flash-linear-attention's models have it; the paper's is not.
+        w_norm_eps: w is divided by sqrt(|w|^2 + w_norm_eps), as flash-linear-attention's models have it with 1e-6; 0 is
+            the paper's unit vector.
         qk_norm: RMS norm of every query and key head, in training and everywhere else.
         bias: biases of the q, k and v projections.
         output_bias: bias of the output projection.
@@ -55,6 +58,8 @@ class PaTHAttention(OperatorAttention):
         conv_size: int = 3,
         num_reflections: int = 1,
         use_forget_gate: bool = False,
+        scale_gate: bool = False,
+        w_norm_eps: float = 0.0,
         qk_norm: bool = False,
         bias: bool = False,
         output_bias: bool = False,
@@ -75,6 +80,10 @@ class PaTHAttention(OperatorAttention):
         check_integer("conv_size", conv_size, 0, "an integer, at least 0 (0 for no convolution)")
         check_integer("num_reflections", num_reflections, 1)
         check_flag("use_forget_gate", use_forget_gate)
+        check_flag("scale_gate", scale_gate)
+        check_number("w_norm_eps", w_norm_eps, zero=True)
+        self.gate_scale = self.head_dim**-0.5 if scale_gate else 1.0
+        self.w_norm_eps = w_norm_eps
         self.num_reflections = num_reflections
         transitions = num_reflections * self.num_kv_heads
         channels = transitions * self.head_dim
@@ -103,11 +112,13 @@ class PaTHAttention(OperatorAttention):
         shape = (self.num_reflections, self.num_kv_heads)
         w = self._w(hidden_states, cu_seqlens, convolution).unflatten(2, (*shape, self.head_dim))
         beta = 2 * at_least_float32(self.beta_proj(hidden_states)).sigmoid().unflatten(2, shape)
-        g = None if self.gate_proj is None else F.logsigmoid(at_least_float32(self.gate_proj(hidden_states)))
+        g = None
+        if self.gate_proj is not None:
+            g = self.gate_scale * F.logsigmoid(at_least_float32(self.gate_proj(hidden_states)))
         return PaTHInputs(q, k, v, w, beta, g)
 
     def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None, convolution: ConvolutionState | None) -> Tensor:
-        """(B, L, R * H * D) float32 at least, every D of them a unit vector."""
+        """(B, L, R * H * D) float32 at least, every D of them a unit vector (shorter with w_norm_eps)."""
         w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
         with without_autocast(w.device):
             w = at_least_float32(w)
@@ -116,7 +127,10 @@ class PaTHAttention(OperatorAttention):
                 w = self.w_conv.continue_from(convolution, w, lengths)
             elif self.w_conv is not None:
                 w = self._convolve(self.w_conv, w, cu_seqlens)
-            return F.normalize(w.unflatten(2, (-1, self.head_dim)), dim=-1, eps=NORM_EPS).flatten(2)
+            w = w.unflatten(2, (-1, self.head_dim))
+            if self.w_norm_eps:
+                return (w * torch.rsqrt(w.square().sum(-1, keepdim=True) + self.w_norm_eps)).flatten(2)
+            return F.normalize(w, dim=-1, eps=NORM_EPS).flatten(2)
 
     def _convolve(self, convolution: ShortConvolution, w: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         positions = token_positions(cu_seqlens, w.shape[1] * self.num_processes, w.device)

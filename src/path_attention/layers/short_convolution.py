@@ -34,10 +34,13 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (B, L, channels) and positions (L,), each token's index in its own sequence -> (B, L, channels)."""
-        y = x * self.weight[:, -1]
+        weight = self.weight
+        if hasattr(weight, "to_local"):  # a DTensor, under tensor parallelism: the channels of this process
+            weight = weight.to_local()
+        y = x * weight[:, -1]
         for back in range(1, min(self.width, x.shape[1])):
             earlier = nn.functional.pad(x[:, :-back], (0, 0, back, 0))
-            y = y + torch.where((positions >= back)[:, None], earlier, 0) * self.weight[:, -1 - back]
+            y = y + torch.where((positions >= back)[:, None], earlier, 0) * weight[:, -1 - back]
         return nn.functional.silu(y)
 
     def continue_from(self, state: "ConvolutionState", x: Tensor, lengths: list[int] | None = None) -> Tensor:

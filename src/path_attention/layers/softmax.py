@@ -1,12 +1,14 @@
 """The baselines: causal softmax attention with rotary position encoding, or with none."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from path_attention.autocast import without_autocast
-from path_attention.checks import check_number
+from path_attention.checks import bad, check_number
 from path_attention.layers.attention import Attention
 from path_attention.layers.padding import token_positions
 
@@ -17,6 +19,7 @@ class SoftmaxAttention(Attention):
     Args:
         rope_theta: base of the rotary position encoding (arXiv 2104.09864), whose halves are laid out as Llama's, so
             that Llama's weights fit; None for no position encoding. Positions count from 0 in every sequence.
+        rotary_scaling: how the frequencies differ from theta's own, see :func:`rotary_frequencies`; None: not at all.
 
     The others are those of :class:`Attention`.
     """
@@ -29,6 +32,7 @@ class SoftmaxAttention(Attention):
         head_dim: int | None = None,
         *,
         rope_theta: float | None = None,
+        rotary_scaling: Mapping[str, Any] | None = None,
         qk_norm: bool = False,
         bias: bool = False,
         output_bias: bool = False,
@@ -48,7 +52,9 @@ class SoftmaxAttention(Attention):
             check_number("rope_theta", rope_theta, zero=False)
             if self.head_dim % 2:
                 raise ValueError(f"head_dim: got {self.head_dim}; wanted an even number for rotary position encoding")
-        self.rope_theta = rope_theta
+        if rotary_scaling is not None:
+            check_rotary_scaling(rotary_scaling)
+        self.rope_theta, self.rotary_scaling = rope_theta, rotary_scaling
 
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in self._rotated(hidden_states, cu_seqlens))
@@ -72,7 +78,7 @@ class SoftmaxAttention(Attention):
             positions = tokens[None]
             if attention_mask is not None:  # positions count real tokens
                 positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, tokens]
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
         k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2))
         keys = torch.arange(k.shape[2], device=q.device)
         visible = (keys <= tokens[:, None])[None, None]
@@ -102,22 +108,62 @@ class SoftmaxAttention(Attention):
         q, k, v = self._project(hidden_states)
         if self.rope_theta is not None:
             positions = token_positions(cu_seqlens, hidden_states.shape[1], hidden_states.device)
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
         return q, k, v
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        assert self.rope_theta is not None
+        return rotate(x, positions, rotary_frequencies(self.head_dim, self.rope_theta, self.rotary_scaling, x.device))
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = self.num_heads != self.num_kv_heads
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position encoding: pairs (x_i, x_{i + D/2}) turned by positions * theta^(-2 i / D).
+# What scaled frequencies are made of, by their type in transformers' rope_parameters.
+_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
-    x (B, L, heads, D), positions (L,) or (B, L); angles in float32, the result in the dtype of x.
+
+def check_rotary_scaling(scaling: Mapping[str, Any], name: str = "rotary_scaling") -> None:
+    """Raise a ValueError unless :func:`rotary_frequencies` knows this type, and all its numbers are there."""
+    kind = scaling.get("rope_type")
+    if kind not in _SCALINGS:
+        raise bad(name, f"rope_type {kind!r}", f"'default', {', '.join(map(repr, _SCALINGS))}")
+    for key in _SCALINGS[kind]:
+        check_number(f"{name}.{key}", scaling.get(key), zero=False)
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Radians a token, float32 (D / 2,): f_i = theta^(-2 i / D), for a longer context divided by a factor, by type of
+    ``scaling["rope_type"]``, with the keys that transformers' ``rope_parameters`` have:
+
+        linear   all of them
+        llama3   those whose wavelength is above original_max_position_embeddings / low_freq_factor; none whose is below
+                 original_max_position_embeddings / high_freq_factor; a blend in between
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (positions[..., None].float() * frequency)[..., None, :]  # (L, 1, D / 2), or with B before it
+    half = head_dim // 2
+    frequency = theta ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
+    if scaling is None:
+        return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # of the frequency as it was
+    return frequency * (share + (1 - share) / scaling["factor"])
+
+
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Rotary position encoding: pairs (x_i, x_{i + D/2}) turned by positions * frequencies_i.
+
+    x (B, L, heads, D), positions (L,) or (B, L), frequencies (D / 2,); angles in float32, the result in the dtype of x.
+    """
+    angle = (positions[..., None].float() * frequencies)[..., None, :]  # (L, 1, D / 2), or with B before it
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    left, right = x.split(half, dim=-1)
+    left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

@@ -73,7 +73,8 @@ class _PathLayer(CacheLayerMixin):
             raise CacheError("past_key_values: got a PaTH cache; wanted one of keys and values for this model")
         if attention_mask is not None and not torch.compiler.is_compiling():
             wanted = (inputs.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, self.seen + length)
-            if tuple(attention_mask.shape) != wanted:
+            # Beside layers of keys and values, a step with a fixed capacity comes with a mask of that length.
+            if tuple(attention_mask.shape) not in (wanted, (wanted[0], self.get_max_length())):
                 shape = tuple(attention_mask.shape)
                 raise CacheError(
                     f"attention_mask: got shape {shape}; wanted {wanted}: tokens of the cache and new ones"

@@ -4,6 +4,7 @@ Modules are named as Llama's, so that a Llama checkpoint of the same shape loads
 other but for what that mixer adds.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -42,10 +43,10 @@ class PaTHMLP(nn.Module):
 
 
 class PaTHDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: PaTHConfig) -> None:
+    def __init__(self, config: PaTHConfig, mixer: str) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = build_mixer(config)
+        self.self_attn = build_mixer(config, mixer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = PaTHMLP(config)
 
@@ -90,7 +91,8 @@ class PaTHPreTrainedModel(PreTrainedModel):
             ValueError: a mixer that needs whole sequences, or what :class:`ContextParallel` raises.
         """
         mixers = [module for module in self.modules() if isinstance(module, Attention)]
-        for mixer in mixers:  # the first refuses for all: they are of one kind
+        # Those that cannot refuse, before any other has been set.
+        for mixer in sorted(mixers, key=lambda mixer: mixer.supports_context_parallel):
             mixer.set_context_parallel(group, layout)
         for module in self.modules():
             if isinstance(module, PaTHPreTrainedModel):
@@ -117,7 +119,7 @@ class PaTHModel(PaTHPreTrainedModel):
     def __init__(self, config: PaTHConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(PaTHDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(PaTHDecoderLayer(config, mixer) for mixer in config.mixers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -221,7 +223,10 @@ class PaTHModel(PaTHPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """The tokens x (B, L, C) after those of the cache, and into it."""
         sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-        check_cache(cache, [layer.self_attn.cache_type for layer in self._decoder_layers()], sequences)
+        types = [layer.self_attn.cache_type for layer in self._decoder_layers()]
+        check_cache(cache, types, sequences)
+        if cu_seqlens is not None and "full_attention" in types:
+            raise bad("cu_seqlens", "boundaries beside a cache", "None: keys and values have a row each")
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError("attention_mask: got one beside cu_seqlens; wanted at most one of the two")
         if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != len(x)):
@@ -253,6 +258,10 @@ class PaTHModel(PaTHPreTrainedModel):
             raise ValueError("output_attentions: got True beside context parallelism; wanted whole sequences")
 
 
+# (hidden states (B, L, C), the head, labels or None) -> a loss.
+Objective = Callable[[Tensor, nn.Linear, Tensor | None], Tensor]
+
+
 class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
@@ -277,6 +286,7 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        objective: "Objective | None" = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model; see :class:`PaTHModel` for the arguments that are not here.
@@ -285,6 +295,8 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             labels: (B, L) token ids, -100 where none counts, as at the first token of a packed sequence; shifted here:
                 position t is scored on the label of t + 1.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
+            objective: the loss in place of cross entropy on labels, made of the last hidden states and the head, so
+                that the logits of all tokens need not be there at once: they are None then.
 
         Under context parallelism the loss, the mean over all labels of the whole sequences, is the same on every
         process of the group; averaging gradients over processes, as FSDP and DDP do, then gives its gradient.
@@ -299,6 +311,9 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
+        if objective is not None:
+            made = objective(outputs.last_hidden_state, self.lm_head, labels)
+            return CausalLMOutputWithPast(loss=made, hidden_states=outputs.hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
@@ -321,12 +336,12 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
     ) -> Tensor | None:
         """The mask of a static cache as it came, not one of queries and keys: (B, tokens so far), or (B, capacity).
 
-        A step of one token has a mask of one shape, whichever step it is, so that it is compiled once: none for PaTH,
-        whose cache holds real tokens only, and the padding of the prompt for keys and values.
+        A step of one token has a mask of one shape, whichever step it is, so that it is compiled once: none where all
+        layers are PaTH's, whose cache holds real tokens only, and the padding of the prompt for keys and values.
         """
         if attention_mask is None or inputs_embeds.shape[1] > 1:
             return attention_mask
-        if "path_attention" in config.layer_types:
+        if set(config.layer_types) == {"path_attention"}:
             return None
         missing = past_key_values.get_max_length() - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, missing), value=1)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler, set_seed
+from transformers import set_seed
 
 from path_attention.models import PaTHForCausalLM
 from path_attention.tasks import IGNORED, GroupWords, Task
 from path_attention.training.recipe import Recipe, TaskEvaluation
 from path_attention.training.run import model_config
+from path_attention.training.schedule import learning_rate_factor
 from path_attention.training.source import TaskSource
 from path_attention.training.trainer import TrainingDiverged
 
@@ -30,8 +31,6 @@ MAX_CHUNK_STEPS = 64
 # Steps that run as they are before the graph is recorded: the first compiles kernels, the next ones let allocator and
 # optimiser settle. They are steps of the training like all others.
 EAGER_STEPS = 3
-
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class GraphCaptureFailed(RuntimeError):
@@ -72,7 +71,7 @@ class LeanTraining:
             model: torch.nn.Module = PaTHForCausalLM(config)
             self.model: Any = model.to(device).train()
             self.optimizer = _optimizer(self.model, recipe, device)
-            self.rates = _learning_rates(self.optimizer, recipe).to(device)
+            self.rates = _learning_rates(recipe).to(device)
             shape = (self.chunk, settings.batch_size, self.task.length)
             self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
             self.labels = torch.full(shape, IGNORED, dtype=torch.int64, device=device)
@@ -228,18 +227,12 @@ def _optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> 
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=cuda or None, capturable=cuda)
 
 
-def _learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Tensor:
-    """The rate of every step, by transformers' schedules."""
+def _learning_rates(recipe: Recipe) -> Tensor:
+    """The rate of every step."""
     settings = recipe.training
-    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.learning_rate)
-    schedule: Any = get_scheduler(
-        _SCHEDULES[settings.schedule],
-        stand_in,
-        num_warmup_steps=settings.warmup_steps,
-        num_training_steps=settings.steps,
+    return torch.tensor(
+        [settings.learning_rate * learning_rate_factor(settings, step) for step in range(settings.steps)]
     )
-    factor = schedule.lr_lambdas[0]
-    return torch.tensor([settings.learning_rate * factor(step) for step in range(settings.steps)])
 
 
 class Evaluation:

@@ -20,7 +20,7 @@ import torch
 
 from path_attention.reproduction.lean import Evaluation, GraphCaptureFailed, LeanTraining
 from path_attention.reproduction.tables import Cell
-from path_attention.training import strict
+from path_attention.training import recipe_from_mapping, strict
 from path_attention.training.run import machine, write_whole
 from path_attention.training.trainer import TrainingDiverged
 
@@ -65,7 +65,8 @@ def read_result(cell: Cell, runs: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if result["recipe"] != cell.recipe.to_mapping():
+    # Read as a recipe: keys that have come since stand at their defaults.
+    if recipe_from_mapping(result["recipe"]) != cell.recipe:
         raise ValueError(
             f"{file} was made by another recipe; wanted the one asked for: give another --runs, or move it aside"
         )

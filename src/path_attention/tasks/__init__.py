@@ -15,6 +15,7 @@ from path_attention.tasks.flip_flop import FlipFlop
 from path_attention.tasks.group_words import GroupWords
 from path_attention.tasks.phone_book import PhoneBook
 from path_attention.tasks.recall import AssociativeRecall, RecencyRecall
+from path_attention.tasks.variable_tracking import VariableTracking
 
 __all__ = [
     "IGNORED",
@@ -27,6 +28,7 @@ __all__ = [
     "Score",
     "Sequences",
     "Task",
+    "VariableTracking",
     "register",
     "score",
     "task_class",

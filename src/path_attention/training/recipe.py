@@ -1,8 +1,9 @@
 """Recipes: everything a training run is, in one YAML file.
 
-A recipe names the data (``task``, a synthetic task made on the fly, or ``data``, a folder of text read as bytes), the
-model (fields of ``PaTHConfig``), the training and the evaluation, and one or several mixers: models that differ in
-nothing else. Keys that are unknown, missing or of the wrong type are errors.
+A recipe names the data (``task``, a synthetic task made on the fly, or ``data``, text that is read as bytes or, with
+``data.tokenizer``, in tokens), the model (fields of ``PaTHConfig``), the training and the evaluation, and one or
+several mixers: models that differ in nothing else. With ``initial``, the weights of a finished model are where training
+starts. Keys that are unknown, missing or of the wrong type are errors.
 """
 
 import copy
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from path_attention.data.bytes import ByteData
+from path_attention.data.tokens import TokenData
 from path_attention.tasks import Task, task_class
 from path_attention.training import strict
 
@@ -33,6 +35,27 @@ def _positive(section: object, path: str, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How several processes share a training; by torchrun or accelerate launch there may be any number of them.
+
+    Args:
+        strategy: ddp, every process holds the whole model; fsdp, parameters, gradients and optimiser states are sharded
+            over the processes (FSDP2), all but those of ``tensor``.
+        tensor: processes that share the heads and the width of every layer.
+        context: processes that share every sequence, for mixers by the PaTH operator.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "training.parallel", "tensor", "context")
+        if self.strategy == "ddp" and self.tensor * self.context > 1:
+            raise ValueError("training.parallel.strategy: wanted fsdp beside tensor or context above 1, got ddp")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """How the weights are found: AdamW, by transformers' Trainer.
 
@@ -41,8 +64,9 @@ class Training:
         batch_size: sequences an optimiser step sees, over all devices and accumulated micro-batches.
         accumulation_steps: micro-batches a step is split into, to save memory.
         learning_rate: the peak.
-        schedule: what follows the warm-up: cosine or linear descent to 0, or constant.
-        warmup_steps: steps of linear rise from 0.
+        schedule: what follows the warm-up: cosine or linear descent to the final rate, or constant.
+        warmup_steps: steps of linear rise from the initial rate.
+        initial_learning_rate, final_learning_rate: at most the peak.
         weight_decay: AdamW's; not applied to biases and norms.
         betas: AdamW's.
         max_grad_norm: gradients are scaled down to this norm; 0 switches it off.
@@ -52,6 +76,9 @@ class Training:
         precision: float32, or bfloat16 for autocast with float32 weights.
         device: auto takes an accelerator where there is one.
         workers: processes that make the data; 0 makes it in the main one.
+        compile: torch.compile of the layers and of the loss.
+        activation_checkpointing: keep the inputs of layers alone, and compute them again for the gradients.
+        parallel: how several processes share it.
     """
 
     steps: int
@@ -60,6 +87,8 @@ class Training:
     accumulation_steps: int = 1
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
+    initial_learning_rate: float = 0.0
+    final_learning_rate: float = 0.0
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
     max_grad_norm: float = 1.0
@@ -70,6 +99,9 @@ class Training:
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
     workers: int = 0
+    compile: bool = False
+    activation_checkpointing: bool = False
+    parallel: Parallel = Parallel()
 
     def __post_init__(self) -> None:
         _positive(self, "training", "steps", "batch_size", "learning_rate", "accumulation_steps")
@@ -77,6 +109,12 @@ class Training:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_every", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}: wanted 0 or more, got {getattr(self, name)}")
+        for name in ("initial_learning_rate", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= self.learning_rate:
+                raise ValueError(
+                    f"training.{name}: wanted 0 to training.learning_rate = {self.learning_rate}, got "
+                    f"{getattr(self, name)}"
+                )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"training.betas: wanted two numbers in [0, 1), got {list(self.betas)}")
         if self.warmup_steps >= self.steps:
@@ -136,18 +174,45 @@ class ByteEvaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenEvaluation:
+    """Evaluation on tokens: sequences spread evenly over the validation documents, and long ones by position.
+
+    Args:
+        windows: so many (or all, if there are fewer) at the end.
+        quick_windows: the same while training.
+        batch_size: windows a forward pass.
+        long_length: tokens of the long stretches on which the loss is measured by position at the end; None for none.
+        long_windows: so many of them (or all, if there are fewer).
+    """
+
+    windows: int = 256
+    quick_windows: int = 32
+    batch_size: int = 8
+    long_length: int | None = None
+    long_windows: int = 32
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluation", "windows", "quick_windows", "batch_size", "long_length", "long_windows")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole recipe; exactly one of ``task`` and ``data`` is given."""
+    """A whole recipe; exactly one of ``task`` and ``data`` is given.
+
+    ``initial`` is a folder of save_pretrained, "" for random weights. A task is then written in the model's tokens: its
+    tokenizer's, or bytes.
+    """
 
     name: str
     training: Training
     model: Mapping[str, Any]
-    evaluation: TaskEvaluation | ByteEvaluation
+    evaluation: TaskEvaluation | ByteEvaluation | TokenEvaluation
     task: Task | None = None
     task_name: str | None = None
-    data: ByteData | None = None
+    data: ByteData | TokenData | None = None
     mixers: tuple[Mixer, ...] = ("path",)
     description: str = ""
+    initial: str = ""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data that loads to this recipe again, every default written out."""
@@ -160,6 +225,7 @@ class Recipe:
             "name": self.name,
             "description": self.description,
             "mixers": list(self.mixers),
+            "initial": self.initial,
             **source,
             "model": strict.plain(self.model),
             "training": strict.plain(self.training),
@@ -180,8 +246,9 @@ class _Document:
     name: str = ""
     description: str = ""
     mixers: tuple[Mixer, ...] = ("path",)
+    initial: str = ""
     task: Mapping[str, Any] | None = None
-    data: ByteData | None = None
+    data: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -199,6 +266,8 @@ def recipe_from_mapping(values: object, name: str = "") -> Recipe:
         raise ValueError(f"task: wanted either task or data, got {'both' if document.task is not None else 'neither'}")
     if not document.mixers or len(set(document.mixers)) != len(document.mixers):
         raise ValueError(f"mixers: wanted one or several different ones, got {list(document.mixers)}")
+    if document.initial and document.model:
+        raise ValueError(f"model: wanted nothing beside initial, whose model it is, got {sorted(document.model)}")
     for key in _DERIVED_MODEL_KEYS:
         if key in document.model:
             raise ValueError(f"model.{key}: follows from the rest of the recipe and cannot be set")
@@ -210,18 +279,28 @@ def recipe_from_mapping(values: object, name: str = "") -> Recipe:
         if not isinstance(task_name, str):
             raise ValueError(f"task.name: wanted the name of a task, got {task_name!r}")
         task = strict.build(task_class(task_name), options, "task")
-    evaluation: type[TaskEvaluation] | type[ByteEvaluation] = TaskEvaluation if task is not None else ByteEvaluation
+    data = None if document.data is None else text_data(document.data)
+    evaluation: type[TaskEvaluation | ByteEvaluation | TokenEvaluation] = TaskEvaluation
+    if data is not None:
+        evaluation = TokenEvaluation if isinstance(data, TokenData) else ByteEvaluation
     return Recipe(
         name=name,
         description=document.description,
         mixers=document.mixers,
+        initial=document.initial,
         task=task,
         task_name=task_name,
-        data=document.data,
+        data=data,
         model=dict(document.model),
         training=document.training,
         evaluation=strict.build(evaluation, document.evaluation, "evaluation"),
     )
+
+
+def text_data(values: Mapping[str, Any]) -> ByteData | TokenData:
+    """Bytes, unless there is a key that only tokens have."""
+    own = {"tokenizer", "files", "dataset"}
+    return strict.build(TokenData, values, "data") if own & values.keys() else strict.build(ByteData, values, "data")
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -235,14 +314,20 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: if there is neither such a file nor such a shipped recipe.
         ValueError: naming the key, what came and what is wanted.
     """
-    text, name = _read(source)
+    values, name = read_recipe_file(source)
+    return recipe_from_mapping(override(values, overrides), name)
+
+
+def read_recipe_file(source: str | Path, kind: str = "") -> tuple[dict[str, Any], str]:
+    """The plain data of a YAML file or a shipped recipe of this kind, and its name; raises as :func:`load_recipe`."""
+    text, name = _read(source, kind)
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source}: wanted a mapping of keys at the top, got {type(values).__name__}")
-    return recipe_from_mapping(override(values, overrides), name)
+    return values, name
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -265,21 +350,21 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     return result
 
 
-def shipped_recipes() -> tuple[str, ...]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("path_attention") / "recipes"
+def shipped_recipes(kind: str = "") -> tuple[str, ...]:
+    """Names of the recipes inside the package: of training, or of the kind ``convert``."""
+    folder = resources.files("path_attention") / "recipes" / kind
     return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
 
 
-def _read(source: str | Path) -> tuple[str, str]:
+def _read(source: str | Path, kind: str) -> tuple[str, str]:
     path = Path(source)
     if path.is_file():
         return path.read_text(encoding="utf-8"), path.stem
-    if str(source) in shipped_recipes():
-        file = resources.files("path_attention") / "recipes" / f"{source}.yaml"
+    if str(source) in shipped_recipes(kind):
+        file = resources.files("path_attention") / "recipes" / kind / f"{source}.yaml"
         return file.read_text(encoding="utf-8"), str(source)
     raise FileNotFoundError(
-        f"no recipe {str(source)!r}: neither a file nor one of the shipped recipes ({', '.join(shipped_recipes())})"
+        f"no recipe {str(source)!r}: neither a file nor one of the shipped recipes ({', '.join(shipped_recipes(kind))})"
     )
 
 

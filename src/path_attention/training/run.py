@@ -1,32 +1,50 @@
 """Run folders: train a recipe into one, take up an interrupted one, read a finished one.
 
 runs/NAME/MIXER/recipe.yaml        the recipe, every default written out
-                metrics.jsonl      losses and evaluations by step
-                checkpoint-STEP/   the last two, to resume from; transformers' own format
+                data.json          which text, where the recipe alone does not say
+                metrics.jsonl      losses, speed and evaluations by step
+                checkpoint-STEP/   the last two, to resume from on any number of processes
+                divergence.json    what is known, where a training diverged
                 runs/              TensorBoard logs, where tensorboard is installed
-                final/             the trained model, as save_pretrained writes it
+                final/             the trained model, as save_pretrained writes it, with its tokenizer
+                positions.json     losses by position in long contexts, where the recipe wants them
                 evaluation.json    measurements of the final model; its presence means the run is finished
 """
 
 import dataclasses
+import gc
 import json
+import math
 import os
 import platform
 import shutil
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 
+from path_attention.evaluation.perplexity import PositionLosses
 from path_attention.training import strict
 from path_attention.training.recipe import Recipe, recipe_from_mapping
 from path_attention.training.source import Measurement, Source, open_source
 
 RECIPE, FINAL, EVALUATION = "recipe.yaml", "final", "evaluation.json"
+DATA, POSITIONS = "data.json", "positions.json"
+
+# Keys that say how the work is done, not what comes out of it: a run may go on with others.
+_HOW = ("mixers", "description", "data.cache", "training.accumulation_steps", "training.workers", "training.compile")
+_HOW_TOO = ("training.activation_checkpointing", "training.parallel.")
+
+
+class Unfinished(RuntimeError):
+    """A training stopped in good order before its end: time was up, or it was told to."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,12 @@ class Run:
         measurements = {split: Measurement(**m) for split, m in values["measurements"].items()}
         return cls(folder, values["mixer"], measurements, values["facts"])
 
+    @property
+    def positions(self) -> PositionLosses | None:
+        """Losses by position in long contexts, where they were measured."""
+        file = self.folder / POSITIONS
+        return PositionLosses(**json.loads(file.read_text())) if file.is_file() else None
+
     def write(self) -> None:
         """Writes evaluation.json, whole or not at all."""
         values = {"mixer": self.mixer, "measurements": strict.plain(self.measurements), "facts": self.facts}
@@ -67,7 +91,12 @@ class Run:
 
 
 def train(
-    recipe: Recipe, runs: Path = Path("runs"), *, restart: bool = False, console: Console | None = None
+    recipe: Recipe,
+    runs: Path = Path("runs"),
+    *,
+    restart: bool = False,
+    time_limit: float | None = None,
+    console: Console | None = None,
 ) -> list[Run]:
     """Trains every mixer of a recipe and evaluates it; what is finished already is not done again.
 
@@ -77,14 +106,21 @@ def train(
         recipe: the recipe.
         runs: folder of all run folders.
         restart: move an existing runs/NAME aside (NAME.1, NAME.2, ...) and start anew.
+        time_limit: seconds after which to stop with a checkpoint; None for no limit.
         console: where progress is shown; None shows nothing.
 
     Raises:
         ValueError, FileNotFoundError: before anything is computed, where the recipe cannot be run or the run folder
             holds a run of another recipe.
         TrainingDiverged: when a loss is not finite.
+        CacheIncomplete: the disk was full, or the network gone, before all text was in tokens.
+        Unfinished: time was up, or SIGTERM came; the same call goes on.
     """
+    from path_attention.training import parallel
+
+    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     folder = runs / recipe.name
+    parallel.check_processes(recipe.training)
     if restart and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"--restart: wanted one process, got several, which would all move {folder}; rename it first")
     if restart and folder.exists():
@@ -96,6 +132,9 @@ def train(
         _check_same_recipe(recipe, folder / mixer)
     source = _open(recipe, console)
     configs = {mixer: model_config(recipe, source, mixer) for mixer in recipe.mixers}
+    for mixer, config in configs.items():
+        parallel.check_model(recipe.training, config, source.length)
+        _check_same_data(source, folder / mixer)
     finished = []
     for mixer, config in configs.items():
         if (folder / mixer / EVALUATION).is_file():
@@ -103,7 +142,7 @@ def train(
                 console.print(f"{mixer}: finished already in {folder / mixer} (--restart trains anew)")
             finished.append(Run.read(folder / mixer))
         else:
-            finished.append(_train_one(recipe, source, mixer, config, folder / mixer, console))
+            finished.append(_train_one(recipe, source, mixer, config, folder / mixer, deadline, console))
     return finished
 
 
@@ -120,7 +159,7 @@ def evaluate(folder: Path, *, console: Console | None = None) -> Run:
     source = _open(recipe, console)
     model: torch.nn.Module = PaTHForCausalLM.from_pretrained(folder / FINAL)
     model.to(_device(recipe))
-    run = dataclasses.replace(before, measurements=_measure(source, model, before.mixer, console))
+    run = dataclasses.replace(before, measurements=_measure(source, model, before.mixer, folder, console))
     run.write()
     return run
 
@@ -153,13 +192,28 @@ def model_config(recipe: Recipe, source: Source, mixer: str) -> Any:
     """
     from path_attention.models import PaTHConfig
 
+    if recipe.initial:
+        return _initial_config(recipe, mixer)
     known = {f.name for f in dataclasses.fields(PaTHConfig)} - {"vocab_size", "mixer"}
     strict.check_keys(recipe.model, known, "model")
-    values = {"max_position_embeddings": source.length, **recipe.model}
+    values = source.model_settings() | dict(recipe.model)
     try:
-        return PaTHConfig(vocab_size=source.vocab_size, mixer=mixer, use_cache=False, **values)
+        return PaTHConfig(mixer=mixer, use_cache=False, **values)
     except Exception as error:  # huggingface_hub's strict dataclasses have exception types of their own
         raise ValueError(f"model: {' '.join(str(error).split())}") from error
+
+
+def _initial_config(recipe: Recipe, mixer: str) -> Any:
+    """The configuration of the model that a recipe starts from."""
+    from path_attention.models import PaTHConfig
+
+    folder = Path(recipe.initial).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"initial: no model in {folder}")
+    config = PaTHConfig.from_pretrained(folder)
+    if config.mixer != mixer:
+        raise ValueError(f"mixers: wanted [{config.mixer}], the mixer of the model in {folder}, got {mixer}")
+    return config
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -169,44 +223,100 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _train_one(recipe: Recipe, source: Source, mixer: str, config: Any, folder: Path, console: Console | None) -> Run:
+def _train_one(
+    recipe: Recipe,
+    source: Source,
+    mixer: str,
+    config: Any,
+    folder: Path,
+    deadline: float,
+    console: Console | None,
+) -> Run:
     from transformers import set_seed
 
     from path_attention.models import PaTHForCausalLM
-    from path_attention.training.trainer import RecipeTrainer, ShowProgress, last_checkpoint
+    from path_attention.training.trainer import RecipeTrainer
 
+    # The model before this one is in cycles; and what was compiled for it counts against dynamo's limit.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if recipe.training.compile:
+        torch.compiler.reset()
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECIPE, recipe.to_yaml())
+    if source.key:
+        write_whole(folder / DATA, json.dumps({"key": source.key}) + "\n")
     set_seed(recipe.training.seed)
-    model = PaTHForCausalLM(config)
-    trainer = RecipeTrainer(model, source, recipe.training, folder, console=console, title=mixer)
-    checkpoint = last_checkpoint(folder)
-    if trainer.is_world_process_zero():
-        for half_written in set(folder.glob("checkpoint-*")) - set(
-            p.parent for p in folder.glob("checkpoint-*/complete")
-        ):
-            shutil.rmtree(half_written)
-    if checkpoint is not None and console:
-        console.print(f"{mixer}: continues from {checkpoint}")
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ShowProgress):
-                callback.close()
-    facts = {
-        "recipe": recipe.name,
-        "steps": recipe.training.steps,
-        "seed": recipe.training.seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_seconds": round(trainer.metrics_file.seconds, 1),
-        **machine(trainer.args.device),
-    }
+    model: torch.nn.Module
+    if recipe.initial:
+        model = PaTHForCausalLM.from_pretrained(Path(recipe.initial).expanduser(), dtype=torch.float32)
+    else:
+        model = PaTHForCausalLM(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainer = RecipeTrainer(model, source, recipe.training, folder, console=console, title=mixer, deadline=deadline)
+    fit(trainer, folder, console, mixer)
     trainer.save_model(str(folder / FINAL))
-    run = Run(folder, mixer, _measure(source, model, mixer, console), facts)
+    if source.tokenizer is not None and trainer.is_world_process_zero():
+        source.tokenizer.save_pretrained(folder / FINAL)
+    if trainer.mesh is not None:  # its own shards are no model that reads long sequences on one device
+        dist.barrier()
+        whole: torch.nn.Module = PaTHForCausalLM.from_pretrained(folder / FINAL)
+        model = whole.to(trainer.args.device)
+    with torch.compiler.set_stance("force_eager"):
+        measurements = _measure(source, model, mixer, folder, console, writes=trainer.is_world_process_zero())
+    run = Run(folder, mixer, measurements, _facts(recipe, source, parameters, trainer))
     if trainer.is_world_process_zero():
         run.write()
     return run
+
+
+def fit(trainer: Any, folder: Path, console: Console | None, title: str) -> None:
+    """Train to the end, from the last whole checkpoint in the folder where there is one.
+
+    Raises:
+        Unfinished: training stopped in good order before its end.
+    """
+    from path_attention.training.trainer import COMPLETE, ShowProgress, last_checkpoint
+
+    checkpoint = last_checkpoint(folder)
+    if trainer.is_world_process_zero():
+        complete = {p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")}
+        for half_written in set(folder.glob("checkpoint-*")) - complete:
+            shutil.rmtree(half_written)
+    if checkpoint is not None and console:
+        console.print(f"{title}: continues from {checkpoint}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.stop.close()
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ShowProgress):
+                callback.close()
+    step, steps = trainer.state.global_step, trainer.settings.steps
+    if step < steps:
+        raise Unfinished(f"{title}: stopped at step {step} of {steps}; the same command goes on")
+
+
+def _facts(recipe: Recipe, source: Source, parameters: int, trainer: Any) -> dict[str, Any]:
+    """What a run's numbers rest on."""
+    from path_attention.training.trainer import METRICS, read_metrics
+
+    settings = recipe.training
+    facts: dict[str, Any] = {
+        "recipe": recipe.name,
+        "steps": settings.steps,
+        "tokens": settings.steps * settings.batch_size * source.length,
+        "seed": settings.seed,
+        "parameters": parameters,
+        "training_seconds": round(trainer.metrics_file.seconds, 1),
+        "processes": trainer.args.world_size,
+        **machine(trainer.args.device),
+    }
+    for name, summary in (("tokens_per_second", statistics.median), ("peak_memory_mib", max)):
+        if found := [entry[name] for entry in read_metrics(trainer.folder / METRICS) if name in entry]:
+            facts[name] = summary(found)
+    return facts
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -238,41 +348,62 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _open(recipe: Recipe, console: Console | None) -> Source:
-    report = _Report(console)
+    report = Report(console)
     try:
-        return open_source(recipe, report("reading files"))
+        return open_source(recipe, report)
     finally:
         report.close()
 
 
-def _measure(source: Source, model: torch.nn.Module, title: str, console: Console | None) -> dict[str, Measurement]:
-    report = _Report(console, title)
+def _measure(
+    source: Source,
+    model: torch.nn.Module,
+    title: str,
+    folder: Path,
+    console: Console | None,
+    *,
+    writes: bool = True,
+) -> dict[str, Measurement]:
+    """Everything the recipe wants to know of a final model; writes positions.json."""
+    report = Report(console, title)
     try:
-        return source.evaluate(model, progress=report)
+        measurements = source.evaluate(model, progress=report)
+        positions = source.long_losses(model, report)
     finally:
         report.close()
+    if positions is not None and writes:
+        write_whole(folder / POSITIONS, json.dumps(dataclasses.asdict(positions)) + "\n")
+    return measurements
 
 
-class _Report:
-    """Rows of one progress bar, made as they are asked for; off a terminal, a line when each begins."""
+# Seconds between two lines about the same work, off a terminal.
+_LINE_EVERY = 15.0
+
+
+class Report:
+    """Rows of one progress bar, made as they are asked for; off a terminal lines, at the beginning and now and then."""
 
     def __init__(self, console: Console | None, title: str = "") -> None:
         self.console, self.title = console, title
         self.bar: Any = None
 
-    def __call__(self, name: str) -> Callable[[int, int], None]:
+    def __call__(self, name: str) -> Callable[[int, int | None], None]:
         row: Any = None
+        title, told = f"{self.title} {name}".strip(), time.monotonic()
 
-        def report(done: int, total: int) -> None:
-            nonlocal row
+        def report(done: int, total: int | None) -> None:
+            nonlocal row, told
             if row is None:
-                row = self._begin(f"{self.title} {name}".strip(), total)
+                row, told = self._begin(title, total), time.monotonic()
             if self.bar is not None:
                 self.bar.update(row, completed=done)
+            elif self.console is not None and time.monotonic() - told > _LINE_EVERY:
+                told = time.monotonic()
+                self.console.print(f"{title}: {100 * done // total} %" if total else f"{title}: {done:,}")
 
         return report
 
-    def _begin(self, title: str, total: int) -> int:
+    def _begin(self, title: str, total: int | None) -> int:
         """A new row; its number."""
         if self.console is None or not self.console.is_terminal:
             if self.console is not None:
@@ -295,21 +426,43 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     """Raises a ValueError if the folder was begun by a recipe that would train another model."""
     if not (folder / RECIPE).is_file():
         return
-    old, new = (_flat(r.to_mapping()) for r in (read_recipe(folder), recipe))
-    # Which other mixers are trained, and what the recipe says about itself, changes nothing in this run.
+    remedy = "Give this one another name (name=...) or move the old one aside (--restart)."
+    check_unchanged(read_recipe(folder).to_mapping(), recipe.to_mapping(), folder, _HOW, _HOW_TOO, remedy)
+
+
+def check_unchanged(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    folder: Path,
+    ignored: Sequence[str] = (),
+    ignored_beginnings: tuple[str, ...] = (),
+    remedy: str = "Wanted another folder, or the old one moved aside.",
+) -> None:
+    """Raises a ValueError that names the keys, where what a folder was begun with differs from what is wanted now."""
+    before, now = _flat(old), _flat(new)
     changed = [
-        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in ("mixers", "description")
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in ignored and not key.startswith(ignored_beginnings or ("\0",))
     ]
     if changed:
+        raise ValueError(f"{folder} holds a run of another recipe: {'; '.join(changed)}. {remedy}")
+
+
+def _check_same_data(source: Source, folder: Path) -> None:
+    """Raises a ValueError if the folder was begun with other text under the same recipe."""
+    file = folder / DATA
+    if not file.is_file() or (folder / EVALUATION).is_file():
+        return
+    before = json.loads(file.read_text())["key"]
+    if before != source.key:
         raise ValueError(
-            f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
-            "Give this one another name (name=...) or move the old one aside (--restart)."
+            f"{folder} was begun with other data: files that the recipe names, or its tokenizer, have changed since. "
+            "Bring them back, give this run another name (name=...) or move the old one aside (--restart)."
         )
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         return {path: values}
     return {k: v for key, item in values.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
