@@ -92,7 +92,9 @@ class _Part(NamedTuple):
     keys: tuple[slice, slice, slice]
     table: LeafTable
 
-    def of(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, scale: float) -> Inputs:
+    def of(
+        self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, scale: float, hopper: bool
+    ) -> Inputs:
         """The part's arguments as the kernels take them."""
         return Inputs(
             q=_rows(q[self.queries]),
@@ -102,6 +104,7 @@ class _Part(NamedTuple):
             beta=beta.squeeze(2)[self.keys].flatten(0, 1).contiguous(),
             g=None if g is None else g[self.queries].flatten(0, 1).contiguous(),
             scale=scale,
+            hopper=hopper,
         )
 
 
@@ -180,7 +183,7 @@ def forward(
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
     for part in _parts(q, k, cu_seqlens):
-        inputs = part.of(q, k, v, w, beta, g, scale)
+        inputs = part.of(q, k, v, w, beta, g, scale, siblings_by == "hopper")
         out, log_sum_exp = _place(result, part.queries), _place(result_log_sum_exp, part.queries)
         levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs))
         attend(inputs, part.table, levels, out, log_sum_exp)
@@ -209,7 +212,7 @@ def backward(
     d_gate = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
     places = (*results[:3], results[3].squeeze(2), results[4].squeeze(2))
     for part in _parts(q, k, cu_seqlens):
-        inputs = part.of(q, k, v, w, beta, g, scale)
+        inputs = part.of(q, k, v, w, beta, g, scale, siblings_by == "hopper")
         index = (part.queries, *[part.keys] * 4)
         found = [_place(x, where) for x, where in zip(places, index, strict=True)]
         part_d_gate = _part_backward(

@@ -39,6 +39,7 @@ class Inputs:
     beta: Tensor  # (T, H)
     g: Tensor | None  # (T, HQ)
     scale: float
+    hopper: bool = False  # the leaves by the kernels for Hopper, which take no gates
 
     @property
     def heads(self) -> int:
@@ -75,6 +76,12 @@ class Inputs:
             "num_stages": 1,
             "num_warps": 8 if wide and dim > MIN_BLOCK else 4,
         }
+
+    @property
+    def value_options(self) -> dict[str, int]:
+        """Compile-time arguments of the kernels that see values."""
+        value_dim = self.v.shape[2]
+        return {"DV": value_dim, "BLOCK_DV": max(MIN_BLOCK, triton.next_power_of_2(value_dim))}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.work_dtype, device=self.q.device)
@@ -142,31 +149,36 @@ def _leaves(
     gate_nodes = None if inputs.g is None else inputs.empty(2 * leaves, query_heads, dtype=torch.float32)
     q_left, k_right = inputs.empty(leaves, LEAF, query_heads, dim), inputs.empty(leaves, LEAF, heads, dim)
     inverse, y, u = (None, None, None) if factors is None else factors
-    leaf_forward_kernel[(leaves * heads,)](
-        p_q=inputs.q,
-        p_k=inputs.k,
-        p_v=inputs.v,
-        p_w=inputs.w,
-        p_beta=inputs.beta,
-        p_g=inputs.g,
-        p_q_left=q_left,
-        p_k_right=k_right,
-        p_node=nodes,
-        p_node_rest=node_rest,
-        p_gate_node=gate_nodes,
-        p_out=out,
-        p_log_sum_exp=log_sum_exp,
-        p_inverse=inverse,
-        p_y=y,
-        p_u=u,
-        scale=inputs.scale,
-        H=heads,
-        DV=inputs.v.shape[2],
-        BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(inputs.v.shape[2])),
-        SPLIT_W=is_half and inputs.w.dtype == torch.float32,
+    arguments = {
+        "p_q": inputs.q,
+        "p_k": inputs.k,
+        "p_v": inputs.v,
+        "p_w": inputs.w,
+        "p_beta": inputs.beta,
+        "p_g": inputs.g,
+        "p_q_left": q_left,
+        "p_k_right": k_right,
+        "p_node": nodes,
+        "p_node_rest": node_rest,
+        "p_gate_node": gate_nodes,
+        "p_out": out,
+        "p_log_sum_exp": log_sum_exp,
+        "p_inverse": inverse,
+        "p_y": y,
+        "p_u": u,
+        "scale": inputs.scale,
+        "H": heads,
+        "SPLIT_W": is_half and inputs.w.dtype == torch.float32,
         **table.arguments,
-        **inputs.options(),
-    )
+    }
+    if inputs.hopper:
+        from path_attention.ops.kernels.hopper import leaf as hopper_leaf  # only some versions of Triton have Gluon
+
+        hopper_leaf.leaf_forward_kernel[(leaves * heads,)](
+            **arguments, GROUP=inputs.group, D=dim, **hopper_leaf.options(dim)
+        )
+    else:
+        leaf_forward_kernel[(leaves * heads,)](**arguments, **inputs.value_options, **inputs.options())
     for first_level in range(0, table.num_levels - 1, TREE_LEVELS):
         tree_kernel[(leaves * heads,)](
             p_node=nodes,
@@ -348,37 +360,43 @@ def leaves_backward(
     d_values, factor and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
     log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
     """
-    leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
-        p_q=inputs.q,
-        p_k=inputs.k,
-        p_v=inputs.v,
-        p_w=inputs.w,
-        p_beta=inputs.beta,
-        p_g=inputs.g,
-        p_inverse=leaves.inverse,
-        p_y=leaves.y,
-        p_u=leaves.u,
-        p_log_sum_exp=log_sum_exp,
-        p_delta=delta,
-        p_d_out=d_out,
-        p_d_q_left=edges.q_left.tiles,
-        p_d_q_left_power=edges.q_left.power,
-        p_d_k_right=edges.k_right.tiles,
-        p_d_k_right_power=edges.k_right.power,
-        p_d_node=edges.nodes.tiles,
-        p_d_node_power=edges.nodes.power,
-        p_d_values=d_values,
-        p_factor=factor,
-        p_d_q=result.q,
-        p_d_k=result.k,
-        p_d_v=result.v,
-        p_d_w=result.w,
-        p_d_beta=result.beta,
-        p_d_gate=d_gate,
-        scale=inputs.scale,
-        H=inputs.heads,
-        DV=inputs.v.shape[2],
-        BLOCK_DV=max(MIN_BLOCK, triton.next_power_of_2(inputs.v.shape[2])),
+    arguments = {
+        "p_q": inputs.q,
+        "p_k": inputs.k,
+        "p_v": inputs.v,
+        "p_w": inputs.w,
+        "p_beta": inputs.beta,
+        "p_inverse": leaves.inverse,
+        "p_y": leaves.y,
+        "p_u": leaves.u,
+        "p_log_sum_exp": log_sum_exp,
+        "p_delta": delta,
+        "p_d_out": d_out,
+        "p_d_q_left": edges.q_left.tiles,
+        "p_d_q_left_power": edges.q_left.power,
+        "p_d_k_right": edges.k_right.tiles,
+        "p_d_k_right_power": edges.k_right.power,
+        "p_d_node": edges.nodes.tiles,
+        "p_d_node_power": edges.nodes.power,
+        "p_d_values": d_values,
+        "p_factor": factor,
+        "p_d_q": result.q,
+        "p_d_k": result.k,
+        "p_d_v": result.v,
+        "p_d_w": result.w,
+        "p_d_beta": result.beta,
+        "scale": inputs.scale,
+        "H": inputs.heads,
         **table.arguments,
-        **inputs.options(wide=True),
-    )
+    }
+    if inputs.hopper and inputs.group == 1:
+        from path_attention.ops.kernels.hopper import leaf as hopper_leaf
+
+        dim = inputs.q.shape[2]
+        hopper_leaf.leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
+            **arguments, D=dim, **hopper_leaf.options(dim)
+        )
+    else:
+        leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
+            **arguments, p_g=inputs.g, p_d_gate=d_gate, **inputs.value_options, **inputs.options(wide=True)
+        )

@@ -1,0 +1,542 @@
+"""The leaves on Hopper: the kernels of leaf_kernels.py with what waits kept in shared memory.
+
+A program is one warp group; every product has its second operand, and most have both, in tiles of 64 x 64 in shared
+memory, and registers hold little beside one or two accumulators, so that three programs share a multiprocessor: while
+one waits for a product or for memory, another computes. Head dims above 64 are worked through in parts of 64 columns.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
+
+# Registers of an accumulator of 64 x 64, the first operand made of one, and a tile as memory has it, 16 bytes a thread.
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC, 2))
+MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+ROW = gl.constexpr(gl.SliceLayout(1, ACC))  # a number for each row of an accumulator
+COLUMN = gl.constexpr(gl.SliceLayout(0, ACC))
+TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16))
+
+
+# Registers of a thread, so that three programs share a multiprocessor at head_dim 64, two at 128 (docs/kernels.md).
+_REGISTERS = {64: 168, 128: 255}
+
+
+def options(dim: int) -> dict[str, int]:
+    """Launch options of both kernels."""
+    return {"num_warps": 4, "maxnreg": _REGISTERS[dim]}
+
+
+@gluon.jit
+def place_of_leaf(i_leaf, p_table, table_leaves, table_length):
+    """First row, tokens, index and sequence's leaves: ``place`` of tiles.py."""
+    if p_table is None:
+        i_sequence = i_leaf // table_leaves
+        i_index = i_leaf - i_sequence * table_leaves
+        s_tokens = gl.minimum(LEAF, table_length - i_index * LEAF)
+        return i_sequence * table_length + i_index * LEAF, s_tokens, i_index, table_leaves
+    else:
+        p = p_table + i_leaf * 8  # COLUMNS of leaf_table.py
+        return gl.load(p), gl.load(p + 1), gl.load(p + 2), gl.load(p + 3)
+
+
+@gluon.jit
+def _zeros():
+    return gl.full([LEAF, 64], 0.0, gl.float32, ACC)
+
+
+@gluon.jit
+def _operand(b_x):
+    """An accumulator as the first operand of a product."""
+    return gl.convert_layout(b_x.to(gl.float16), OPERAND)
+
+
+@gluon.jit
+def _load(p_x, i_row, s_rows, row_stride):
+    """Rows i_row .. i_row + s_rows of 64 columns, zeros past them."""
+    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))[:, None]
+    o_column = gl.arange(0, 64, gl.SliceLayout(0, MEMORY))[None, :]
+    p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
+    return gl.load(p, mask=o_row < s_rows, other=0.0)
+
+
+@gluon.jit
+def _store(p_x, b_x, i_row, s_rows, row_stride):
+    """An accumulator to rows i_row .. i_row + s_rows, in the type of p_x."""
+    o_row = gl.arange(0, LEAF, ROW)[:, None]
+    o_column = gl.arange(0, 64, COLUMN)[None, :]
+    p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
+    gl.store(p, b_x.to(p_x.dtype.element_ty), mask=o_row < s_rows)
+
+
+@gluon.jit
+def _prefetch(p_x, i_row, s_rows, row_stride, PARTS: gl.constexpr):
+    """Ask for rows that are loaded later to come to the L2 cache: prefetch_rows of tiles.py."""
+    o = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))  # a thread for each half of 64 columns
+    o_row = gl.minimum(o // 2, s_rows - 1)
+    for i in gl.static_range(PARTS):
+        p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o % 2 * 32 + i * 64)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def _put(s_tile, b_x):
+    """To shared memory, for the products that follow: the barrier before them is the compiler's affair."""
+    s_tile.store(b_x.to(s_tile.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def _unit_lower_inverse(b_n, s_n, s_x):
+    """(I + n)^-1 in float32, as _unit_lower_inverse of leaf_kernels.py; s_n holds n, s_x is left with rubbish."""
+    o_row = gl.arange(0, LEAF, ROW)[:, None]
+    o_column = gl.arange(0, 64, COLUMN)[None, :]
+    b_x = gl.where(o_row == o_column, 1.0, 0.0) - gl.where(o_row // 2 == o_column // 2, b_n, 0.0)
+    for doubling in gl.static_range(1, 6):
+        o_row_block = o_row >> doubling
+        o_column_block = o_column >> doubling
+        pair = (o_row_block > o_column_block) & (o_row_block >> 1 == o_column_block >> 1)
+        _put(s_x, b_x)
+        b_t = warpgroup_mma(_operand(b_x), s_n, _zeros(), use_acc=False)
+        b_x = warpgroup_mma(_operand(gl.where(pair, -b_t, 0.0)), s_x, b_x)
+    return b_x
+
+
+@gluon.jit
+def leaf_forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_w,
+    p_beta,
+    p_g,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    p_q_left,
+    p_k_right,
+    p_node,
+    p_node_rest,
+    p_gate_node,
+    p_out,
+    p_log_sum_exp,
+    p_inverse,
+    p_y,
+    p_u,
+    scale,
+    H,
+    GROUP: gl.constexpr,
+    D: gl.constexpr,
+    SPLIT_W: gl.constexpr,
+):
+    """leaf_forward_kernel of leaf_kernels.py, D = DV: its arguments, and what it computes."""
+    PARTS: gl.constexpr = D // 64
+    HQ = H * GROUP
+    i_leaf = gl.program_id(0) // H
+    i_head = gl.program_id(0) % H
+    i_row, s_rows, _, _ = place_of_leaf(i_leaf, p_table, table_leaves, table_length)
+    if s_rows == 0:
+        return
+    if p_out is not None:
+        _prefetch(p_v + i_head * D, i_row, s_rows, H * D, PARTS)
+    s_w = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_k = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_q = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_u = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_u_rest = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_n = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_a = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_w_rest = s_w
+    if SPLIT_W:
+        s_w_rest = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    for i in gl.static_range(PARTS):
+        b_w = _load(p_w + i_head * D + i * 64, i_row, s_rows, H * D)
+        b_w_rounded = b_w.to(gl.float16)
+        s_w.index(i).store(b_w_rounded)
+        if SPLIT_W:
+            s_w_rest.index(i).store((b_w - b_w_rounded.to(gl.float32)).to(gl.float16))
+        s_k.index(i).store(_load(p_k + i_head * D + i * 64, i_row, s_rows, H * D).to(gl.float16))
+        if GROUP == 1:
+            s_q.index(i).store(_load(p_q + i_head * D + i * 64, i_row, s_rows, HQ * D).to(gl.float16))
+    fence_async_shared()
+    o_row = gl.arange(0, LEAF, ROW)
+    o_column = gl.arange(0, 64, COLUMN)
+    p_leaf_beta = p_beta + gl.cast(i_row, gl.int64) * H + i_head
+    b_beta = gl.load(p_leaf_beta + o_row * H, mask=o_row < s_rows, other=0.0).to(gl.float32)
+    b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
+    below = o_row[:, None] > o_column[None, :]
+    t_gram = warpgroup_mma(s_w.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+    for i in gl.static_range(PARTS):
+        if i > 0:
+            t_gram = warpgroup_mma(s_w.index(i), s_w.index(i).permute((1, 0)), t_gram, is_async=True)
+        if SPLIT_W:
+            t_gram = warpgroup_mma(s_w.index(i), s_w_rest.index(i).permute((1, 0)), t_gram, is_async=True)
+            t_gram = warpgroup_mma(s_w_rest.index(i), s_w.index(i).permute((1, 0)), t_gram, is_async=True)
+    b_gram = warpgroup_mma_wait(0, (t_gram,))
+    b_n = gl.where(below, b_beta[:, None] * b_gram, 0.0)
+    _put(s_n, b_n)
+    b_inverse = _unit_lower_inverse(b_n, s_n, s_a)
+    s_n_rest = s_u_rest.index(0)  # free until U has a rest
+    _put(s_n_rest, b_n - b_n.to(gl.float16).to(gl.float32))
+    i_tile = i_leaf * H + i_head
+    b_a = b_inverse * b_beta_column[None, :]
+    _put(s_a, b_a)
+    b_inverse_operand = _operand(b_inverse)
+    if p_inverse is not None:
+        _store(p_inverse, b_inverse, i_tile * LEAF, LEAF, 64)
+    # U and its correction by the residual D W - T U, part by part.
+    for i in gl.static_range(PARTS):
+        b_u = warpgroup_mma(s_a, s_w.index(i), _zeros(), use_acc=False)
+        _put(s_u.index(i), b_u)
+    for i in gl.static_range(PARTS):
+        t_product = warpgroup_mma(s_n, s_u.index(i), _zeros(), use_acc=False, is_async=True)
+        t_product = warpgroup_mma(s_n_rest, s_u.index(i), t_product, is_async=True)
+        b_w = s_w.index(i).load(ACC).to(gl.float32)
+        if SPLIT_W:
+            b_w += s_w_rest.index(i).load(ACC).to(gl.float32)
+        b_product = warpgroup_mma_wait(0, (t_product,))
+        b_residual = b_beta[:, None] * b_w - s_u.index(i).load(ACC).to(gl.float32) - b_product
+        s_residual = s_u_rest.index(PARTS - 1 - i)  # n's rest lies in the first, which is the last one taken
+        _put(s_residual, b_residual)
+        b_u_rest = warpgroup_mma(b_inverse_operand, s_residual, _zeros(), use_acc=False)
+        if PARTS == 1:
+            _put(s_u_rest.index(0), b_u_rest)
+        else:
+            _put(s_residual, b_u_rest)
+    for i in gl.static_range(PARTS):
+        for j in gl.static_range(PARTS):
+            t_p = warpgroup_mma(s_w.index(i).permute((1, 0)), s_u.index(j), _zeros(), use_acc=False, is_async=True)
+            t_p = warpgroup_mma(s_w.index(i).permute((1, 0)), s_u_rest.index(PARTS - 1 - j), t_p, is_async=True)
+            if SPLIT_W:
+                t_p = warpgroup_mma(s_w_rest.index(i).permute((1, 0)), s_u.index(j), t_p, is_async=True)
+            b_p = -warpgroup_mma_wait(0, (t_p,))
+            if i == j:
+                b_p += gl.where(o_row[:, None] == o_column[None, :], 1.0, 0.0)
+            b_p_rounded = b_p.to(gl.float16)
+            o_node = (gl.cast(2 * i_leaf, gl.int64) * H + i_head) * D * D + j * 64
+            _store(p_node + o_node, b_p_rounded, i * 64, 64, D)
+            _store(p_node_rest + o_node, b_p - b_p_rounded.to(gl.float32), i * 64, 64, D)
+    for i in gl.static_range(PARTS):
+        b_u = s_u.index(i).load(ACC).to(gl.float32) + s_u_rest.index(PARTS - 1 - i).load(ACC).to(gl.float32)
+        if p_u is not None:
+            _store(p_u + i * 64, b_u, i_tile * LEAF, LEAF, D)
+        _put(s_u.index(i), b_u)
+    # Keys.
+    b_z = _zeros()
+    for i in gl.static_range(PARTS):
+        b_z = warpgroup_mma(s_k.index(i), s_w.index(i).permute((1, 0)), b_z)
+    b_z = gl.where(o_row[:, None] < o_column[None, :], b_z, 0.0)
+    b_y = warpgroup_mma(_operand(b_z), s_a.permute((1, 0)), _zeros(), use_acc=False)
+    s_y = s_n
+    _put(s_y, b_y)
+    if p_y is not None:
+        _store(p_y, b_y, i_tile * LEAF, LEAF, 64)
+    b_y_operand = _operand(-b_y)
+    for i in gl.static_range(PARTS):
+        b_k_right = warpgroup_mma(b_y_operand, s_w.index(i), s_k.index(i).load(ACC).to(gl.float32))
+        _store(p_k_right + i_head * D + i * 64, b_k_right, i_leaf * LEAF, LEAF, H * D)
+    for i_group in range(GROUP):
+        i_query_head = i_head * GROUP + i_group
+        if GROUP > 1:
+            for i in gl.static_range(PARTS):
+                b_q = _load(p_q + i_query_head * D + i * 64, i_row, s_rows, HQ * D)
+                _put(s_q.index(i), b_q)
+        t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+        if PARTS == 2:
+            t_x = warpgroup_mma(s_q.index(1), s_w.index(1).permute((1, 0)), t_x, is_async=True)
+        b_x = warpgroup_mma_wait(0, (t_x,))
+        b_x_operand = _operand(gl.where(o_row[:, None] >= o_column[None, :], -b_x, 0.0))
+        for i in gl.static_range(PARTS):
+            b_q_left = warpgroup_mma(b_x_operand, s_u.index(i), s_q.index(i).load(ACC).to(gl.float32))
+            _store(p_q_left + i_query_head * D + i * 64, b_q_left * scale, i_leaf * LEAF, LEAF, HQ * D)
+        p_row = gl.cast(i_row, gl.int64) * HQ + i_query_head
+        if p_out is not None:
+            t_s = warpgroup_mma(s_q.index(0), s_k.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+            if PARTS == 2:
+                t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
+            t_s = warpgroup_mma(b_x_operand, s_y.permute((1, 0)), t_s, is_async=True)
+            b_s, _kept = warpgroup_mma_wait(0, (t_s, b_x_operand))
+            b_s = gl.where(o_row[:, None] >= o_column[None, :], b_s * (scale * LOG2_E), float("-inf"))
+            b_max = gl.max(b_s, 1)
+            b_p = gl.exp2(b_s - b_max[:, None])
+            b_sum = gl.sum(b_p, 1)
+            b_weights = gl.convert_layout(b_p.to(p_v.dtype.element_ty), OPERAND)
+            b_inverse_sum = 1.0 / b_sum
+            for i in gl.static_range(PARTS):
+                s_v = s_u_rest.index(i)._reinterpret(p_v.dtype.element_ty, [LEAF, 64], TILE)
+                _put(s_v, _load(p_v + i_head * D + i * 64, i_row, s_rows, H * D))
+                b_out = warpgroup_mma(b_weights, s_v, _zeros(), use_acc=False) * b_inverse_sum[:, None]
+                _store(p_out + i_query_head * D + i * 64, b_out, i_row, s_rows, HQ * D)
+            gl.store(p_log_sum_exp + p_row + o_row * HQ, (b_max + gl.log2(b_sum)) / LOG2_E, mask=o_row < s_rows)
+
+
+@gluon.jit
+def _power_of_two(s_x):
+    """(p, 1 / p) for the largest power of two p that s_x > 0 reaches: power_of_two of tiles.py."""
+    s_bits = s_x.to(gl.int32, bitcast=True) & 0x7F800000
+    s_bits = gl.minimum(s_bits, 253 << 23)
+    return s_bits.to(gl.float32, bitcast=True), ((254 << 23) - s_bits).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _largest(b_x):
+    return gl.max(gl.max(gl.abs(b_x).to(gl.float32), 1), 0)
+
+
+@gluon.jit
+def _load_normalised(p_x, s_x, i_row, s_rows, row_stride, PARTS: gl.constexpr):
+    """Rows as x / p to shared memory, for the power of two p of them all; returns p and 1 / p."""
+    if PARTS == 1:
+        b_x = _load(p_x, i_row, s_rows, row_stride).to(gl.float32)
+        s_power, s_inverse = _power_of_two(_largest(b_x))
+        s_x.index(0).store((b_x * s_inverse).to(gl.float16))
+    else:
+        b_x = _load(p_x, i_row, s_rows, row_stride).to(gl.float32)
+        b_more = _load(p_x + 64, i_row, s_rows, row_stride).to(gl.float32)
+        s_power, s_inverse = _power_of_two(gl.maximum(_largest(b_x), _largest(b_more)))
+        s_x.index(0).store((b_x * s_inverse).to(gl.float16))
+        s_x.index(1).store((b_more * s_inverse).to(gl.float16))
+    return s_power, s_inverse
+
+
+@gluon.jit
+def leaf_backward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_w,
+    p_beta,
+    p_inverse,
+    p_y,
+    p_u,
+    p_log_sum_exp,
+    p_delta,
+    p_d_out,
+    p_d_q_left,
+    p_d_q_left_power,
+    p_d_k_right,
+    p_d_k_right_power,
+    p_d_node,
+    p_d_node_power,
+    p_d_values,
+    p_factor,
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    p_d_q,
+    p_d_k,
+    p_d_v,
+    p_d_w,
+    p_d_beta,
+    scale,
+    H,
+    D: gl.constexpr,
+):
+    """leaf_backward_kernel of leaf_kernels.py for D = DV, a query head a key head and no gates: its arguments, and what
+    it computes, dX, dY, dU, E and F negated. The comments say what the tiles of shared memory hold.
+    """
+    PARTS: gl.constexpr = D // 64
+    HEADROOM: gl.constexpr = 0.0625  # as there
+    HALF: gl.constexpr = p_v.dtype.element_ty
+    i_leaf = gl.program_id(0) // H
+    i_head = gl.program_id(0) % H
+    i_row, s_rows, i_index, s_count = place_of_leaf(i_leaf, p_table, table_leaves, table_length)
+    if s_rows == 0:
+        return
+    has_right = i_index + 1 < s_count
+    stride = H * D
+    i_tile = i_leaf * H + i_head
+    i_node = 2 * i_leaf * H + i_head
+    p_q += i_head * D
+    p_k += i_head * D
+    p_v += i_head * D
+    p_w += i_head * D
+    p_d_out += i_head * D
+    p_d_q_left += i_head * D
+    p_d_k_right += i_head * D
+    p_d_values += i_head * D
+    p_d_q += i_head * D
+    p_d_k += i_head * D
+    p_d_v += i_head * D
+    p_d_w += i_head * D
+    _prefetch(p_d_values, i_row, s_rows, stride, PARTS)
+    _prefetch(p_d_q_left, i_leaf * LEAF, LEAF, stride, PARTS)
+    _prefetch(p_u, i_tile * LEAF, LEAF, D, PARTS)
+    _prefetch(p_inverse, i_tile * LEAF, LEAF, 64, 1)
+    if has_right:
+        _prefetch(p_d_k_right, i_leaf * LEAF, LEAF, stride, PARTS)
+        for i in gl.static_range(PARTS):
+            _prefetch(p_d_node, i_node * D + i * 64, 64, D, PARTS)
+    s_w = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_k = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_q = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)  # then d_k_right
+    s_v = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)  # then U
+    s_do = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)  # then d_q_left, dU, F where Z is
+    s_y = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_x = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then T^-1
+    s_ds = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then F, beta dT
+    s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first, then parts of dP
+    o_row = gl.arange(0, LEAF, ROW)
+    o_column = gl.arange(0, 64, COLUMN)
+    causal = o_row[:, None] >= o_column[None, :]
+    m_row = o_row < s_rows
+    p_number = gl.cast(i_row, gl.int64) * H + i_head
+    b_shift = gl.load(p_log_sum_exp + p_number + o_row * H, mask=m_row, other=0.0) * LOG2_E
+    b_delta = gl.load(p_delta + p_number + o_row * H, mask=m_row, other=0.0)
+    s_k_power, s_k_inverse = _load_normalised(p_k, s_k, i_row, s_rows, stride, PARTS)
+    s_q_power, s_q_inverse = _load_normalised(p_q, s_q, i_row, s_rows, stride, PARTS)
+    s_y.store((_load(p_y, i_tile * LEAF, LEAF, 64).to(gl.float32) * s_k_inverse).to(gl.float16))
+    for i in gl.static_range(PARTS):
+        s_w.index(i).store(_load(p_w + i * 64, i_row, s_rows, stride).to(gl.float16))
+        s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(_load(p_v + i * 64, i_row, s_rows, stride))
+        s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(_load(p_d_out + i * 64, i_row, s_rows, stride))
+    fence_async_shared()
+    # The leaf's own attention again.
+    t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+    if PARTS == 2:
+        t_x = warpgroup_mma(s_q.index(1), s_w.index(1).permute((1, 0)), t_x, is_async=True)
+    t_s = warpgroup_mma(s_q.index(0), s_k.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+    if PARTS == 2:
+        t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
+    b_x, b_s = warpgroup_mma_wait(0, (t_x, t_s))
+    b_x = gl.where(causal, b_x, 0.0)
+    _put(s_x, b_x)
+    b_s = warpgroup_mma(_operand(-b_x), s_y.permute((1, 0)), b_s)
+    b_p = gl.exp2(b_s * (s_q_power * s_k_power * scale * LOG2_E) - b_shift[:, None])
+    b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
+    s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
+    _put(s_weights, b_p)
+    b_dp = _zeros()
+    s_inverse_factor = 1.0 / gl.load(p_factor)
+    for i in gl.static_range(PARTS):
+        s_part = s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
+        s_values = s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
+        b_dp = warpgroup_mma(s_part, s_values.permute((1, 0)), b_dp)
+        p_part = p_d_values + i * 64 + gl.cast(i_row, gl.int64) * stride
+        b_dv = gl.load(p_part + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
+        b_dv = b_dv.to(gl.float32) * s_inverse_factor
+        b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_part, b_dv)
+        _store(p_d_v + i * 64, b_dv, i_row, s_rows, stride)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    # One unit for all gradients.
+    s_dq_power = gl.load(p_d_q_left_power + i_tile) * (s_q_power * scale)
+    s_dk_power = 0.0
+    s_dp_power = 0.0
+    if has_right:
+        s_dk_power = gl.load(p_d_k_right_power + i_tile) * s_k_power
+        s_dp_power = gl.load(p_d_node_power + i_node)
+    s_ds_power, _inverse = _power_of_two(_largest(b_ds))
+    s_ds_scale = s_q_power * s_k_power * scale
+    s_unit = gl.maximum(gl.maximum(s_ds_power * s_ds_scale, s_dq_power), gl.maximum(s_dk_power, s_dp_power))
+    s_gradient = HEADROOM / gl.maximum(s_unit, 2.0**-100)
+    b_ds = b_ds * (s_ds_scale * s_gradient)
+    for i in gl.static_range(PARTS):
+        s_v.index(i).store(_load(p_u + i * 64, i_tile * LEAF, LEAF, D))
+        b_dq_left = _load(p_d_q_left + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
+        s_do.index(i).store((b_dq_left * (s_dq_power * s_gradient)).to(gl.float16))
+    _put(s_ds, b_ds)
+    b_ds_operand = _operand(b_ds)
+    t_dx = warpgroup_mma(b_ds_operand, s_y, _zeros(), use_acc=False, is_async=True)
+    for i in gl.static_range(PARTS):
+        t_dx = warpgroup_mma(s_do.index(i), s_v.index(i).permute((1, 0)), t_dx, is_async=True)
+    b_dx, b_ds_operand = warpgroup_mma_wait(0, (t_dx, b_ds_operand))
+    b_dx = gl.where(causal, b_dx, 0.0)
+    _put(s_dx, b_dx)
+    b_dx_operand = _operand(-b_dx)
+    for i in gl.static_range(PARTS):
+        t_dq = warpgroup_mma(b_ds_operand, s_k.index(i), s_do.index(i).load(ACC).to(gl.float32), is_async=True)
+        t_dq = warpgroup_mma(b_dx_operand, s_w.index(i), t_dq, is_async=True)
+        b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
+        _store(p_d_q + i * 64, b_dq * (s_q_inverse / s_gradient), i_row, s_rows, stride)
+    t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
+    t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
+    t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False, is_async=True)
+    t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, _zeros(), use_acc=False, is_async=True)
+    b_dk, b_dw, b_du, b_dy = warpgroup_mma_wait(0, (t_dk, t_dw, t_du, t_dy))
+    if PARTS == 2:
+        t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(1), _zeros(), use_acc=False, is_async=True)
+        t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(1), _zeros(), use_acc=False, is_async=True)
+        t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(1), _zeros(), use_acc=False, is_async=True)
+        b_dk_more, b_dw_more, b_du_more = warpgroup_mma_wait(0, (t_dk, t_dw, t_du))
+    if has_right:
+        for i in gl.static_range(PARTS):
+            b_dk_right = _load(p_d_k_right + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
+            s_q.index(i).store((b_dk_right * (s_dk_power * s_gradient)).to(gl.float16))
+        p_matrix = p_d_node + gl.cast(i_node, gl.int64) * (D * D)
+        s_dp_scale = s_dp_power * s_gradient
+        _put(s_dx, _load(p_matrix, 0, 64, D).to(gl.float32) * s_dp_scale)
+        for i in gl.static_range(PARTS):
+            b_dy = warpgroup_mma(s_q.index(i), s_w.index(i).permute((1, 0)), b_dy)
+        b_dk += s_q.index(0).load(ACC).to(gl.float32)
+        b_dw = warpgroup_mma(s_y.permute((1, 0)), s_q.index(0), b_dw)
+        b_du = warpgroup_mma(s_w.index(0), s_dx, b_du)
+        b_dw = warpgroup_mma(s_v.index(0), s_dx.permute((1, 0)), b_dw)
+        if PARTS == 2:
+            b_dk_more += s_q.index(1).load(ACC).to(gl.float32)
+            b_dw_more = warpgroup_mma(s_y.permute((1, 0)), s_q.index(1), b_dw_more)
+            _put(s_dx, _load(p_matrix + 64, 0, 64, D).to(gl.float32) * s_dp_scale)
+            b_du_more = warpgroup_mma(s_w.index(0), s_dx, b_du_more)
+            b_dw = warpgroup_mma(s_v.index(1), s_dx.permute((1, 0)), b_dw)
+            _put(s_dx, _load(p_matrix, 64, 64, D).to(gl.float32) * s_dp_scale)
+            b_du = warpgroup_mma(s_w.index(1), s_dx, b_du)
+            b_dw_more = warpgroup_mma(s_v.index(0), s_dx.permute((1, 0)), b_dw_more)
+            _put(s_dx, _load(p_matrix + 64, 64, 64, D).to(gl.float32) * s_dp_scale)
+            b_du_more = warpgroup_mma(s_w.index(1), s_dx, b_du_more)
+            b_dw_more = warpgroup_mma(s_v.index(1), s_dx.permute((1, 0)), b_dw_more)
+    # Sums that wait for the rest, rounded as operands are.
+    s_q.index(0).store(b_dk.to(gl.float16))
+    s_dx.store(b_dw.to(gl.float16))
+    if PARTS == 2:
+        s_q.index(1).store(b_dk_more.to(gl.float16))
+    # E = T^-T dU, F = T^-T dY; dT from both.
+    s_x.store(_load(p_inverse, i_tile * LEAF, LEAF, 64))
+    _put(s_do.index(0), b_du)
+    if PARTS == 2:
+        _put(s_do.index(1), b_du_more)
+    b_f = warpgroup_mma(_operand(b_dy), s_x, _zeros(), use_acc=False)
+    _put(s_ds, b_f)
+    b_dt = warpgroup_mma(s_ds.permute((1, 0)), s_y, _zeros(), use_acc=False)
+    b_e = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False)
+    b_dt = warpgroup_mma(_operand(b_e), s_v.index(0).permute((1, 0)), b_dt)
+    if PARTS == 2:
+        b_e_more = warpgroup_mma(s_x.permute((1, 0)), s_do.index(1), _zeros(), use_acc=False)
+        b_dt = warpgroup_mma(_operand(b_e_more), s_v.index(1).permute((1, 0)), b_dt)
+    b_dt = gl.where(o_row[:, None] > o_column[None, :], b_dt, 0.0)
+    b_f = gl.where(o_row[:, None] < o_column[None, :], b_f, 0.0)
+    s_f = s_do.index(0)
+    _put(s_f, b_f)
+    b_dt_operand = _operand(-b_dt)
+    p_leaf_beta = p_beta + p_number
+    b_beta = gl.load(p_leaf_beta + o_row * H, mask=m_row, other=0.0).to(gl.float32)
+    b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
+    _put(s_ds, -b_dt * b_beta[:, None])
+    b_f_operand = _operand(-b_f * b_beta_column[None, :])
+    o_tile = gl.cast(i_row, gl.int64) * stride + (o_row[:, None] * stride + o_column[None, :])
+    b_e = warpgroup_mma(s_f.permute((1, 0)), s_k.index(0), b_e)
+    b_e = warpgroup_mma(b_dt_operand, s_w.index(0), b_e)
+    b_w = gl.load(p_w + o_tile, mask=m_row[:, None], other=0.0).to(gl.float32)
+    b_d_beta = gl.sum(b_e * b_w, 1)
+    b_dw = s_dx.load(ACC).to(gl.float32) + b_beta[:, None] * b_e
+    b_dw = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(0), b_dw)
+    _store(p_d_w, b_dw * (-1.0 / s_gradient), i_row, s_rows, stride)
+    b_dk = warpgroup_mma(b_f_operand, s_w.index(0), s_q.index(0).load(ACC).to(gl.float32))
+    _store(p_d_k, b_dk * (s_k_inverse / s_gradient), i_row, s_rows, stride)
+    if PARTS == 2:
+        b_e_more = warpgroup_mma(s_f.permute((1, 0)), s_k.index(1), b_e_more)
+        b_e_more = warpgroup_mma(b_dt_operand, s_w.index(1), b_e_more)
+        b_w = gl.load(p_w + 64 + o_tile, mask=m_row[:, None], other=0.0).to(gl.float32)
+        b_d_beta += gl.sum(b_e_more * b_w, 1)
+        b_dw_more += b_beta[:, None] * b_e_more
+        b_dw_more = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(1), b_dw_more)
+        _store(p_d_w + 64, b_dw_more * (-1.0 / s_gradient), i_row, s_rows, stride)
+        b_dk_more = warpgroup_mma(b_f_operand, s_w.index(1), s_q.index(1).load(ACC).to(gl.float32))
+        _store(p_d_k + 64, b_dk_more * (s_k_inverse / s_gradient), i_row, s_rows, stride)
+    gl.store(p_d_beta + p_number + o_row * H, b_d_beta * (-1.0 / s_gradient), mask=m_row)
