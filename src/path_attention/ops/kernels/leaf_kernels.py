@@ -22,8 +22,6 @@ from path_attention.ops.kernels.tiles import (
     normalised,
     place,
     power_of_two,
-    prefetch_rows,
-    prefetch_square,
     rest,
     rounded,
     store_rows,
@@ -108,7 +106,6 @@ def leaf_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
     SPLIT_W: tl.constexpr,  # w has more bits than WORK
 ):
     """One leaf and key head with its query heads: what the rest of the sequence needs of it, and its own attention.
@@ -126,11 +123,6 @@ def leaf_forward_kernel(
     i_tile = i_leaf * H + i_head
     p_w += i_head * D
     b_w_given = load_rows(p_w, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
-    prefetch_rows(p_k + i_head * D, i_row, s_rows, H * D, D, ROWS, PREFETCH)
-    for i_group in range(GROUP):
-        prefetch_rows(p_q + (i_head * GROUP + i_group) * D, i_row, s_rows, HQ * D, D, ROWS, PREFETCH)
-    if p_out is not None:
-        prefetch_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, ROWS, PREFETCH)
     b_w = rounded(b_w_given, WORK)
     b_w_rest = rest(b_w_given, b_w, WORK)
     b_beta = tl.load(p_beta + tl.cast(i_row, tl.int64) * H + o * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
@@ -238,7 +230,6 @@ def leaf_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """From logits, q_left, k_right and P of one leaf and key head back to all inputs: docs/math.md, section 6.
 
@@ -262,17 +253,6 @@ def leaf_backward_kernel(
     causal = o[:, None] >= o[None, :]
     i_tile = i_leaf * H + i_head
     i_node = 2 * i_leaf * H + i_head
-    # In the order of their use; what the first loads below fetch is left out.
-    for i_group in range(GROUP):
-        i_query_head = i_head * GROUP + i_group
-        prefetch_rows(p_q + i_query_head * D, i_row, s_rows, HQ * D, D, ROWS, PREFETCH)
-        prefetch_rows(p_d_out + i_query_head * DV, i_row, s_rows, HQ * DV, DV, ROWS, PREFETCH)
-        prefetch_rows(p_d_q_left + i_query_head * D, i_leaf * ROWS, ROWS, HQ * D, D, ROWS, PREFETCH)
-    prefetch_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, ROWS, PREFETCH)
-    if has_right:
-        prefetch_rows(p_d_k_right + i_head * D, i_leaf * ROWS, ROWS, H * D, D, ROWS, PREFETCH)
-        prefetch_square(p_d_node, i_node, D, PREFETCH)
-    prefetch_square(p_inverse, i_tile, ROWS, PREFETCH)
     b_w = rounded(load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS), WORK)
     b_k, s_k, s_k_inverse = normalised(load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS), WORK)
     b_y = rounded(load_square(p_y, i_tile, ROWS, ROWS).to(tl.float32) * s_k_inverse, WORK)

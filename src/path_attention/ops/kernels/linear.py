@@ -71,7 +71,6 @@ class Inputs:
             "D": dim,
             "BLOCK_D": max(MIN_BLOCK, triton.next_power_of_2(dim)),
             "WORK": None if self.work_dtype == torch.float32 else tl.float16,
-            "PREFETCH": self.q.is_cuda and torch.version.hip is None,
             # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
             "num_stages": 1,
             "num_warps": 8 if wide and dim > MIN_BLOCK else 4,

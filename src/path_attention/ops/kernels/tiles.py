@@ -148,32 +148,6 @@ def store_rows(p_x, b_x, i_row, s_rows, row_stride, DIM: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def prefetch_rows(p_x, i_row, s_rows, row_stride, DIM: tl.constexpr, N_ROWS: tl.constexpr, PREFETCH: tl.constexpr):
-    """Ask for rows that will be loaded later to come to the L2 cache, which is where a load waits least.
-
-    A program of a few thousand dependent instructions waits a third of its time for memory otherwise, with too few
-    others beside it on a multiprocessor to fill the gap. Held in registers instead, early loads are spilled.
-    """
-    if PREFETCH:  # not in Triton's interpreter
-        LINE: tl.constexpr = 1024 // p_x.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-        LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(DIM, LINE))
-        o_row = tl.minimum(tl.arange(0, N_ROWS), s_rows - 1)
-        o_column = tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)
-        p = p_x + tl.cast(i_row, tl.int64) * row_stride + (o_row[:, None] * row_stride + o_column[None, :])
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def prefetch_square(p_x, i_tile, DIM: tl.constexpr, PREFETCH: tl.constexpr):
-    """prefetch_rows of load_square's matrix."""
-    prefetch_rows(
-        p_x + tl.cast(i_tile, tl.int64) * (DIM * DIM), 0, DIM, DIM, DIM, triton.next_power_of_2(DIM), PREFETCH
-    )
-
-
-@triton.jit
 def load_square(p_x, i_tile, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Matrix i_tile of p_x (tiles, DIM, DIM)."""
     return load_rows(p_x + tl.cast(i_tile, tl.int64) * (DIM * DIM), 0, DIM, DIM, DIM, BLOCK, BLOCK)

@@ -19,7 +19,6 @@ from path_attention.ops.kernels.tiles import (
     node,
     normalised,
     place,
-    prefetch_rows,
     rounded,
     store_rows,
     store_square_scaled,
@@ -75,7 +74,6 @@ def query_transport_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """Queries of one pair of leaves and one query head at the left edge of each span that has a left sibling."""
     HQ = H * GROUP
@@ -144,7 +142,6 @@ def key_transport_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """Keys of one pair of leaves and one key head at the right edge of each span that has a right sibling."""
     HQ = H * GROUP
@@ -228,7 +225,6 @@ def query_transport_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """Gradients of one pair's moved queries back at its leaves' left edges: x' = x P_left gives dx = dx' P_left^T and
     dP_left = x^T dx'.
@@ -245,12 +241,6 @@ def query_transport_backward_kernel(
     m_right = m_pair & (o >= ROWS)
     p_query_rows += i_query_head * D
     p_d_query_rows += i_query_head * D
-    for level in range(1, num_levels):
-        if ((i_index >> level) & 1) == 1:
-            i_slot = level * query_slots + i_base + within(i_index, level)
-            prefetch_rows(p_d_query_rows, i_slot * ROWS, s_tokens, HQ * D, D, PAIR, PREFETCH)
-            if (i_index >> (level + 1)) != 0:
-                prefetch_rows(p_query_rows, i_slot * ROWS, s_tokens, HQ * D, D, PAIR, PREFETCH)
     s_factor = inverse_of(p_factor)
     b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
     for i in range(1, num_levels):
@@ -305,7 +295,6 @@ def key_transport_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """The same for keys: x' = x P_right^T gives dx = dx' P_right and dP_right = dx'^T x."""
     i_leaf, i_head, i_index, s_count, s_leaves, _, _, _, i_base = _pair(
@@ -316,13 +305,6 @@ def key_transport_backward_kernel(
     m_left = tl.arange(0, PAIR) < ROWS
     p_key_rows += i_head * D
     p_d_key_rows += i_head * D
-    for level in range(1, num_levels):
-        i_right = ((i_index >> level) + 1) << level
-        if ((i_index >> level) & 1) == 0 and i_right < s_count:
-            i_slot = level * key_slots + i_base + within(i_index, level)
-            prefetch_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, PAIR, PREFETCH)
-            if i_right + (1 << level) < s_count:
-                prefetch_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, PAIR, PREFETCH)
     s_factor = inverse_of(p_factor)
     b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
     for i in range(1, num_levels):

@@ -16,7 +16,6 @@ from path_attention.ops.kernels.tiles import (
     load_square,
     node,
     place,
-    prefetch_square,
     rest,
     rounded,
     store_square,
@@ -50,7 +49,6 @@ def tree_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
     """P_parent = P_right P_left for the parents that something lies to the right of: no other is ever used."""
@@ -60,13 +58,6 @@ def tree_kernel(
     if (i_first & ((1 << (first_level + LEVELS)) - 1)) != 0:
         return
     i_base = 2 * (i_leaf - i_first)
-    for i in range(1 << LEVELS):
-        i_span = i_first + (i << first_level)
-        if i_span + (1 << first_level) < s_count:
-            i_span_node = (i_base + node(i_span, first_level)) * H + i_head
-            prefetch_square(p_node, i_span_node, D, PREFETCH)
-            if WORK is not None:
-                prefetch_square(p_node_rest, i_span_node, D, PREFETCH)
     for i in range(LEVELS):
         level = first_level + i
         s_span = 1 << level
@@ -139,7 +130,6 @@ def tree_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
-    PREFETCH: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
     """Gradients of both matrices of the pairs of LEVELS levels: of P_left from the queries it moved, of P_right from

@@ -63,24 +63,29 @@ def _load(p_x, i_row, s_rows, row_stride):
 
 
 @gluon.jit
-def _store(p_x, b_x, i_row, s_rows, row_stride):
-    """An accumulator to rows i_row .. i_row + s_rows, in the type of p_x."""
-    o_row = gl.arange(0, LEAF, ROW)[:, None]
-    o_column = gl.arange(0, 64, COLUMN)[None, :]
+def _write(p_x, s_x, i_row, s_rows, row_stride):
+    """A tile of shared memory to rows i_row .. i_row + s_rows."""
+    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))[:, None]
+    o_column = gl.arange(0, 64, gl.SliceLayout(0, MEMORY))[None, :]
     p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
-    gl.store(p, b_x.to(p_x.dtype.element_ty), mask=o_row < s_rows)
+    gl.store(p, s_x.load(MEMORY), mask=o_row < s_rows)
 
 
 @gluon.jit
-def _prefetch(p_x, i_row, s_rows, row_stride, PARTS: gl.constexpr):
-    """Ask for rows that are loaded later to come to the L2 cache: prefetch_rows of tiles.py."""
-    o = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))  # a thread for each half of 64 columns
-    o_row = gl.minimum(o // 2, s_rows - 1)
-    for i in gl.static_range(PARTS):
-        p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o % 2 * 32 + i * 64)
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-        )
+def _store(p_x, b_x, s_free, i_row, s_rows, row_stride):
+    """An accumulator to rows i_row .. i_row + s_rows, in the type of p_x. A thread's 8 bytes of a row make whole
+    sectors of memory with its neighbours'; its 4 bytes in half precision do not, and go by the tile s_free if given.
+    """
+    dtype: gl.constexpr = p_x.dtype.element_ty
+    if dtype == gl.float32 or s_free is None:
+        o_row = gl.arange(0, LEAF, ROW)[:, None]
+        o_column = gl.arange(0, 64, COLUMN)[None, :]
+        p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
+        gl.store(p, b_x.to(dtype), mask=o_row < s_rows)
+    else:
+        s_tile = s_free._reinterpret(dtype, [LEAF, 64], TILE)
+        s_tile.store(b_x.to(dtype))
+        _write(p_x, s_tile, i_row, s_rows, row_stride)
 
 
 @gluon.jit
@@ -143,8 +148,6 @@ def leaf_forward_kernel(
     i_row, s_rows, _, _ = place_of_leaf(i_leaf, p_table, table_leaves, table_length)
     if s_rows == 0:
         return
-    if p_out is not None:
-        _prefetch(p_v + i_head * D, i_row, s_rows, H * D, PARTS)
     s_w = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     s_k = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     s_q = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
@@ -171,25 +174,25 @@ def leaf_forward_kernel(
     b_beta = gl.load(p_leaf_beta + o_row * H, mask=o_row < s_rows, other=0.0).to(gl.float32)
     b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
     below = o_row[:, None] > o_column[None, :]
-    t_gram = warpgroup_mma(s_w.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+    # Waited for after two products: with other splits ptxas serialises all products of some variants (C7511).
+    b_gram = _zeros()
     for i in gl.static_range(PARTS):
-        if i > 0:
-            t_gram = warpgroup_mma(s_w.index(i), s_w.index(i).permute((1, 0)), t_gram, is_async=True)
+        t_gram = warpgroup_mma(s_w.index(i), s_w.index(i).permute((1, 0)), b_gram, is_async=True)
         if SPLIT_W:
             t_gram = warpgroup_mma(s_w.index(i), s_w_rest.index(i).permute((1, 0)), t_gram, is_async=True)
-            t_gram = warpgroup_mma(s_w_rest.index(i), s_w.index(i).permute((1, 0)), t_gram, is_async=True)
-    b_gram = warpgroup_mma_wait(0, (t_gram,))
+        b_gram = warpgroup_mma_wait(0, (t_gram,))
+        if SPLIT_W:
+            b_gram = warpgroup_mma(s_w_rest.index(i), s_w.index(i).permute((1, 0)), b_gram)
     b_n = gl.where(below, b_beta[:, None] * b_gram, 0.0)
     _put(s_n, b_n)
     b_inverse = _unit_lower_inverse(b_n, s_n, s_a)
     s_n_rest = s_u_rest.index(0)  # free until U has a rest
     _put(s_n_rest, b_n - b_n.to(gl.float16).to(gl.float32))
     i_tile = i_leaf * H + i_head
-    b_a = b_inverse * b_beta_column[None, :]
-    _put(s_a, b_a)
-    b_inverse_operand = _operand(b_inverse)
     if p_inverse is not None:
-        _store(p_inverse, b_inverse, i_tile * LEAF, LEAF, 64)
+        _store(p_inverse, b_inverse, s_a, i_tile * LEAF, LEAF, 64)
+    _put(s_a, b_inverse * b_beta_column[None, :])
+    b_inverse_operand = _operand(b_inverse)
     # U and its correction by the residual D W - T U, part by part.
     for i in gl.static_range(PARTS):
         b_u = warpgroup_mma(s_a, s_w.index(i), _zeros(), use_acc=False)
@@ -220,13 +223,13 @@ def leaf_forward_kernel(
                 b_p += gl.where(o_row[:, None] == o_column[None, :], 1.0, 0.0)
             b_p_rounded = b_p.to(gl.float16)
             o_node = (gl.cast(2 * i_leaf, gl.int64) * H + i_head) * D * D + j * 64
-            _store(p_node + o_node, b_p_rounded, i * 64, 64, D)
-            _store(p_node_rest + o_node, b_p - b_p_rounded.to(gl.float32), i * 64, 64, D)
+            _store(p_node + o_node, b_p_rounded, s_n, i * 64, 64, D)
+            _store(p_node_rest + o_node, b_p - b_p_rounded.to(gl.float32), s_n, i * 64, 64, D)
     for i in gl.static_range(PARTS):
         b_u = s_u.index(i).load(ACC).to(gl.float32) + s_u_rest.index(PARTS - 1 - i).load(ACC).to(gl.float32)
-        if p_u is not None:
-            _store(p_u + i * 64, b_u, i_tile * LEAF, LEAF, D)
         _put(s_u.index(i), b_u)
+        if p_u is not None:
+            _write(p_u + i * 64, s_u.index(i), i_tile * LEAF, LEAF, D)
     # Keys.
     b_z = _zeros()
     for i in gl.static_range(PARTS):
@@ -236,11 +239,11 @@ def leaf_forward_kernel(
     s_y = s_n
     _put(s_y, b_y)
     if p_y is not None:
-        _store(p_y, b_y, i_tile * LEAF, LEAF, 64)
+        _write(p_y, s_y, i_tile * LEAF, LEAF, 64)
     b_y_operand = _operand(-b_y)
     for i in gl.static_range(PARTS):
         b_k_right = warpgroup_mma(b_y_operand, s_w.index(i), s_k.index(i).load(ACC).to(gl.float32))
-        _store(p_k_right + i_head * D + i * 64, b_k_right, i_leaf * LEAF, LEAF, H * D)
+        _store(p_k_right + i_head * D + i * 64, b_k_right, s_a, i_leaf * LEAF, LEAF, H * D)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
         if GROUP > 1:
@@ -254,7 +257,7 @@ def leaf_forward_kernel(
         b_x_operand = _operand(gl.where(o_row[:, None] >= o_column[None, :], -b_x, 0.0))
         for i in gl.static_range(PARTS):
             b_q_left = warpgroup_mma(b_x_operand, s_u.index(i), s_q.index(i).load(ACC).to(gl.float32))
-            _store(p_q_left + i_query_head * D + i * 64, b_q_left * scale, i_leaf * LEAF, LEAF, HQ * D)
+            _store(p_q_left + i_query_head * D + i * 64, b_q_left * scale, s_a, i_leaf * LEAF, LEAF, HQ * D)
         p_row = gl.cast(i_row, gl.int64) * HQ + i_query_head
         if p_out is not None:
             t_s = warpgroup_mma(s_q.index(0), s_k.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
@@ -272,7 +275,7 @@ def leaf_forward_kernel(
                 s_v = s_u_rest.index(i)._reinterpret(p_v.dtype.element_ty, [LEAF, 64], TILE)
                 _put(s_v, _load(p_v + i_head * D + i * 64, i_row, s_rows, H * D))
                 b_out = warpgroup_mma(b_weights, s_v, _zeros(), use_acc=False) * b_inverse_sum[:, None]
-                _store(p_out + i_query_head * D + i * 64, b_out, i_row, s_rows, HQ * D)
+                _store(p_out + i_query_head * D + i * 64, b_out, s_a, i_row, s_rows, HQ * D)
             gl.store(p_log_sum_exp + p_row + o_row * HQ, (b_max + gl.log2(b_sum)) / LOG2_E, mask=o_row < s_rows)
 
 
@@ -367,14 +370,6 @@ def leaf_backward_kernel(
     p_d_k += i_head * D
     p_d_v += i_head * D
     p_d_w += i_head * D
-    _prefetch(p_d_values, i_row, s_rows, stride, PARTS)
-    _prefetch(p_d_q_left, i_leaf * LEAF, LEAF, stride, PARTS)
-    _prefetch(p_u, i_tile * LEAF, LEAF, D, PARTS)
-    _prefetch(p_inverse, i_tile * LEAF, LEAF, 64, 1)
-    if has_right:
-        _prefetch(p_d_k_right, i_leaf * LEAF, LEAF, stride, PARTS)
-        for i in gl.static_range(PARTS):
-            _prefetch(p_d_node, i_node * D + i * 64, 64, D, PARTS)
     s_w = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     s_k = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     s_q = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)  # then d_k_right
@@ -424,7 +419,7 @@ def leaf_backward_kernel(
         b_dv = gl.load(p_part + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
         b_dv = b_dv.to(gl.float32) * s_inverse_factor
         b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_part, b_dv)
-        _store(p_d_v + i * 64, b_dv, i_row, s_rows, stride)
+        _store(p_d_v + i * 64, b_dv, s_ds, i_row, s_rows, stride)
     b_ds = b_p * (b_dp - b_delta[:, None])
     # One unit for all gradients.
     s_dq_power = gl.load(p_d_q_left_power + i_tile) * (s_q_power * scale)
@@ -455,7 +450,7 @@ def leaf_backward_kernel(
         t_dq = warpgroup_mma(b_ds_operand, s_k.index(i), s_do.index(i).load(ACC).to(gl.float32), is_async=True)
         t_dq = warpgroup_mma(b_dx_operand, s_w.index(i), t_dq, is_async=True)
         b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
-        _store(p_d_q + i * 64, b_dq * (s_q_inverse / s_gradient), i_row, s_rows, stride)
+        _store(p_d_q + i * 64, b_dq * (s_q_inverse / s_gradient), None, i_row, s_rows, stride)
     t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
     t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
     t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False, is_async=True)
@@ -519,24 +514,21 @@ def leaf_backward_kernel(
     b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
     _put(s_ds, -b_dt * b_beta[:, None])
     b_f_operand = _operand(-b_f * b_beta_column[None, :])
-    o_tile = gl.cast(i_row, gl.int64) * stride + (o_row[:, None] * stride + o_column[None, :])
     b_e = warpgroup_mma(s_f.permute((1, 0)), s_k.index(0), b_e)
     b_e = warpgroup_mma(b_dt_operand, s_w.index(0), b_e)
-    b_w = gl.load(p_w + o_tile, mask=m_row[:, None], other=0.0).to(gl.float32)
-    b_d_beta = gl.sum(b_e * b_w, 1)
+    b_d_beta = gl.sum(b_e * s_w.index(0).load(ACC).to(gl.float32), 1)
     b_dw = s_dx.load(ACC).to(gl.float32) + b_beta[:, None] * b_e
     b_dw = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(0), b_dw)
-    _store(p_d_w, b_dw * (-1.0 / s_gradient), i_row, s_rows, stride)
+    _store(p_d_w, b_dw * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
     b_dk = warpgroup_mma(b_f_operand, s_w.index(0), s_q.index(0).load(ACC).to(gl.float32))
-    _store(p_d_k, b_dk * (s_k_inverse / s_gradient), i_row, s_rows, stride)
+    _store(p_d_k, b_dk * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
     if PARTS == 2:
         b_e_more = warpgroup_mma(s_f.permute((1, 0)), s_k.index(1), b_e_more)
         b_e_more = warpgroup_mma(b_dt_operand, s_w.index(1), b_e_more)
-        b_w = gl.load(p_w + 64 + o_tile, mask=m_row[:, None], other=0.0).to(gl.float32)
-        b_d_beta += gl.sum(b_e_more * b_w, 1)
+        b_d_beta += gl.sum(b_e_more * s_w.index(1).load(ACC).to(gl.float32), 1)
         b_dw_more += b_beta[:, None] * b_e_more
         b_dw_more = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(1), b_dw_more)
-        _store(p_d_w + 64, b_dw_more * (-1.0 / s_gradient), i_row, s_rows, stride)
+        _store(p_d_w + 64, b_dw_more * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
         b_dk_more = warpgroup_mma(b_f_operand, s_w.index(1), s_q.index(1).load(ACC).to(gl.float32))
-        _store(p_d_k + 64, b_dk_more * (s_k_inverse / s_gradient), i_row, s_rows, stride)
+        _store(p_d_k + 64, b_dk_more * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
     gl.store(p_d_beta + p_number + o_row * H, b_d_beta * (-1.0 / s_gradient), mask=m_row)
