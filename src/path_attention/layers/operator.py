@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from path_attention.autocast import autocast_dtype
 from path_attention.layers.attention import Attention
 from path_attention.layers.padding import Padding
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
@@ -64,11 +65,11 @@ class OperatorAttention(Attention):
         convolution = None
         if self.w_conv is not None:
             sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-            convolution = cache.convolution(sequences, self.w_conv, at_least_float32(hidden_states))
+            # Its inputs come from a linear layer, in the dtype of these; under autocast in one that float32 holds.
+            like = hidden_states if autocast_dtype(hidden_states.device) is None else at_least_float32(hidden_states)
+            convolution = cache.convolution(sequences, self.w_conv, like)
         inputs = self.project(hidden_states, cu_seqlens, convolution)
         out = cache.attend(inputs, cu_seqlens, attention_mask, length)
-        if convolution is not None:
-            convolution.take_in()  # only now: the cache may have refused the tokens
         return out if padding is None else padding.pad(out)
 
 

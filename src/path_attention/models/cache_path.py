@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from path_attention.cache import CacheError, PathCache
 from path_attention.layers.path import PaTHInputs
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
-from path_attention.ops.dyadic import LEAF
+from path_attention.ops.history.state import open_room
 
 
 class _PathLayer(CacheLayerMixin):
@@ -80,6 +80,7 @@ class _PathLayer(CacheLayerMixin):
                 )
         first = self.path.is_empty
         out = self.path.attend(*inputs, cu_seqlens=cu_seqlens)
+        self._take_in()
         self._count(length)
         self._note_padding(cu_seqlens is not None, attention_mask, length)
         if first:
@@ -100,16 +101,24 @@ class _PathLayer(CacheLayerMixin):
         """After the first tokens."""
 
     def convolution(self, batch: int, module: ShortConvolution, like: Tensor) -> ConvolutionState:
-        """The state of the layer's convolution over w, made at the first call."""
-        window = module.width - 1 + LEAF + self.path.keep
-        if self.convolution_state is None:
-            self.convolution_state = ConvolutionState(batch, module.weight.shape[0], window, like)
-        elif batch != len(self.convolution_state.rows):
-            held = len(self.convolution_state.rows)
-            raise CacheError(f"hidden_states: got a batch of {batch}; wanted {held}, that of the cache")
+        """The state of the layer's convolution over w, made at the first call. It can go back as far as the cache."""
+        window = module.width - 1 + open_room(self.path.keep)
+        state = self.convolution_state
+        if state is None:
+            state = self.convolution_state = ConvolutionState(batch, module.weight.shape[0], window, like)
+        elif batch != len(state.rows):
+            raise CacheError(f"hidden_states: got a batch of {batch}; wanted {len(state.rows)}, that of the cache")
+        if not self.path.is_empty:
+            state.length = self.path.device_lengths
         if self.record_past:
-            self.convolution_state.widen(window + like.shape[1])
-        return self.convolution_state
+            state.widen(window + like.shape[1])
+        return state
+
+    def _take_in(self) -> None:
+        """Let the convolution hold its new rows: only now, for the cache may have refused the tokens."""
+        if self.convolution_state is not None:
+            self.convolution_state.length = self.path.device_lengths
+            self.convolution_state.take_in()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return int(self.get_seq_length()) + query_length, 0
@@ -136,13 +145,15 @@ class _PathLayer(CacheLayerMixin):
         counts = [count] * self.path.batch_size
         if self.real is not None and count:
             counts = self.real[:, self.seen - count :].sum(1).tolist()
-        if self.convolution_state is not None and max(counts, default=0) > self.convolution_state.rows.shape[1] - LEAF:
-            kept = self.convolution_state.rows.shape[1] - LEAF
-            if count != self.seen:
-                raise CacheError(f"tokens_to_remove: got {-count}; wanted at most {kept}, or all: the convolution of w")
+        state = self.convolution_state
+        if state is not None and count != self.seen:
+            for removed, kept in zip(counts, self.path.open_lengths, strict=True):
+                if removed > kept:
+                    wanted = f"at most {kept}, or all: the convolution of w looks no further back"
+                    raise CacheError(f"tokens_to_remove: got {-count}; wanted {wanted}")
         self.path.crop(counts)
-        if self.convolution_state is not None:
-            self.convolution_state.crop([min(x, self.convolution_state.rows.shape[1]) for x in counts])
+        if state is not None and count == self.seen:
+            state.rows.zero_()
         self.seen -= count
         if self.real is not None:
             self.real = self.real[:, : self.seen]
@@ -171,7 +182,7 @@ class _PathLayer(CacheLayerMixin):
         """Forget one sequence of a packed cache."""
         self.path.clear(sequence)
         if self.convolution_state is not None:
-            self.convolution_state.rows[sequence] = 0
+            self.convolution_state.forget(sequence)
 
     def reset(self) -> None:
         self.path.reset()

@@ -1,0 +1,203 @@
+"""Folding in torch: tokens leave the open rows, their keys move to the right edge of their chunk."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from path_attention.ops.dyadic import LEAF
+from path_attention.ops.history.open_rows import Open, factors, gates_after
+from path_attention.ops.history.state import (
+    FOLD,
+    PAGE,
+    Rows,
+    State,
+    decode_rows,
+    encode_pages,
+    encode_rows,
+    slots,
+)
+
+# Leaves worked on at once: bounds what a long prefill holds besides its results (about 0.5 GB at head_dim 64).
+LEAVES = 4096
+
+
+class Folding(NamedTuple):
+    """n tokens of b sequences to be folded, a multiple of FOLD, in the dtype of the computation but for v."""
+
+    k: Tensor  # (b, H, n, D)
+    v: Tensor  # (b, H, n, DV)
+    w: Tensor  # (b, H, n * R, D)
+    beta: Tensor  # (b, H, n * R)
+    g: Tensor | None  # (b, HQ, n)
+
+    def part(self, first: int, end: int) -> "Folding":
+        reflections = self.w.shape[2] // self.k.shape[2]
+        steps = slice(first * reflections, end * reflections)
+        return Folding(
+            k=self.k[:, :, first:end],
+            v=self.v[:, :, first:end],
+            w=self.w[:, :, steps],
+            beta=self.beta[:, :, steps],
+            g=None if self.g is None else self.g[:, :, first:end],
+        )
+
+
+def fold(state: State, rows: Rows, folded: int, tokens: Folding) -> None:
+    """Put tokens behind the folded ones: first those that fill the open chunk, then whole chunks, then what is left."""
+    count = tokens.k.shape[2]
+    missing = min(count, -folded % state.chunk)
+    whole = missing + (count - missing) // state.chunk * state.chunk
+    for first, end in pairwise((0, missing, whole, count)):
+        if first == end:
+            continue
+        part = tokens.part(first, end)
+        if first == missing and end == whole:
+            _fold_chunks(state, rows, folded + first, part)
+        else:
+            k, product = _right_edge(part.k[:, :, None], part.w[:, :, None], part.beta[:, :, None])
+            _fold_behind(state, rows, folded + first, k[:, :, 0], product[:, :, 0], part.v, part.g)
+
+
+def fold_oldest(state: State, rows: Rows, folded: int, open_rows: Open) -> None:
+    """Fold the FOLD oldest open tokens."""
+    steps = FOLD * state.reflections
+    w, a, y = open_rows.w[:, :, :steps], open_rows.a[:, :, :steps, :steps], open_rows.y[:, :, :steps, :FOLD]
+    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+    k = open_rows.k[:, :, :FOLD] - y.mT @ w
+    product = identity - w.mT @ (a @ w)
+    g = None if open_rows.g is None else open_rows.g[:, :, :FOLD]
+    _fold_behind(state, rows, folded, k, product, open_rows.v[:, :, :FOLD].to(state.values.dtype), g)
+
+
+# --- rows at edges ---------------------------------------------------------------------------------------------------
+
+
+def _right_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (b, H, spans, n, D) at the right edge of their span, and the spans' products (b, H, spans, D, D)."""
+    n, dim = k.shape[3:]
+    leaf = min(LEAF, n)
+    pad, reflections = -n % leaf, w.shape[3] // n
+    spans = k.shape[:3]
+    k = torch.nn.functional.pad(k, (0, 0, 0, pad)).reshape(-1, (n + pad) // leaf, leaf, dim)
+    w = torch.nn.functional.pad(w, (0, 0, 0, pad * reflections)).reshape(*k.shape[:2], leaf * reflections, dim)
+    beta = torch.nn.functional.pad(beta, (0, pad * reflections)).reshape(w.shape[:3])
+    size = max(1, LEAVES // k.shape[1])
+    parts = [_leaves_to_edge(*part) for part in zip(k.split(size), w.split(size), beta.split(size), strict=True)]
+    keys, products = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
+    return keys[:, :n].view(*spans, n, dim), products.view(*spans, dim, dim)
+
+
+def _leaves_to_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves of m spans, k (m, leaves, leaf, D): keys (m, leaves * leaf, D) and products (m, D, D)."""
+    a, y = factors(k, w, beta)
+    wide = w.to(a.dtype)
+    identity = torch.eye(w.shape[-1], dtype=a.dtype, device=w.device)
+    k_right = (k.to(a.dtype) - y.mT @ wide).to(k.dtype)
+    after, total = products_after((identity - wide.mT @ (a @ wide)).to(k.dtype))
+    return (k_right @ after.mT).flatten(1, 2), total
+
+
+def products_after(product: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., N, D, D) -> P_{N-1} ... P_{n+1} of each n, and the product of all (..., D, D)."""
+    total = product.clone()
+    span = 1
+    while span < total.shape[-3]:
+        total[..., :-span, :, :] = total[..., span:, :, :].clone() @ total[..., :-span, :, :]
+        span *= 2
+    identity = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+    after = torch.cat([total[..., 1:, :, :], identity.expand_as(total[..., :1, :, :])], -3)
+    return after, total[..., 0, :, :]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _fold_chunks(state: State, rows: Rows, folded: int, tokens: Folding) -> None:
+    """Whole chunks, where no chunk is open."""
+    count, size = tokens.k.shape[2], state.chunk
+
+    def by_chunk(x: Tensor, dim: int = 2) -> Tensor:
+        return x.unflatten(dim, (count // size, -1))
+
+    k, product = _right_edge(by_chunk(tokens.k), by_chunk(tokens.w), by_chunk(tokens.beta))
+    first = folded // size
+    where = state.chunks[rows][:, first : first + count // size].long()
+    state.products[where] = product.transpose(1, 2)
+    gates = None
+    if tokens.g is not None:
+        g = by_chunk(tokens.g)
+        state.gate_totals[where] = g.sum(-1).transpose(1, 2)
+        gates = gates_after(g).flatten(2, 3)
+    _write(state, slots(state, rows, folded, folded + count), k.flatten(2, 3), tokens.v, gates, finished=True)
+
+
+def _write(
+    state: State, where: Tensor, k: Tensor, v: Tensor | None, gates: Tensor | None, *, finished: bool
+) -> Tensor | None:
+    """Keys (b, H, n, D), values and gates (b, HQ, n) to slots (b, n); returns the scales of the keys, where unfinished.
+
+    v are those of the last tokens only, perhaps fewer.
+    """
+    scale = None
+    if not state.coded:
+        state.keys[:, where] = k.transpose(0, 1).to(state.keys.dtype)
+    elif finished:
+        codes, page_scale = encode_pages(k)
+        state.keys[:, where] = codes.transpose(0, 1)
+        state.key_scale[:, where[:, ::PAGE] // PAGE] = page_scale.transpose(0, 1)
+    else:
+        codes, scale = encode_rows(k)
+        state.keys.view(torch.int16)[:, where] = codes.transpose(0, 1)
+    if v is not None:
+        state.values[:, where[:, where.shape[1] - v.shape[2] :]] = v.transpose(0, 1)
+    if gates is not None:
+        state.gates[:, where] = gates.transpose(0, 1)
+    return scale
+
+
+def _fold_behind(
+    state: State, rows: Rows, folded: int, k: Tensor, product: Tensor, v: Tensor, g: Tensor | None
+) -> None:
+    """Tokens of one chunk behind those it has, which move on with them: k (b, H, n, D) at the right edge of the new
+    ones, and their product (b, H, D, D).
+    """
+    old = folded % state.chunk
+    new = old + k.shape[2]
+    where = slots(state, rows, folded - old, folded + k.shape[2])
+    gates = None if g is None else gates_after(g)
+    total = None if g is None else g.sum(-1)
+    if old:
+        moved = state.keys[:, where[:, :old]].transpose(0, 1)
+        if state.coded:
+            moved = decode_rows(moved.view(torch.int16), state.scale[rows][:, :, :old])
+        k = torch.cat([moved @ product.mT, k], 2)
+        product = product @ state.product[rows]
+        if gates is not None and total is not None:
+            gates = torch.cat([state.gates[:, where[:, :old]].transpose(0, 1) + total[..., None], gates], 2)
+            total = total + state.gate_total[rows]
+    finished = new == state.chunk
+    scale = _write(state, where, k, v, gates, finished=finished)
+    if scale is not None:
+        state.scale[rows, :, :new] = scale
+    if finished:
+        chunk = state.chunks[rows][:, folded // state.chunk].long()
+        state.products[chunk] = product
+        if total is not None:
+            state.gate_totals[chunk] = total
+        return
+    state.product[rows] = product
+    if total is not None:
+        state.gate_total[rows] = total
+
+
+# --- suffixes --------------------------------------------------------------------------------------------------------
+
+
+def refresh_suffix(state: State, facts: list[tuple[int, int]]) -> None:
+    """Let the suffixes take in all finished chunks that make whole groups; facts are (folded, length) by sequence.
+
+    Only kernels use them, which would have to go from chunk to chunk one product after another.
+    """
+    return

@@ -1,0 +1,135 @@
+"""Attention over the folded tokens in torch: the query goes left from chunk to chunk, K and V are read once."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from path_attention.ops.engines.decode import attend
+from path_attention.ops.history.state import PAGE, Rows, State, decode_pages, decode_rows, slots
+
+# Query rows that are moved to the edges of all chunks at once, in rows times chunks: bounds the temporaries of a long
+# prefill against a long history, whatever their lengths (32 MB a head of 64 in float32 at 2^17).
+MOVED_ROWS = 2**17
+# Keys that are copied at once where they do not lie one after another or are not in the format of the computation:
+# with their values 32 MB a head of 64 in float32.
+COPIED_KEYS = 2**16
+
+
+def join_history(
+    state: State, rows: Rows, folded: int, x: Tensor, passed: Tensor | None, out: Tensor, log_sum_exp: Tensor
+) -> Tensor:
+    """out (b, H, r, DV) of attention over the open tokens, joined with that over the folded ones.
+
+    x (b, H, r, D): the r = G * T queries of each key/value head at the fold's edge; passed (b, H, r, 1): the sum of g
+    from there to each query.
+    """
+    group = x.shape[2] if passed is None else state.g.shape[1] // x.shape[1]
+    per_head = x.unflatten(2, (group, -1))  # (b, H, G, T, D), or T = 1 where heads need not be told apart
+    chunks = -(-folded // state.chunk)
+    size = max(1, MOVED_ROWS // chunks // max(1, x.shape[0] * x.shape[1] * group))
+    outs, sums = [], []
+    for part in per_head.split(size, 3):
+        found = attend_history(state, rows, folded, part.flatten(2, 3), group)
+        outs.append(found[0].unflatten(2, part.shape[2:4]))
+        sums.append(found[1].unflatten(2, part.shape[2:4]))
+    far, far_sum = torch.cat(outs, 3).flatten(2, 3), torch.cat(sums, 3).flatten(2, 3)
+    if passed is not None:
+        far_sum = far_sum + passed
+    total = torch.logaddexp(log_sum_exp, far_sum)
+    return out * (log_sum_exp - total).exp() + far * (far_sum - total).exp()
+
+
+def attend_history(state: State, rows: Rows, folded: int, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """out (b, H, r, DV) and log_sum_exp (b, H, r, 1) over the folded tokens."""
+    finished, rest = divmod(folded, state.chunk)
+    outs, sums = [], []
+    gate = state.gate_total[rows] if state.gated else None  # (b, HQ): from the chunk's edge to the fold's
+    if rest:
+        found = _attend_open_chunk(state, rows, finished * state.chunk, folded, x, group)
+        outs, sums = [found[0]], [found[1]]
+        x = x @ state.product[rows]
+    elif gate is not None:
+        gate = torch.zeros_like(gate)
+    if finished:
+        where = state.chunks[rows][:, :finished].long()
+        moved, biases = [x], [] if gate is None else [gate]
+        for chunk in reversed(range(1, finished)):
+            moved.append(moved[-1] @ state.products[where[:, chunk]])
+            biases += [y + state.gate_totals[where[:, chunk]] for y in biases[-1:]]
+        bias = torch.stack(biases[::-1], 1) if biases else None
+        found = _attend_finished(state, rows, finished, torch.stack(moved[::-1], 1), bias, group)
+        outs += found[0].unbind(1)
+        sums += found[1].unbind(1)
+    if len(outs) == 1:
+        return outs[0], sums[0]
+    all_sums = torch.stack(sums)
+    total = all_sums.logsumexp(0)
+    return (torch.stack(outs) * (all_sums - total).exp()).sum(0), total
+
+
+def _attend_open_chunk(state: State, rows: Rows, first: int, end: int, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    where = slots(state, rows, first, end)
+    keys = state.keys[:, where].transpose(0, 1)
+    if state.coded:
+        keys = decode_rows(keys.view(torch.int16), state.scale[rows][:, :, : end - first])
+    values = state.values[:, where].transpose(0, 1).to(x.dtype)
+    return attend(x, keys, values, _bias(state, where, None, x, group))
+
+
+def _attend_finished(
+    state: State, rows: Rows, finished: int, x: Tensor, gate: Tensor | None, group: int
+) -> tuple[Tensor, Tensor]:
+    """out (b, chunks, H, r, DV) and log_sum_exp of queries x (b, chunks, H, r, D) at the edges of all finished chunks;
+    gate (b, chunks, HQ): added to the chunks' own.
+
+    Chunks that follow one another in memory, whoever's they are, are one call on a view of them: no key is copied.
+    """
+    per_chunk, shape = state.chunk // PAGE, x.shape[:2]
+    pages = state.pages[rows][:, : finished * per_chunk].reshape(-1, per_chunk)
+    x, gate = x.flatten(0, 1), None if gate is None else gate.flatten(0, 1)
+    whole = ((pages - torch.arange(per_chunk, device=pages.device)) == pages[:, :1]).all(1)
+    if state.coded or state.values.dtype != x.dtype:
+        whole = torch.zeros_like(whole)
+    outs, sums = x.new_empty(*x.shape[:3], state.values.shape[2]), x.new_empty(*x.shape[:3], 1)
+    first = (pages[:, 0] * PAGE).tolist()
+    views = sorted(whole.nonzero().flatten().tolist(), key=first.__getitem__)
+    for run in _runs(views, first, state.chunk):
+        keys, values = (_view(y, first[run[0]], len(run), state.chunk) for y in (state.keys, state.values))
+        at = torch.tensor(run, device=x.device)
+        where = pages[at, :1].long() * PAGE + torch.arange(state.chunk, device=x.device)
+        bias = _bias(state, where, None if gate is None else gate[at], x[at], group)
+        outs[at], sums[at] = attend(x[at], keys, values, bias)
+    copies = (~whole).nonzero().flatten()
+    for at in copies.split(max(1, COPIED_KEYS // state.chunk)):
+        where = (pages[at].long()[:, :, None] * PAGE + torch.arange(PAGE, device=x.device)).flatten(1)
+        keys, values = (y[:, where].transpose(0, 1) for y in (state.keys, state.values))
+        if state.coded:
+            keys = decode_pages(keys, state.key_scale[:, pages[at].long()].transpose(0, 1))
+        bias = _bias(state, where, None if gate is None else gate[at], x[at], group)
+        outs[at], sums[at] = attend(x[at], keys, values.to(x.dtype), bias)
+    return outs.unflatten(0, shape), sums.unflatten(0, shape)
+
+
+def _view(x: Tensor, first: int, count: int, rows: int) -> Tensor:
+    """(H, S, dim) -> (count, H, rows, dim): ``count`` runs of ``rows`` slots one after another, from slot ``first``."""
+    stride = x.stride()
+    return x.as_strided(
+        (count, x.shape[0], rows, x.shape[2]), (rows * stride[1], *stride), x.storage_offset() + first * stride[1]
+    )
+
+
+def _bias(state: State, where: Tensor, gate: Tensor | None, x: Tensor, group: int) -> Tensor | None:
+    """What gates add to the logits of queries x (p, H, r, D) and keys at slots (p, n), their chunks' own and gate."""
+    if not state.gated:
+        return None
+    bias = state.gates[:, where].transpose(0, 1)  # (p, HQ, n)
+    if gate is not None:
+        bias = bias + gate[..., None]
+    return bias.unflatten(1, (x.shape[1], group)).repeat_interleave(x.shape[2] // group, 2)
+
+
+def _runs(order: list[int], first: list[int], step: int) -> list[list[int]]:
+    """The longest runs of ``order`` whose entries of ``first`` are ``step`` apart."""
+    cuts = [n for n in range(1, len(order)) if first[order[n]] != first[order[n - 1]] + step]
+    return [order[start:end] for start, end in pairwise([0, *cuts, len(order)]) if start < end]
