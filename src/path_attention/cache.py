@@ -20,6 +20,7 @@ from path_attention.ops.history.state import (
     PAGE,
     PAGE_FIELDS,
     ROW_FIELDS,
+    SUFFIX,
     TABLES,
     folds,
     open_room,
@@ -122,10 +123,22 @@ class PathCache:
         return [length - fold for fold, length in self._facts()]
 
     def _facts(self) -> list[tuple[int, int]]:
-        """(folded, length) of each sequence. Steps of a fixed cache may be replayed without a word to the host."""
-        if self._state is None:
-            return []
-        return self._known if self.capacity is None else self._state.facts()
+        """(folded, length) of each sequence. Steps of a fixed cache may be replayed without a word to the host.
+
+        Raises:
+            CacheError: such a step found no room.
+        """
+        if self._state is None or self.capacity is None:
+            return self._known
+        folded, length, full = torch.stack([self._state.folded, self._state.length, self._state.full]).tolist()
+        if any(full):
+            self._state.full.zero_()
+            raise _bad("q", f"tokens of a replayed step behind {max(length)}", self._wanted_room)
+        return list(zip(folded, length, strict=True))
+
+    @property
+    def _wanted_room(self) -> str:
+        return f"{self.capacity} in all: the cache is full"
 
     @property
     def keep(self) -> int:
@@ -158,7 +171,8 @@ class PathCache:
 
         Raises:
             CacheError: tokens that do not go with the cache: another batch size, shape, dtype or device; too many for
-                its capacity; or gradients wanted of a later call.
+                its capacity; or gradients wanted of a later call. Steps replayed from a CUDA graph cannot raise: their
+                results are NaN where there is no room, and the next call of any method that asks for lengths raises.
         """
         arguments = validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
         q, k, v, _, _, g, _ = arguments
@@ -168,8 +182,26 @@ class PathCache:
             self._check(tokens, [1] * (q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1))
             if cu_seqlens is None:
                 # Lengths are on the device and in no guard: one compiled step serves them all.
-                return history.append_operator(*tokens, self.keep, self.capacity, *self._state.tensors().values())
+                operator = history.append_operator if q.shape[1] <= history.SHORT else history.append_long_operator
+                return operator(*tokens, self.keep, self.capacity, *self._state.tensors().values())
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._attend_captured(tokens, cu_seqlens)
         return self._attend_on_host(tokens, cu_seqlens)
+
+    def _attend_captured(self, tokens: Tokens, cu_seqlens: Tensor | None) -> Tensor:
+        """A step of a CUDA graph: right for every length, and for its kernels to see whether there is room."""
+        if self.capacity is None or self._state is None:
+            raise _bad("capacity", self.capacity, "a number, and a cache with tokens, for a step that is captured")
+        reason = history.unsupported_reason(self._state)
+        if reason is None and cu_seqlens is not None:
+            reason = "cu_seqlens is read on the host"
+        if reason is None and tokens.q.shape[1] > history.SHORT:
+            reason = f"more than {history.SHORT} tokens of a sequence are"
+        if reason is not None:
+            raise _bad("q", "tokens in a CUDA graph", f"a call outside of it: {reason}")
+        self._check(tokens, [tokens.q.shape[1]] * len(tokens.q))
+        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+            return history.append(self._state, tokens, self.keep, capacity=self.capacity)
 
     @torch.compiler.disable
     def _attend_on_host(self, tokens: Tokens, cu_seqlens: Tensor | None) -> Tensor:
@@ -180,22 +212,24 @@ class PathCache:
         longest = max(length + count for (_, length), count in zip(before, counts, strict=True))
         if self.capacity is not None and longest > self.capacity:
             behind = max(length for _, length in before)
-            raise _bad("q", f"{max(counts)} tokens behind {behind}", f"{self.capacity} in all: the cache is full")
+            raise _bad("q", f"{max(counts)} tokens behind {behind}", self._wanted_room)
         first = not any(length for _, length in before)
         wants_gradients = any(x is not None and x.requires_grad for x in (q, k, v, w, beta, g))
         if not first and torch.is_grad_enabled() and wants_gradients:
             raise _bad("q", "tensors that want gradients", "torch.no_grad(): a cache passes no gradients on")
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             self._reserve(tokens, counts)
-            out = self._add(tokens, None if cu_seqlens is None else counts, first)
-        if self.capacity is None:
+            out = self._add(tokens, None if cu_seqlens is None else counts, before, first)
             self._known = [
                 (fold + folds(fold, length, count, self.keep), length + count)
                 for (fold, length), count in zip(before, counts, strict=True)
             ]
+            history.refresh_suffix(self.state, before, self._known)
         return path_attention(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens) if out is None else out
 
-    def _add(self, tokens: Tokens, counts: list[int] | None, first: bool) -> Tensor | None:
+    def _add(
+        self, tokens: Tokens, counts: list[int] | None, facts: list[tuple[int, int]], first: bool
+    ) -> Tensor | None:
         """Their attention, or None of the first tokens."""
         if first:
             if counts is None:
@@ -204,8 +238,8 @@ class PathCache:
                 history.absorb_packed(self.state, tokens, counts, self.keep)
             return None
         if counts is None:
-            return history.append(self.state, tokens, self.keep)
-        return history.append_packed(self.state, tokens, counts, self.keep)
+            return history.append(self.state, tokens, self.keep, facts=facts)
+        return history.append_packed(self.state, tokens, counts, self.keep, facts=facts)
 
     def _check(self, tokens: Tokens, counts: list[int]) -> None:
         if self._state is None:
@@ -275,6 +309,7 @@ class PathCache:
         chunk = self.chunk or default_chunk(dim)
         capacity = self.capacity or 0
         pages, chunks, room = batch * -(-capacity // PAGE), batch * (capacity // chunk), open_room(self.keep)
+        groups = capacity // chunk // SUFFIX if k.is_cuda else 0
         gate_heads = 0 if tokens.g is None else tokens.q.shape[2]
         wide = torch.promote_types(k.dtype, torch.float32)
         coded = k.dtype != wide
@@ -307,8 +342,8 @@ class PathCache:
             length=empty(batch, dtype=torch.int32),
             folded=empty(batch, dtype=torch.int32),
             covered=empty(batch, dtype=torch.int32),
-            suffix=empty(batch, 0, heads, dim, dim),
-            suffix_gate=empty(batch, 0, gate_heads),
+            suffix=empty(batch, groups, heads, dim, dim),
+            suffix_gate=empty(batch, groups, gate_heads),
             product=empty(batch, heads, dim, dim),
             gate_total=empty(batch, gate_heads),
             scale=empty(batch, heads, chunk) if coded else empty(batch, 0, chunk),
@@ -318,6 +353,7 @@ class PathCache:
             g=empty(batch, gate_heads, room),
             a=empty(batch, heads, room * reflections, room * reflections),
             y=empty(batch, heads, room * reflections, room),
+            full=empty(batch, dtype=torch.int32),
         )
 
     def _write_tables(self) -> None:
@@ -390,8 +426,8 @@ class PathCache:
         state = self.state
         for x, values in zip((state.folded, state.length), zip(*facts, strict=True), strict=True):
             x.copy_(torch.tensor(values, dtype=torch.int32))
+        history.refresh_suffix(state, None, facts)
         self._known = facts
-        history.refresh_suffix(state, facts)
 
     def _drop_unused(self) -> None:
         """Give pages and chunks back that hold no folded token."""
@@ -490,7 +526,7 @@ class PathCache:
                 pool.to(device)
             for name in ROW_FIELDS:
                 setattr(self._state, name, getattr(self._state, name).to(device))
-            history.refresh_suffix(self.state, self._facts())
+            history.refresh_suffix(self.state, None, self._facts())
         return self
 
     # --- saving ---

@@ -1,8 +1,11 @@
-"""The two things done with a cache, in torch: attend to it, and add to it."""
+"""The two things done with a cache: attend to it, and add to it. Short calls by kernels where there are any, else in
+torch, where sequences are told apart on the host: each group that agrees in length is some kernel launches of its own.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,41 +17,95 @@ from path_attention.ops.dyadic import LEAF
 from path_attention.ops.history.fold import Folding, fold, fold_oldest
 from path_attention.ops.history.open_rows import Open, append_token, clamp_gates, gates_after, set_open
 from path_attention.ops.history.read import join_history
+from path_attention.ops.history.serve import kernels_serve
 from path_attention.ops.history.state import SHORT, Rows, State, Tokens, folds
 from path_attention.ops.leaf import leaf_edges
 from path_attention.ops.spans import plan_spans
 
 
-# Sequences are told apart on the host: in the torch engine each group is some kernel launches of its own.
-def groups(state: State) -> Iterator[tuple[Rows, int, int]]:
-    """(sequences, folded, length) of all that agree in both: a batch of equal lengths is one group."""
-    both = state.facts()
-    if len(set(both)) == 1:
-        yield slice(None), *both[0]
-        return
-    for folded, length in sorted(set(both)):
-        rows = [row for row, x in enumerate(both) if x == (folded, length)]
-        yield torch.tensor(rows, device=state.k.device), folded, length
-
-
-def append(state: State, tokens: Tokens, keep: int) -> Tensor:
+def append(
+    state: State, tokens: Tokens, keep: int, *, capacity: int | None = None, facts: list[tuple[int, int]] | None = None
+) -> Tensor:
     """Add T tokens to every sequence; out (B, T, HQ, DV), their attention over all tokens up to them.
 
-    ``keep``: tokens that stay open. The tables must have pages and chunks for what is folded; O >= open_room(keep).
+    Args:
+        keep: tokens that stay open. The tables must have pages and chunks for what is folded; O >= open_room(keep).
+        capacity: tokens a sequence at most, where kernels are to look at that themselves; marked in State.full.
+        facts: (folded, length) of each sequence, where the host knows them.
     """
+    count = tokens.q.shape[1]
+    if count <= SHORT and kernels_serve(state):
+        return _step(state, tokens, None, [count] * len(state.length), keep, capacity, facts)
     batch, count, query_heads = tokens.q.shape[:3]
     out = tokens.q.new_empty(batch, count, query_heads, tokens.v.shape[3])
-    for rows, folded, length in list(groups(state)):
+    for rows, folded, length in _groups(state, facts):
         out[rows] = _append_group(state, rows, folded, length, tokens.of(rows), keep)
     return out
 
 
-def append_packed(state: State, tokens: Tokens, counts: list[int], keep: int) -> Tensor:
+def append_packed(
+    state: State,
+    tokens: Tokens,
+    counts: list[int],
+    keep: int,
+    *,
+    capacity: int | None = None,
+    facts: list[tuple[int, int]] | None = None,
+) -> Tensor:
     """As :func:`append`, of tokens packed into one row, ``counts`` of each sequence: (1, sum of counts, HQ, DV)."""
     out = tokens.q.new_empty(*tokens.q.shape[:3], tokens.v.shape[3])
-    for rows, folded, length, places, part in list(_packed_groups(state, tokens, counts)):
+    facts = state.facts() if facts is None else facts
+    long = counts
+    if kernels_serve(state):
+        short = [count if count <= SHORT else 0 for count in counts]
+        long = [count if count > SHORT else 0 for count in counts]
+        if any(short):
+            where = _places(counts, short, state.k.device)
+            out[:, where] = _step(state, tokens.at(where), short, short, keep, capacity, facts)
+    for rows, folded, length, places, part in list(_packed_groups(facts, tokens, counts, long)):
         out[0, places] = _append_group(state, rows, folded, length, part, keep)
     return out
+
+
+def _step(
+    state: State,
+    tokens: Tokens,
+    packed: list[int] | None,
+    counts: list[int],
+    keep: int,
+    capacity: int | None,
+    facts: list[tuple[int, int]] | None,
+) -> Tensor:
+    """Short calls by kernels; ``packed``: the counts, where tokens are packed into one row."""
+    from path_attention.ops.kernels import decode  # triton is not needed on other devices
+
+    bounds = None
+    if packed is not None:
+        ends = torch.tensor([0, *packed], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        bounds = ends.to(state.k.device, non_blocking=True)
+    fold_due = facts is None or any(
+        folds(folded, length, count, keep) for (folded, length), count in zip(facts, counts, strict=True)
+    )
+    return decode.step(state, tokens, bounds, max(counts), keep, capacity=capacity, fold_due=fold_due)
+
+
+def _groups(state: State, facts: list[tuple[int, int]] | None) -> list[tuple[Rows, int, int]]:
+    """(sequences, folded, length) of all that agree in both: a batch of equal lengths is one group."""
+    both = state.facts() if facts is None else facts
+    if len(set(both)) == 1:
+        return [(slice(None), *both[0])]
+    found: list[tuple[Rows, int, int]] = []
+    for folded, length in sorted(set(both)):
+        rows = [row for row, x in enumerate(both) if x == (folded, length)]
+        found.append((torch.tensor(rows, device=state.k.device), folded, length))
+    return found
+
+
+def _places(counts: list[int], chosen: list[int], device: torch.device) -> Tensor:
+    """Where in a packed row of ``counts`` tokens each the tokens of the chosen sequences are."""
+    starts = [0, *accumulate(counts)]
+    ranges = [torch.arange(start, start + count) for start, count in zip(starts, chosen, strict=False)]
+    return torch.cat(ranges).to(device)
 
 
 def absorb(state: State, tokens: Tokens, keep: int) -> None:
@@ -58,26 +115,25 @@ def absorb(state: State, tokens: Tokens, keep: int) -> None:
 
 def absorb_packed(state: State, tokens: Tokens, counts: list[int], keep: int) -> None:
     """As :func:`absorb`, of tokens packed into one row."""
-    for rows, _, _, _, part in list(_packed_groups(state, tokens, counts)):
+    for rows, _, _, _, part in list(_packed_groups([(0, 0)] * len(counts), tokens, counts, counts)):
         _absorb(state, rows, 0, part.q.shape[1], part, keep)
 
 
 def _packed_groups(
-    state: State, tokens: Tokens, counts: list[int]
+    facts: list[tuple[int, int]], tokens: Tokens, counts: list[int], chosen: list[int]
 ) -> Iterator[tuple[Tensor, int, int, Tensor, Tokens]]:
     """Of tokens packed into one row, ``counts`` of each sequence: sequences that agree in count, fold and length (b,),
-    their folded and length, where their tokens are (b, count), and the tokens."""
+    their folded and length, where their tokens are (b, count), and the tokens; of the ``chosen`` counts that are not 0.
+    """
+    device = tokens.k.device
     agree: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for row, (count, (folded, length)) in enumerate(zip(counts, state.facts(), strict=True)):
+    for row, (count, (folded, length)) in enumerate(zip(chosen, facts, strict=True)):
         if count:
             agree[count, folded, length].append(row)
     starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
     for (count, folded, length), members in agree.items():
-        places = (starts[members][:, None] + torch.arange(count)).to(state.k.device)
-        g = None if tokens.g is None else tokens.g[0][places]
-        q, k, v, w, beta = (x[0][places] for x in (tokens.q, tokens.k, tokens.v, tokens.w, tokens.beta))
-        rows = torch.tensor(members, device=state.k.device)
-        yield rows, folded, length, places, Tokens(q, k, v, w, beta, g, tokens.scale)
+        places = (starts[members][:, None] + torch.arange(count)).to(device)
+        yield torch.tensor(members, device=device), folded, length, places, tokens.at(places)
 
 
 def _append_group(state: State, rows: Rows, folded: int, length: int, tokens: Tokens, keep: int) -> Tensor:
@@ -205,6 +261,3 @@ def _absorb(state: State, rows: Rows, folded: int, count: int, tokens: Tokens, k
     set_open(state, rows, folded + due, rest.k, rest.v, rest.w, rest.beta, rest.g)
     state.folded[rows] = folded + due
     state.length[rows] = folded + total
-
-
-__all__ = ["SHORT", "absorb", "absorb_packed", "append", "append_packed", "groups"]

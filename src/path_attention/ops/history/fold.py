@@ -8,9 +8,11 @@ from torch import Tensor
 
 from path_attention.ops.dyadic import LEAF
 from path_attention.ops.history.open_rows import Open, factors, gates_after
+from path_attention.ops.history.serve import kernels_serve
 from path_attention.ops.history.state import (
     FOLD,
     PAGE,
+    SUFFIX,
     Rows,
     State,
     decode_rows,
@@ -94,9 +96,11 @@ def _leaves_to_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]
     a, y = factors(k, w, beta)
     wide = w.to(a.dtype)
     identity = torch.eye(w.shape[-1], dtype=a.dtype, device=w.device)
-    k_right = (k.to(a.dtype) - y.mT @ wide).to(k.dtype)
-    after, total = products_after((identity - wide.mT @ (a @ wide)).to(k.dtype))
-    return (k_right @ after.mT).flatten(1, 2), total
+    # On GPUs torch may have been told to round float32 products to 11 bits; these are for all tokens to come.
+    exact = a.dtype if k.is_cuda else k.dtype
+    k_right = (k.to(a.dtype) - y.mT @ wide).to(exact)
+    after, total = products_after((identity - wide.mT @ (a @ wide)).to(exact))
+    return (k_right @ after.mT).flatten(1, 2).to(k.dtype), total.to(k.dtype)
 
 
 def products_after(product: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,9 +199,27 @@ def _fold_behind(
 # --- suffixes --------------------------------------------------------------------------------------------------------
 
 
-def refresh_suffix(state: State, facts: list[tuple[int, int]]) -> None:
-    """Let the suffixes take in all finished chunks that make whole groups; facts are (folded, length) by sequence.
+def refresh_suffix(state: State, before: list[tuple[int, int]] | None, now: list[tuple[int, int]]) -> None:
+    """Let the suffixes take in all finished chunks that make whole groups, where there are more than ``before``.
 
-    Only kernels use them, which would have to go from chunk to chunk one product after another.
+    Both are (folded, length) by sequence. Only kernels use suffixes, which would have to go from chunk to chunk one
+    product after another.
     """
-    return
+    group = state.chunk * SUFFIX
+    wanted = [folded // group for folded, _ in now]
+    if not kernels_serve(state) or (before is not None and wanted == [folded // group for folded, _ in before]):
+        return
+    if max(wanted) > state.suffix.shape[1]:
+        state.suffix = state.suffix.new_zeros(len(now), max(wanted), *state.suffix.shape[2:])
+        state.suffix_gate = state.suffix_gate.new_zeros(len(now), max(wanted), state.suffix_gate.shape[2])
+    for groups in sorted(set(wanted) - {0}):
+        members = [row for row, x in enumerate(wanted) if x == groups]
+        rows = torch.tensor(members, device=state.k.device)
+        where = state.chunks[rows][:, : groups * SUFFIX].long().unflatten(1, (groups, SUFFIX))
+        products = state.products[where].permute(0, 3, 1, 2, 4, 5).double()  # (b, H, groups, SUFFIX, D, D)
+        after, _ = products_after(products_after(products)[1])
+        state.suffix[rows, :groups] = after.transpose(1, 2).to(state.suffix.dtype)
+        if state.gated:
+            totals = state.gate_totals[where].sum(2)  # (b, groups, HQ)
+            state.suffix_gate[rows, :groups] = gates_after(totals.transpose(1, 2)).transpose(1, 2)
+    state.covered.copy_(torch.tensor(wanted, dtype=torch.int32) * SUFFIX)

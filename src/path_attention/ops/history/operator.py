@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from path_attention.ops.history.append import append
-from path_attention.ops.history.state import FIELDS, TABLES, State, Tokens
+from path_attention.ops.history.serve import kernels_serve
+from path_attention.ops.history.state import FIELDS, SHORT, TABLES, State, Tokens
+
+_CHANGED = tuple(x for x in FIELDS if x not in TABLES)
 
 
-@torch.library.custom_op("path_attention::append", mutates_args=tuple(x for x in FIELDS if x not in TABLES))
+@torch.library.custom_op("path_attention::append", mutates_args=_CHANGED)
 def append_operator(
     q: Tensor,
     new_k: Tensor,
@@ -40,6 +43,7 @@ def append_operator(
     g: Tensor,
     a: Tensor,
     y: Tensor,
+    full: Tensor,
 ) -> Tensor:
     """:func:`append` as an operator: the fields of Tokens, how many tokens stay open and fit, the fields of State."""
     state = State(
@@ -65,15 +69,24 @@ def append_operator(
         g,
         a,
         y,
+        full,
     )
     tokens = Tokens(q, new_k, new_v, new_w, new_beta, new_g, sm_scale)
-    if int(length.max()) + q.shape[1] > capacity:
+    # Kernels see for themselves whether there is room; what they find is told when the host next asks.
+    if not (kernels_serve(state) and q.shape[1] <= SHORT) and int(length.max()) + q.shape[1] > capacity:
         raise ValueError(
             f"q: got {q.shape[1]} tokens behind {int(length.max())}; wanted {capacity} in all: the cache is full"
         )
-    return append(state, tokens, keep)
+    return append(state, tokens, keep, capacity=capacity)
 
 
 @append_operator.register_fake
 def _(q: Tensor, new_k: Tensor, new_v: Tensor, *_: object) -> Tensor:
     return q.new_empty(*q.shape[:3], new_v.shape[3])
+
+
+# More tokens than SHORT are told apart on the host, which a CUDA graph cannot hold: the tag keeps the call out of them.
+append_long_operator = torch.library.custom_op(
+    "path_attention::append_long", append_operator._init_fn, mutates_args=_CHANGED, tags=(torch.Tag.cudagraph_unsafe,)
+)
+append_long_operator.register_fake(lambda q, new_k, new_v, *_: q.new_empty(*q.shape[:3], new_v.shape[3]))

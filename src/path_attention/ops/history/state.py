@@ -38,6 +38,8 @@ PAGE = 64
 FOLD = 16
 # Chunks whose suffix product is kept: see State.suffix. A query takes at most 3 single steps more from there.
 SUFFIX = 4
+# Widest rows that the Triton kernels serve: tiles of 64 keys and values, twice in shared memory.
+MAX_DIM = 256
 # Tokens of one call that are put behind the open rows as they are; more become leaves and chunks at once.
 SHORT = 16
 
@@ -75,6 +77,7 @@ class State:
     g: Tensor  # (B, HQ, O) float32
     a: Tensor  # (B, H, O * R, O * R) float32: A, beta on its diagonal; what is above it in the order of time is unused
     y: Tensor  # (B, H, O * R, O) float32: Y, likewise
+    full: Tensor  # (B,) int32: 1 where a step that the host did not check had no room, and left the sequence as it was
 
     @property
     def chunk(self) -> int:
@@ -128,6 +131,13 @@ class Tokens(NamedTuple):
         """Those of some sequences."""
         g = None if self.g is None else self.g[rows]
         q, k, v, w, beta = (x[rows] for x in (self.q, self.k, self.v, self.w, self.beta))
+        return Tokens(q, k, v, w, beta, g, self.scale)
+
+    def at(self, places: Tensor) -> "Tokens":
+        """Of tokens packed into one row those at these places, (n,) -> (1, n, ...) or (b, n) -> (b, n, ...)."""
+        where = places if places.dim() == 2 else places[None]
+        g = None if self.g is None else self.g[0][where]
+        q, k, v, w, beta = (x[0][where] for x in (self.q, self.k, self.v, self.w, self.beta))
         return Tokens(q, k, v, w, beta, g, self.scale)
 
 

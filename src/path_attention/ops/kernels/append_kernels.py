@@ -1,0 +1,771 @@
+"""Triton kernels that end a step of a cache: they join what decode_kernels.py left in pieces, and add the new tokens.
+
+append_kernel joins, and puts the new tokens behind the open rows; fold_kernel folds the oldest of these where it is
+time for that. No two programs of one kernel touch the same memory, and what the cache held before the step is read from
+p_before, which the step's first kernel wrote.
+"""
+
+import triton
+import triton.language as tl
+
+from path_attention.ops.kernels.decode_kernels import (
+    LOWEST,
+    PAGE,
+    code_to_float,
+    load_lower,
+    load_open,
+    pieces_of,
+)
+from path_attention.ops.kernels.tiles import LOG2_E
+
+FOLD = tl.constexpr(16)  # tokens folded at once: FOLD of state.py
+LARGEST_CODE = tl.constexpr(32767.0)
+TINY = tl.constexpr(7.888609052210118e-31)  # TINY of state.py, 2^-100
+# Pieces joined at once.
+PIECES = tl.constexpr(32)
+
+
+@triton.jit
+def is_fold_due(n, s_own, keep):
+    """folds() of state.py for a short call."""
+    return (s_own > 0) & (n >= FOLD) & (n + s_own - FOLD >= keep)
+
+
+@triton.jit
+def join_pieces(
+    p_out,
+    p_log_sum_exp,
+    p_result,
+    p_result_lse,
+    i_row,
+    i_result,
+    i_head,
+    i_first,
+    s_count,
+    i_open,
+    s_all,
+    s_rows,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_OPEN: tl.constexpr,
+):
+    """Row i_row of pieces i_first ... i_first + s_count and of the open tokens, joined by their log-sum-exp."""
+    o = tl.arange(0, PIECES)
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_lse = p_log_sum_exp + i_head.to(tl.int64) * s_all * s_rows + i_row
+    p_rows = p_out + (i_head.to(tl.int64) * s_all * s_rows + i_row) * DV
+    b_max = tl.full((PIECES,), LOWEST, dtype=tl.float32)
+    for i in range(0, s_count, PIECES):
+        b_max = tl.maximum(b_max, tl.load(p_lse + (i_first + i + o) * s_rows, mask=i + o < s_count, other=LOWEST))
+    s_max = tl.max(b_max)
+    s_sum = 0.0
+    b_out = tl.zeros((BLOCK_DV,), dtype=tl.float32)
+    if HAS_OPEN:
+        s_open = tl.load(p_lse + i_open * s_rows)
+        s_max = tl.maximum(s_max, s_open)
+        s_sum = tl.exp2(s_open - s_max)
+        b_out = tl.load(p_rows + i_open.to(tl.int64) * s_rows * DV + o_dv, mask=o_dv < DV, other=0.0) * s_sum
+    for i in range(0, s_count, PIECES):
+        m_piece = i + o < s_count
+        b_lse = tl.load(p_lse + (i_first + i + o) * s_rows, mask=m_piece, other=float("-inf"))
+        b_weight = tl.exp2(b_lse - s_max)
+        p = p_rows + ((i_first + i + o).to(tl.int64) * s_rows * DV)[:, None] + o_dv[None, :]
+        b_rows = tl.load(p, mask=m_piece[:, None] & (o_dv < DV)[None, :], other=0.0)
+        b_out += tl.sum(b_weight[:, None] * b_rows, axis=0)
+        s_sum += tl.sum(b_weight)
+    b_out = b_out / tl.where(s_sum > 0, s_sum, 1.0)
+    tl.store(p_result + i_result * DV + o_dv, b_out.to(p_result.dtype.element_ty), mask=o_dv < DV)
+    if p_result_lse is not None:
+        tl.store(p_result_lse + i_result, (s_max + tl.log2(s_sum)) / LOG2_E)
+
+
+@triton.jit
+def append_rows(
+    p_new_k,
+    p_new_v,
+    p_new_w,
+    p_new_beta,
+    p_k,
+    p_v,
+    p_w,
+    p_a,
+    p_y,
+    i_start,
+    s_own,
+    n,
+    s_folded,
+    s_dropped,
+    i_head,
+    H,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Put s_own tokens behind the n open ones, of which the first s_dropped are about to be folded and left out.
+
+    T A = D and T Y = D Z, row by row: a_s = beta_s (e_s - sum_{r<s} (w_s . w_r) a_r), and the same of Y.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_step = tl.arange(0, STEPS)
+    o_col = tl.arange(0, WIDTH)
+    s_first = s_folded + s_dropped
+    for i_new in range(s_own):
+        i_token = (i_start + i_new).to(tl.int64)
+        s_held = n - s_dropped + i_new  # open tokens before this one
+        i_place = (s_first + s_held) % ROOM
+        b_k = tl.load(p_new_k + (i_token * H + i_head) * D + o_d, mask=o_d < D, other=0.0)
+        b_v = tl.load(p_new_v + (i_token * H + i_head) * DV + o_dv, mask=o_dv < DV, other=0.0)
+        tl.store(p_k + i_place * D + o_d, b_k, mask=o_d < D)
+        tl.store(p_v + i_place * DV + o_dv, b_v, mask=o_dv < DV)
+        for i_reflection in range(R):
+            i_step = i_token * R + i_reflection
+            b_w = tl.load(p_new_w + (i_step * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            s_beta = tl.load(p_new_beta + i_step * H + i_head).to(tl.float32)
+            s_steps = s_held * R + i_reflection
+            b_rows = load_open(p_w, 0, s_held + 1, s_first, ROOM, D, R, BLOCK_D, STEPS)
+            b_dots = tl.where(o_step < s_steps, tl.sum(b_rows * b_w[None, :], axis=1), 0.0)
+            p_row_a = p_a + (i_place * R + i_reflection) * (ROOM * R)
+            p_row_y = p_y + (i_place * R + i_reflection) * ROOM
+            for i_col in range(0, s_steps, WIDTH):
+                b_a = load_lower(p_a, 0, i_col, s_held + 1, s_first, ROOM, R, R, False, STEPS, WIDTH)
+                b_a = tl.where((o_step < s_steps)[:, None], b_a, 0.0)
+                b_row = -s_beta * tl.sum(b_dots[:, None] * b_a, axis=0)
+                i_other = i_col + o_col
+                i_other_place = ((s_first + i_other // R) % ROOM) * R + i_other % R
+                tl.store(p_row_a + i_other_place, b_row, mask=i_other < s_steps)
+            for i_col in range(0, s_held, WIDTH):
+                b_keys = load_open(p_k, i_col, s_held, s_first, ROOM, D, 1, BLOCK_D, WIDTH).to(tl.float32)
+                b_y = load_lower(p_y, 0, i_col, s_held + 1, s_first, ROOM, R, 1, True, STEPS, WIDTH)
+                b_y = tl.where((o_step < s_steps)[:, None], b_y, 0.0)
+                b_row = s_beta * (tl.sum(b_keys * b_w[None, :], axis=1) - tl.sum(b_dots[:, None] * b_y, axis=0))
+                i_other = i_col + o_col
+                tl.store(p_row_y + (s_first + i_other) % ROOM, b_row, mask=i_other < s_held)
+            tl.store(p_row_a + i_place * R + i_reflection, s_beta)
+            tl.store(p_w + (i_place * R + i_reflection) * D + o_d, b_w, mask=o_d < D)
+            tl.debug_barrier()  # the next reflection reads what this one wrote
+
+
+@triton.jit
+def fold_product(
+    p_w,
+    p_a,
+    p_old,
+    p_new,
+    s_folded,
+    has_old,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P of the FOLD oldest open tokens times the matrix at p_old, or the identity, to p_new: P = I - W^T A W."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_row = tl.arange(0, WIDTH)
+    b_a = load_lower(p_a, 0, 0, FOLD, s_folded, ROOM, R, R, False, STEPS, STEPS)
+    b_wp = load_open(p_w, 0, FOLD, s_folded, ROOM, D, R, BLOCK_D, STEPS)
+    if has_old:
+        b_wp = tl.zeros((STEPS, BLOCK_D), dtype=tl.float32)
+        for i_part in range(BLOCK_D // WIDTH):
+            i_row = i_part * WIDTH + o_row
+            mask = (i_row < D)[:, None] & (o_d < D)[None, :]
+            b_old = tl.load(p_old + i_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+            b_part = columns_of_open(p_w, i_part, s_folded, ROOM, R, D, STEPS, WIDTH)
+            b_wp = tl.dot(b_part, b_old, b_wp, input_precision=PRECISION)
+    b_awp = tl.dot(b_a, b_wp, input_precision=PRECISION)
+    tl.debug_barrier()  # p_new may be p_old, which all have read now
+    for i_part in range(BLOCK_D // WIDTH):
+        i_row = i_part * WIDTH + o_row
+        mask = (i_row < D)[:, None] & (o_d < D)[None, :]
+        o_in = i_row[:, None] * D + o_d[None, :]
+        b_old = tl.where(i_row[:, None] == o_d[None, :], 1.0, 0.0)
+        if has_old:
+            b_old = tl.load(p_old + o_in, mask=mask, other=0.0)
+        b_part = tl.trans(columns_of_open(p_w, i_part, s_folded, ROOM, R, D, STEPS, WIDTH))
+        tl.store(p_new + o_in, b_old - tl.dot(b_part, b_awp, input_precision=PRECISION), mask=mask)
+
+
+@triton.jit
+def columns_of_open(
+    p_w,
+    i_part,
+    s_folded,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Columns i_part * WIDTH ... of w of the FOLD oldest open tokens, (STEPS, WIDTH)."""
+    i_step = tl.arange(0, STEPS)
+    i_col = i_part * WIDTH + tl.arange(0, WIDTH)
+    i_place = ((s_folded + i_step // R) % ROOM) * R + i_step % R
+    mask = (i_step < FOLD * R)[:, None] & (i_col < D)[None, :]
+    return tl.load(p_w + i_place[:, None] * D + i_col[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def moved_keys(
+    p_keys,
+    p_codes,
+    p_scale,
+    p_k,
+    p_w,
+    p_a,
+    p_y,
+    i_token,
+    i_slot,
+    s_folded,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    CODED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Keys of the tokens i_token at the edge behind the FOLD oldest open tokens, float32; zeros for later tokens.
+
+    k_right = k - ((k W^T) A^T) W of a key before these tokens, k - Y^T W of one of them.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    o_step = tl.arange(0, STEPS)
+    i_open = i_token - s_folded  # number among the open tokens
+    m_old = i_open < 0
+    m_new = (i_open >= 0) & (i_open < FOLD)
+    m_d = (o_d < D)[None, :]
+    o_in = i_slot[:, None] * D + o_d[None, :]
+    if CODED:
+        b_k = code_to_float(tl.load(p_codes + o_in, mask=m_old[:, None] & m_d, other=0))
+        b_k *= tl.load(p_scale + i_token % C, mask=m_old, other=0.0)[:, None]
+    else:
+        b_k = tl.load(p_keys + o_in, mask=m_old[:, None] & m_d, other=0.0)
+    i_place = tl.where(m_new, i_token, 0) % ROOM
+    b_k += tl.load(p_k + i_place[:, None] * D + o_d[None, :], mask=m_new[:, None] & m_d, other=0.0).to(tl.float32)
+    b_w = load_open(p_w, 0, FOLD, s_folded, ROOM, D, R, BLOCK_D, STEPS)
+    b_a = load_lower(p_a, 0, 0, FOLD, s_folded, ROOM, R, R, False, STEPS, STEPS)
+    b_kw = tl.dot(b_k, tl.trans(b_w), input_precision=PRECISION)
+    b_kwa = tl.dot(b_kw, tl.trans(b_a), input_precision=PRECISION)
+    i_step_place = ((s_folded + o_step // R) % ROOM) * R + o_step % R
+    m_y = m_new[:, None] & ((o_step // R)[None, :] > i_open[:, None]) & (o_step < FOLD * R)[None, :]
+    b_y = tl.load(p_y + i_step_place[None, :] * ROOM + i_place[:, None], mask=m_y, other=0.0)
+    return b_k - tl.dot(tl.where(m_old[:, None], b_kwa, b_y), b_w, input_precision=PRECISION)
+
+
+@triton.jit
+def fold_page(
+    p_keys,
+    p_codes,
+    p_key_scale,
+    p_values,
+    p_scale,
+    p_k,
+    p_v,
+    p_w,
+    p_a,
+    p_y,
+    i_page,
+    i_slot,
+    s_folded,
+    finished,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STEPS: tl.constexpr,
+    KEYS: tl.constexpr,
+    CODED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The keys of one page of the open chunk moved past the FOLD oldest open tokens, and these put behind them."""
+    o_key = tl.arange(0, KEYS)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    s_scale = 1.0
+    if CODED:
+        if finished:  # all of the page in one scale, so its largest number first
+            b_top = tl.full((KEYS,), TINY, dtype=tl.float32)
+            for i in range(PAGE // KEYS):
+                i_key = i * KEYS + o_key
+                b_k = moved_keys(
+                    p_keys,
+                    p_codes,
+                    p_scale,
+                    p_k,
+                    p_w,
+                    p_a,
+                    p_y,
+                    i_page * PAGE + i_key,
+                    i_slot + i_key,
+                    s_folded,
+                    ROOM,
+                    R,
+                    D,
+                    C,
+                    BLOCK_D,
+                    STEPS,
+                    CODED,
+                    PRECISION,
+                )
+                b_top = tl.maximum(b_top, tl.max(tl.abs(b_k), axis=1))
+            s_scale = tl.exp2(tl.ceil(tl.log2(tl.max(b_top))) - 14.0)
+            tl.store(p_key_scale + i_slot // PAGE, s_scale)
+    for i in range(PAGE // KEYS):
+        i_key = i * KEYS + o_key
+        i_token = i_page * PAGE + i_key
+        i_open = i_token - s_folded
+        b_k = moved_keys(
+            p_keys,
+            p_codes,
+            p_scale,
+            p_k,
+            p_w,
+            p_a,
+            p_y,
+            i_token,
+            i_slot + i_key,
+            s_folded,
+            ROOM,
+            R,
+            D,
+            C,
+            BLOCK_D,
+            STEPS,
+            CODED,
+            PRECISION,
+        )
+        mask = (i_open < FOLD)[:, None] & (o_d < D)[None, :]
+        o_in = (i_slot + i_key)[:, None] * D + o_d[None, :]
+        if CODED:
+            if finished:
+                tl.store(p_keys + o_in, (b_k / s_scale).to(tl.float16), mask=mask)
+            else:
+                b_scale = tl.maximum(tl.max(tl.abs(b_k), axis=1), TINY) / LARGEST_CODE
+                tl.store(p_codes + o_in, nearest(b_k / b_scale[:, None]), mask=mask)
+                tl.store(p_scale + i_token % C, b_scale, mask=i_open < FOLD)
+        else:
+            tl.store(p_keys + o_in, b_k, mask=mask)
+        m_new = (i_open >= 0) & (i_open < FOLD)
+        m_v = m_new[:, None] & (o_dv < DV)[None, :]
+        i_place = tl.where(m_new, i_token, 0) % ROOM
+        b_v = tl.load(p_v + i_place[:, None] * DV + o_dv[None, :], mask=m_v, other=0.0)
+        tl.store(p_values + (i_slot + i_key)[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
+
+
+@triton.jit
+def nearest(b_x):
+    """float32 of at most 2^21 to the nearest int16, by the rounding of an addition."""
+    return ((b_x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int16)
+
+
+@triton.jit
+def append_kernel(
+    p_out,  # what attend_kernel wrote
+    p_log_sum_exp,
+    p_before,
+    p_result,  # out (tokens, HQ, DV)
+    p_full,  # out (B,) int32: set where tokens did not fit
+    p_new_k,  # as attend_kernel has them
+    p_new_v,
+    p_new_w,
+    p_new_beta,
+    p_new_g,
+    p_bounds,
+    p_length,  # from here on fields of State
+    p_folded,
+    p_k,
+    p_v,
+    p_w,
+    p_g,
+    p_a,
+    p_y,
+    keep,  # tokens that stay open
+    capacity,  # tokens a sequence at most
+    B,
+    H,
+    s_new,  # T, tokens of each sequence, or of the longest
+    s_tokens,  # new ones of all sequences
+    s_items,  # pieces asked of work_item()
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    STEPS: tl.constexpr,  # tile of all reflections of the open tokens
+    WIDTH: tl.constexpr,  # columns of a tile of A or Y
+    GATED: tl.constexpr,
+):
+    """The results of one query joined, or the new tokens of one sequence and key head put behind the open rows."""
+    HQ = H * GROUP
+    i_program = tl.program_id(0)
+    s_queries = s_tokens * HQ
+    if i_program < s_queries:
+        i_token = i_program // HQ
+        i_sequence = i_token // s_new
+        i_new = i_token % s_new
+        s_own = s_new
+        if p_bounds is not None:
+            o_b = tl.arange(0, BLOCK_B)
+            b_ends = tl.load(p_bounds + 1 + o_b, mask=o_b < B, other=0)
+            i_sequence = tl.sum(((b_ends <= i_token) & (o_b < B)).to(tl.int32))
+            s_start = tl.load(p_bounds + i_sequence)
+            i_new = i_token - s_start
+            s_own = tl.load(p_bounds + i_sequence + 1) - s_start
+        i_query_head = i_program % HQ
+        if tl.load(p_before + i_sequence) + s_own > capacity:
+            o_dv = tl.arange(0, BLOCK_DV)
+            b_nothing = tl.full((BLOCK_DV,), float("nan"), dtype=tl.float32)
+            p = p_result + i_program.to(tl.int64) * DV + o_dv
+            tl.store(p, b_nothing.to(p_result.dtype.element_ty), mask=o_dv < DV)
+        else:
+            i_first, s_count = pieces_of(p_before + B, i_sequence, B, s_items, BLOCK_B)
+            join_pieces(
+                p_out,
+                p_log_sum_exp,
+                p_result,
+                None,
+                i_new * GROUP + i_query_head % GROUP,
+                i_program.to(tl.int64),
+                i_query_head // GROUP,
+                i_first,
+                s_count,
+                s_items + B + i_sequence,
+                s_items + 2 * B,
+                s_new * GROUP,
+                DV,
+                BLOCK_DV,
+                True,
+            )
+        return
+    i_bh = i_program - s_queries
+    i_sequence = i_bh // H
+    i_head = i_bh % H
+    s_length = tl.load(p_before + i_sequence)
+    s_folded = tl.load(p_before + B + i_sequence)
+    i_start = i_sequence * s_new
+    s_own = s_new
+    if p_bounds is not None:
+        i_start = tl.load(p_bounds + i_sequence)
+        s_own = tl.load(p_bounds + i_sequence + 1) - i_start
+    if s_own == 0:
+        return
+    if s_length + s_own > capacity:
+        tl.store(p_full + i_sequence, 1)
+        return
+    i_long = i_bh.to(tl.int64)
+    s_dropped = tl.where(is_fold_due(s_length - s_folded, s_own, keep), FOLD, 0)
+    append_rows(
+        p_new_k,
+        p_new_v,
+        p_new_w,
+        p_new_beta,
+        p_k + i_long * (ROOM * D),
+        p_v + i_long * (ROOM * DV),
+        p_w + i_long * (ROOM * R * D),
+        p_a + i_long * (ROOM * R * ROOM * R),
+        p_y + i_long * (ROOM * R * ROOM),
+        i_start,
+        s_own,
+        s_length - s_folded,
+        s_folded,
+        s_dropped,
+        i_head,
+        H,
+        ROOM,
+        R,
+        D,
+        DV,
+        BLOCK_D,
+        BLOCK_DV,
+        STEPS,
+        WIDTH,
+    )
+    if GATED:
+        for i_group in range(GROUP):
+            i_query_head = i_head * GROUP + i_group
+            p_row = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
+            for i_new in range(s_own):
+                s_g = tl.load(p_new_g + (i_start + i_new).to(tl.int64) * HQ + i_query_head).to(tl.float32)
+                tl.store(p_row + (s_length + i_new) % ROOM, tl.maximum(s_g, LOWEST))
+    if i_head == 0:
+        tl.store(p_length + i_sequence, s_length + s_own)
+        tl.store(p_folded + i_sequence, s_folded + s_dropped)
+
+
+@triton.jit
+def fold_kernel(
+    p_before,
+    p_bounds,
+    p_keys,  # from here on fields of State
+    p_codes,
+    p_key_scale,
+    p_values,
+    p_gates,
+    p_products,
+    p_gate_totals,
+    p_pages,
+    p_chunks,
+    p_product,
+    p_gate_total,
+    p_scale,
+    p_k,
+    p_v,
+    p_w,
+    p_g,
+    p_a,
+    p_y,
+    keep,
+    capacity,
+    B,
+    H,
+    s_new,
+    s_slots,
+    s_page_columns,
+    s_chunk_columns,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    STEPS: tl.constexpr,  # tile of the reflections of FOLD tokens
+    WIDTH: tl.constexpr,  # tile of rows of a product
+    KEYS: tl.constexpr,  # tile of keys, a part of a page
+    CODED: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products
+):
+    """Fold the FOLD oldest open tokens of the sequences where it is time: all programs share their heads and pages."""
+    o_b = tl.arange(0, BLOCK_B)
+    m_b = o_b < B
+    b_length = tl.load(p_before + o_b, mask=m_b, other=0)
+    b_folded = tl.load(p_before + B + o_b, mask=m_b, other=0)
+    b_own = tl.where(m_b, s_new, 0)
+    if p_bounds is not None:
+        b_own = tl.load(p_bounds + 1 + o_b, mask=m_b, other=0) - tl.load(p_bounds + o_b, mask=m_b, other=0)
+    m_due = is_fold_due(b_length - b_folded, b_own, keep) & (b_length + b_own <= capacity)
+    b_rank = tl.cumsum(m_due.to(tl.int32), axis=0)
+    for i_due in range(tl.sum(m_due.to(tl.int32))):
+        m_own = m_due & (b_rank == i_due + 1)
+        i_sequence = tl.sum(tl.where(m_own, o_b, 0))
+        s_folded = tl.sum(tl.where(m_own, b_folded, 0))
+        i_chunk_first = s_folded // C * C
+        s_parts = (s_folded - i_chunk_first) // PAGE + 2  # pages that change, and the product
+        for i_work in range(tl.program_id(0), H * s_parts, tl.num_programs(0)):
+            i_head = i_work // s_parts
+            i_page = i_chunk_first // PAGE + i_work % s_parts
+            fold_part(
+                p_keys,
+                p_codes,
+                p_key_scale,
+                p_values,
+                p_gates,
+                p_products,
+                p_gate_totals,
+                p_pages,
+                p_chunks,
+                p_product,
+                p_gate_total,
+                p_scale,
+                p_k,
+                p_v,
+                p_w,
+                p_g,
+                p_a,
+                p_y,
+                i_sequence,
+                i_head,
+                i_page,
+                s_folded,
+                H,
+                s_slots,
+                s_page_columns,
+                s_chunk_columns,
+                GROUP,
+                R,
+                D,
+                DV,
+                C,
+                ROOM,
+                BLOCK_D,
+                BLOCK_DV,
+                STEPS,
+                WIDTH,
+                KEYS,
+                CODED,
+                GATED,
+                PRECISION,
+            )
+
+
+@triton.jit
+def fold_part(
+    p_keys,
+    p_codes,
+    p_key_scale,
+    p_values,
+    p_gates,
+    p_products,
+    p_gate_totals,
+    p_pages,
+    p_chunks,
+    p_product,
+    p_gate_total,
+    p_scale,
+    p_k,
+    p_v,
+    p_w,
+    p_g,
+    p_a,
+    p_y,
+    i_sequence,
+    i_head,
+    i_page,
+    s_folded,
+    H,
+    s_slots,
+    s_page_columns,
+    s_chunk_columns,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    CODED: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One page of one head's open chunk; or, where i_page is past the last one, the chunk's product and gates."""
+    HQ = H * GROUP
+    i_bh = i_sequence * H + i_head
+    i_long = i_bh.to(tl.int64)
+    finished = (s_folded + FOLD) % C == 0
+    has_old = s_folded % C != 0
+    p_head_w = p_w + i_long * (ROOM * R * D)
+    p_head_a = p_a + i_long * (ROOM * R * ROOM * R)
+    o_fold = tl.arange(0, FOLD)
+    if i_page > s_folded // PAGE:
+        p_old = p_product + i_long * (D * D)
+        p_new = p_old
+        i_place = i_long * 0
+        if finished:
+            i_place = tl.load(p_chunks + i_sequence * s_chunk_columns + s_folded // C).to(tl.int64)
+            p_new = p_products + (i_place * H + i_head) * (D * D)
+        fold_product(p_head_w, p_head_a, p_old, p_new, s_folded, has_old, ROOM, R, D, BLOCK_D, STEPS, WIDTH, PRECISION)
+        if GATED:
+            for i_group in range(GROUP):
+                i_query_head = i_head * GROUP + i_group
+                p_row = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
+                p_total = p_gate_total + i_sequence * HQ + i_query_head
+                s_total = tl.sum(tl.load(p_row + (s_folded + o_fold) % ROOM))
+                if has_old:
+                    s_total += tl.load(p_total)
+                if finished:
+                    p_total = p_gate_totals + i_place * HQ + i_query_head
+                tl.store(p_total, s_total)
+    else:
+        i_slot = tl.load(p_pages + i_sequence.to(tl.int64) * s_page_columns + i_page).to(tl.int64) * PAGE
+        fold_page(
+            p_keys + i_head.to(tl.int64) * s_slots * D,
+            p_codes + i_head.to(tl.int64) * s_slots * D,
+            p_key_scale + i_head * (s_slots // PAGE),
+            p_values + i_head.to(tl.int64) * s_slots * DV,
+            p_scale + i_long * C,
+            p_k + i_long * (ROOM * D),
+            p_v + i_long * (ROOM * DV),
+            p_head_w,
+            p_head_a,
+            p_y + i_long * (ROOM * R * ROOM),
+            i_page,
+            i_slot,
+            s_folded,
+            finished,
+            ROOM,
+            R,
+            D,
+            DV,
+            C,
+            BLOCK_D,
+            BLOCK_DV,
+            STEPS,
+            KEYS,
+            CODED,
+            PRECISION,
+        )
+        if GATED:
+            o_key = tl.arange(0, PAGE)
+            i_open = i_page * PAGE + o_key - s_folded
+            for i_group in range(GROUP):
+                i_query_head = i_head * GROUP + i_group
+                p_row = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
+                # Of the FOLD tokens those after each key: all of them for older keys.
+                b_g = tl.load(p_row + (s_folded + o_fold) % ROOM)
+                b_after = tl.sum(tl.where(o_fold[None, :] > i_open[:, None], b_g[None, :], 0.0), axis=1)
+                p = p_gates + i_query_head.to(tl.int64) * s_slots + i_slot + o_key
+                b_after += tl.load(p, mask=i_open < 0, other=0.0)
+                tl.store(p, b_after, mask=i_open < FOLD)
+
+
+@triton.jit
+def join_kernel(
+    p_out,  # what attend_kernel wrote, MOVED
+    p_log_sum_exp,
+    p_result,  # out (B, HQ, T, DV) float32
+    p_result_lse,  # out (B, HQ, T) float32, natural
+    p_folded,
+    B,
+    H,
+    s_new,
+    s_items,
+    GROUP: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """The pieces of one query joined."""
+    HQ = H * GROUP
+    i_new = tl.program_id(0) % s_new
+    i_query_head = tl.program_id(0) // s_new % HQ
+    i_sequence = tl.program_id(0) // s_new // HQ
+    i_first, s_count = pieces_of(p_folded, i_sequence, B, s_items, BLOCK_B)
+    join_pieces(
+        p_out,
+        p_log_sum_exp,
+        p_result,
+        p_result_lse,
+        i_new * GROUP + i_query_head % GROUP,
+        tl.program_id(0).to(tl.int64),
+        i_query_head // GROUP,
+        i_first,
+        s_count,
+        0,
+        s_items + 2 * B,
+        s_new * GROUP,
+        DV,
+        BLOCK_DV,
+        False,
+    )

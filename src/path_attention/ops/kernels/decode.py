@@ -1,0 +1,254 @@
+"""Launchers of a cache's step: two kernels, whatever the lengths, of which the host knows nothing.
+
+Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for every length.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
+from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
+from path_attention.ops.kernels.decode_kernels import attend_kernel
+
+_HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+# Narrowest tile of a matrix unit.
+MIN_BLOCK = 16
+# Pieces that histories are cut into, in programs a multiprocessor: several of them share one and even out.
+PROGRAMS = 8
+# Multiprocessors that interpreted kernels are launched for.
+INTERPRETED = 4
+# Query rows of one program, at most.
+MAX_ROWS = 64
+# Programs a multiprocessor that share the pages to be folded.
+FOLDERS = 2
+# Columns of a tile of A or Y where tokens are put behind the open rows.
+APPEND_WIDTH = 16
+# Rows of a product that a fold works on.
+FOLD_WIDTH = 16
+# What no sequence reaches, where memory grows.
+UNBOUNDED = 2**31 - 1
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _block(dim: int) -> int:
+    return max(MIN_BLOCK, triton.next_power_of_2(dim))
+
+
+APPEND_OPTIONS = "GROUP R D DV ROOM BLOCK_D BLOCK_DV BLOCK_B GATED"
+FOLD_OPTIONS = f"{APPEND_OPTIONS} C CODED"
+
+
+def _options(state: State, query_heads: int, names: str) -> dict[str, object]:
+    """Compile-time arguments by name."""
+    heads, dim, value_dim = state.k.shape[1], state.k.shape[3], state.v.shape[3]
+    known = {
+        "GROUP": query_heads // heads,
+        "R": state.reflections,
+        "D": dim,
+        "DV": value_dim,
+        "C": state.chunk,
+        "ROOM": state.room,
+        "BLOCK_D": _block(dim),
+        "BLOCK_DV": _block(value_dim),
+        "BLOCK_B": _block(len(state.length)),
+        "CODED": state.coded,
+        "GATED": state.gated,
+    }
+    return {name: known[name] for name in names.split()}
+
+
+def _fields(state: State, names: str) -> dict[str, Tensor]:
+    return {f"p_{name}": getattr(state, name) for name in names.split()}
+
+
+def _codes(state: State) -> Tensor:
+    return state.keys.view(torch.int16) if state.coded else state.keys
+
+
+_ATTENDED = (
+    "keys key_scale values gates products gate_totals pages chunks length folded covered suffix suffix_gate product "
+    "gate_total scale k v w g a y"
+)
+_CHANGED = "length folded k v w g a y"
+_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w g a y"
+
+
+def _attend(
+    state: State,
+    q: Tensor,
+    query_heads: int,
+    count: int,
+    new: dict[str, Tensor | None],
+    before: Tensor | None,
+    scale: float,
+    capacity: int,
+    *,
+    moved: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """out and log_sum_exp of all pieces, (H, pieces, rows, DV) and (H, pieces, rows), and the pieces asked for."""
+    batch, heads, _, dim = state.k.shape
+    value_dim = state.v.shape[3]
+    rows = count * query_heads // heads
+    block_rows = min(MAX_ROWS, _block(rows))
+    tiles = triton.cdiv(rows, block_rows)
+    items = max(1, PROGRAMS * _multiprocessors(state.k.device) // (heads * tiles))
+    pieces = items + 2 * batch
+    out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
+    log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
+    wide = max(_block(dim), _block(value_dim))
+    attend_kernel[((pieces - batch * moved) * heads * tiles,)](
+        p_q=q,
+        **new,
+        **_fields(state, _ATTENDED),
+        p_codes=_codes(state),
+        p_before=before,
+        p_out=out,
+        p_log_sum_exp=log_sum_exp,
+        scale=scale,
+        capacity=capacity,
+        B=batch,
+        H=heads,
+        s_new=count,
+        s_items=items,
+        s_slots=state.keys.shape[1],
+        s_page_columns=state.pages.shape[1],
+        s_chunk_columns=state.chunks.shape[1],
+        s_groups=state.suffix.shape[1],
+        ROWS=block_rows,
+        BLOCK_ROOM=_block(state.room),
+        STEPS=min(64, _block(state.room * state.reflections)),
+        MOVED=moved,
+        # A moved query counts for one step: 16 bits are eight more than bfloat16 has.
+        HALF=_HALF[state.k.dtype],
+        STAGES=3 if wide <= 64 else 2,
+        WIDTH=min(64, _block(dim)),
+        **_options(state, query_heads, FOLD_OPTIONS),
+        num_warps=8 if wide > 128 or (wide > 64 and block_rows == MAX_ROWS) else 4,
+        maxnreg=128,
+        num_stages=1,
+    )
+    return out, log_sum_exp, items
+
+
+def step(
+    state: State,
+    tokens: Tokens,
+    bounds: Tensor | None,
+    longest: int,
+    keep: int,
+    *,
+    capacity: int | None = None,
+    fold_due: bool = True,
+) -> Tensor:
+    """Add at most SHORT tokens to every sequence and attend: (b, T, HQ, DV), the shape of q with value_dim.
+
+    Args:
+        tokens: (B, T, ...), or packed into one row (1, tokens, ...) by ``bounds``.
+        bounds: (B + 1,) int32 on the device, or None.
+        longest: most tokens of a sequence.
+        keep: tokens that stay open.
+        capacity: tokens a sequence at most. One that has no room for its new tokens stays as it is, its results are
+            NaN, and it is marked in State.full.
+        fold_due: False if the caller knows that no sequence folds.
+    """
+    assert longest <= SHORT
+    q, query_heads = tokens.q.contiguous(), tokens.q.shape[2]
+    batch, heads = state.k.shape[:2]
+    new: dict[str, Tensor | None] = {
+        "p_new_k": tokens.k.contiguous(),
+        "p_new_v": tokens.v.contiguous(),
+        "p_new_w": tokens.w.contiguous(),
+        "p_new_beta": tokens.beta.contiguous(),
+        "p_new_g": None if tokens.g is None else tokens.g.contiguous(),
+        "p_bounds": bounds,
+    }
+    before = torch.empty(2, batch, dtype=torch.int32, device=q.device)
+    capacity = UNBOUNDED if capacity is None else capacity
+    found = _attend(state, q, query_heads, longest, new, before, tokens.scale, capacity, moved=False)
+    result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
+    count, dim = q.shape[0] * q.shape[1], state.k.shape[3]
+    steps = _block(state.room * state.reflections)
+    sizes = {"keep": keep, "capacity": capacity, "B": batch, "H": heads, "s_new": longest}
+    append_kernel[(count * query_heads + batch * heads,)](
+        p_out=found[0],
+        p_log_sum_exp=found[1],
+        p_before=before,
+        p_result=result,
+        p_full=state.full,
+        **new,
+        **_fields(state, _CHANGED),
+        **sizes,
+        s_tokens=count,
+        s_items=found[2],
+        STEPS=steps,
+        WIDTH=APPEND_WIDTH,
+        **_options(state, query_heads, APPEND_OPTIONS),
+        num_warps=4 if max(steps, _block(dim)) <= 64 else 8,
+        num_stages=1,
+    )
+    if fold_due:
+        programs = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device))
+        fold_kernel[(programs,)](
+            p_before=before,
+            p_bounds=bounds,
+            **_fields(state, _FOLDED),
+            p_codes=_codes(state),
+            **sizes,
+            s_slots=state.keys.shape[1],
+            s_page_columns=state.pages.shape[1],
+            s_chunk_columns=state.chunks.shape[1],
+            STEPS=_block(FOLD * state.reflections),
+            WIDTH=FOLD_WIDTH,
+            KEYS=min(PAGE, max(MIN_BLOCK, 4096 // _block(dim))),
+            # What is kept is for all steps to come: float32, on the matrix unit in three parts of 11 bits, or as it is.
+            PRECISION="tf32x3" if state.coded else "ieee",
+            **_options(state, query_heads, FOLD_OPTIONS),
+            num_warps=4 if _block(dim) <= 64 else 8,
+            num_stages=1,
+        )
+    return result
+
+
+def attend_history(state: State, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out (B, HQ, T, DV) and log_sum_exp (B, HQ, T), float32, of attention to the folded tokens.
+
+    x (B, H, T * G, D) float32: queries at the fold's edge, times scale; gate (B, H, T * G): the sum of g from there to
+    each. Row t * G + n is token t of the head's query head n.
+    """
+    batch, heads, rows, _ = x.shape
+    query_heads = state.g.shape[1] if state.gated else heads
+    group = query_heads // heads
+    empty: dict[str, Tensor | None] = {
+        f"p_new_{name}": gate if name == "g" else x for name in ("k", "v", "w", "beta", "g")
+    } | {"p_bounds": None}
+    count = rows // group
+    out, lse, items = _attend(state, x.contiguous(), query_heads, count, empty, None, 1.0, UNBOUNDED, moved=True)
+    result = torch.empty(batch, query_heads, count, state.v.shape[3], dtype=torch.float32, device=x.device)
+    result_lse = torch.empty(batch, query_heads, count, dtype=torch.float32, device=x.device)
+    join_kernel[(result_lse.numel(),)](
+        p_out=out,
+        p_log_sum_exp=lse,
+        p_result=result,
+        p_result_lse=result_lse,
+        p_folded=state.folded,
+        B=batch,
+        H=heads,
+        s_new=count,
+        s_items=items,
+        GROUP=group,
+        DV=state.v.shape[3],
+        BLOCK_DV=_block(state.v.shape[3]),
+        BLOCK_B=_block(batch),
+        num_warps=4,
+    )
+    return result, result_lse
