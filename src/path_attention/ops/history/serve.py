@@ -7,7 +7,6 @@ import torch
 
 from path_attention.ops.history.state import MAX_DIM, State
 
-
 # Devices that kernels run on. Triton's interpreter would be another: it is for tests to say so.
 DEVICES = frozenset({"cuda"})
 

@@ -20,7 +20,7 @@ MIN_BLOCK = 16
 # Pieces that histories are cut into, in programs a multiprocessor: several of them share one and even out.
 PROGRAMS = 8
 # Multiprocessors that interpreted kernels are launched for.
-INTERPRETED = 4
+INTERPRETED = 1
 # Query rows of one program, at most.
 MAX_ROWS = 64
 # Programs a multiprocessor that share the pages to be folded.

@@ -199,6 +199,272 @@ def add_up(b_logits, b_v, b_max, b_sum, b_out):
 
 
 @triton.jit
+def halves(b_x):
+    """A float32 tile as a float16 one, what its rounding took, and what both are times, a number a row."""
+    b_top = tl.max(tl.abs(b_x), axis=1)
+    b_top = tl.where(b_top > 0, b_top, 1.0)
+    b_part = b_x / b_top[:, None]
+    b_high = b_part.to(tl.float16)
+    return b_high, (b_part - b_high.to(tl.float32)).to(tl.float16), b_top
+
+
+@triton.jit
+def code_to_float(b_codes):
+    """int16 to float32 by arithmetic on its bits: conversions run at an eighth of the rate."""
+    return (b_codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def past_new_tokens(
+    b_x,
+    b_gate,
+    b_max,
+    b_sum,
+    b_out,
+    p_k,
+    p_v,
+    p_w,
+    p_beta,
+    p_g,
+    i_new,
+    i_start,
+    s_own,
+    i_query_head,
+    i_head,
+    H,
+    HQ,
+    is_open,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Queries of new tokens i_new moved left past all of these, one after another; where is_open, they also attend to
+    each new token on their way.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    for i in range(s_own):
+        i_last = s_own - 1 - i
+        m_later = i_new >= i_last
+        i_token = (i_start + i_last).to(tl.int64)
+        if is_open:
+            b_k = tl.load(p_k + (i_token * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            b_v = tl.load(p_v + (i_token * H + i_head) * DV + o_dv, mask=o_dv < DV, other=0.0).to(tl.float32)
+            b_logit = tl.where(m_later, (tl.sum(b_x * b_k[None, :], axis=1) + b_gate) * LOG2_E, float("-inf"))
+            b_top = tl.maximum(b_max, b_logit)
+            b_weight = tl.exp2(b_logit - b_top)
+            b_fade = tl.exp2(b_max - b_top)
+            b_sum = b_sum * b_fade + b_weight
+            b_out = b_out * b_fade[:, None] + b_weight[:, None] * b_v[None, :]
+            b_max = b_top
+        for i_reflection in range(R):
+            i_step = i_token * R + (R - 1 - i_reflection)
+            b_w = tl.load(p_w + (i_step * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            s_beta = tl.load(p_beta + i_step * H + i_head).to(tl.float32)
+            b_dot = tl.where(m_later, s_beta * tl.sum(b_x * b_w[None, :], axis=1), 0.0)
+            b_x -= b_dot[:, None] * b_w[None, :]
+        if GATED:
+            b_g = tl.load(p_g + i_token * HQ + i_query_head).to(tl.float32)
+            b_gate += tl.where(m_later, tl.maximum(b_g, LOWEST), 0.0)
+    return b_x, b_gate, b_max, b_sum, b_out
+
+
+@triton.jit
+def attend_open(
+    b_x,
+    b_gate,
+    b_max,
+    b_sum,
+    b_out,
+    p_k,
+    p_v,
+    p_w,
+    p_y,
+    p_g,  # (rows,): of each row's query head
+    n,
+    s_folded,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STEPS: tl.constexpr,
+    GATED: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Attention of queries behind the newest open token to the open tokens, a page of them at once."""
+    TILES: tl.constexpr = (ROOM + PAGE - 1) // PAGE
+    o = tl.arange(0, PAGE)
+    for i in range(TILES):  # from the newest, for the gates
+        i_first = (TILES - 1 - i) * PAGE
+        if i_first < n:
+            m_key = (i_first + o < n)[None, :]
+            b_logits = open_logits(b_x, p_k, p_w, p_y, i_first, n, s_folded, ROOM, R, D, BLOCK_D, STEPS, PAGE, HALF)
+            if GATED:
+                p_key = p_g[:, None] + ((s_folded + i_first + o) % ROOM)[None, :]
+                b_g = tl.load(p_key, mask=m_key, other=0.0)
+                # From the token after each key on: not what is left of a sum, where a large gate hides small ones.
+                p_after = p_g[:, None] + ((s_folded + i_first + o + 1) % ROOM)[None, :]
+                m_after = (i_first + o + 1 < n)[None, :] & (o + 1 < PAGE)[None, :]
+                b_after = tl.load(p_after, mask=m_after, other=0.0)
+                b_logits += b_gate[:, None] + tl.cumsum(b_after, axis=1, reverse=True)
+                b_gate += tl.sum(b_g, axis=1)
+            b_logits = tl.where(m_key, b_logits * LOG2_E, float("-inf"))
+            b_v = load_open(p_v, i_first, n, s_folded, ROOM, DV, 1, BLOCK_DV, PAGE)
+            b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
+    return b_max, b_sum, b_out
+
+
+@triton.jit
+def plan_hops(i_chunk, s_folded, s_covered, C: tl.constexpr):
+    """How many matrices lead from the fold's edge to the right edge of a chunk, by kind and in this order: that of the
+    open chunk; single finished chunks; one suffix; single chunks of its group.
+    """
+    s_finished = s_folded // C
+    is_behind = i_chunk < s_finished
+    is_covered = i_chunk < s_covered
+    i_group_end = (i_chunk // SUFFIX + 1) * SUFFIX
+    s_open = (is_behind & (s_folded % C != 0)).to(tl.int32)
+    s_singles = tl.where(is_behind, s_finished - tl.maximum(i_chunk + 1, s_covered), 0)
+    s_suffix = (is_covered & (i_group_end < s_covered)).to(tl.int32)
+    return s_open, s_singles, s_suffix, tl.where(is_covered, i_group_end - 1 - i_chunk, 0)
+
+
+@triton.jit
+def find_hop(
+    i_hop,
+    i_chunk,
+    s_open,
+    s_singles,
+    s_suffix,
+    p_product,  # of this sequence
+    p_gate_total,
+    p_products,
+    p_gate_totals,
+    p_suffix,
+    p_suffix_gate,
+    p_chunks,
+    i_crossed,  # the first single chunk
+    H,
+    HQ,
+    D: tl.constexpr,
+):
+    """Where hop number i_hop of plan_hops() finds its matrices, those of all key heads, and its gates."""
+    p_matrix = p_product
+    p_total = p_gate_total
+    i_single = i_hop - s_open
+    i_group = i_chunk // SUFFIX
+    if (s_suffix == 1) & (i_single == s_singles):
+        p_matrix = p_suffix + i_group.to(tl.int64) * H * (D * D)
+        p_total = p_suffix_gate + i_group * HQ
+    elif i_single >= 0:
+        i_crossed -= i_single
+        if i_single >= s_singles:
+            i_crossed = (i_group + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix)
+        i_place = tl.load(p_chunks + i_crossed).to(tl.int64)
+        p_matrix = p_products + i_place * H * (D * D)
+        p_total = p_gate_totals + i_place * HQ
+    return p_matrix, p_total
+
+
+@triton.jit
+def attend_coded(
+    b_x,
+    b_gate,
+    b_max,
+    b_sum,
+    b_out,
+    p_table,
+    p_keys,  # of the head, as are the rest
+    p_key_scale,
+    p_values,
+    p_gates,  # (rows,)
+    i_page,
+    i_end,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GATED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention to whole pages of a finished chunk in float16: the queries in two parts, of 22 bits."""
+    o_key = tl.arange(0, PAGE)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_high, b_low, b_top = halves(b_x)
+    for i in tl.range(i_page, i_end, num_stages=STAGES):
+        i_slot = tl.load(p_table + i).to(tl.int64) * PAGE
+        o_in = o_key[:, None] * D + o_d[None, :]
+        b_keys = tl.trans(tl.load(p_keys + i_slot * D + o_in, mask=(o_d < D)[None, :], other=0.0))
+        s_scale = tl.load(p_key_scale + i_slot // PAGE) * LOG2_E
+        b_logits = tl.dot(b_high, b_keys, tl.dot(b_low, b_keys)) * (b_top * s_scale)[:, None]
+        if GATED:
+            b_logits += (b_gate[:, None] + tl.load(p_gates[:, None] + i_slot + o_key[None, :])) * LOG2_E
+        o_in = o_key[:, None] * DV + o_dv[None, :]
+        b_v = tl.load(p_values + i_slot * DV + o_in, mask=(o_dv < DV)[None, :], other=0.0)
+        b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
+    return b_max, b_sum, b_out
+
+
+@triton.jit
+def attend_rest(
+    b_x,
+    b_gate,
+    b_max,
+    b_sum,
+    b_out,
+    p_table,
+    p_keys,
+    p_codes,
+    p_scale,
+    p_values,
+    p_gates,
+    i_page,
+    i_end,
+    s_folded,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CODED: tl.constexpr,
+    GATED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """As attend_coded, to pages of the open chunk, whose keys are int16; or to any in float32."""
+    o_key = tl.arange(0, PAGE)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_high, b_low, b_top = halves(b_x)
+    for i in tl.range(i_page, i_end, num_stages=STAGES):
+        i_slot = tl.load(p_table + i).to(tl.int64) * PAGE
+        m_key = i * PAGE + o_key < s_folded
+        o_in = o_key[:, None] * D + o_d[None, :]
+        m_in = m_key[:, None] & (o_d < D)[None, :]
+        if CODED:
+            b_codes = tl.load(p_codes + i_slot * D + o_in, mask=m_in, other=0)
+            b_keys = tl.trans(code_to_float(b_codes).to(tl.float16))
+            b_scale = tl.load(p_scale + (i * PAGE) % C + o_key, mask=m_key, other=0.0) * LOG2_E
+            b_logits = tl.dot(b_high, b_keys, tl.dot(b_low, b_keys)) * (b_top[:, None] * b_scale[None, :])
+        else:
+            b_keys = tl.load(p_keys + i_slot * D + o_in, mask=m_in, other=0.0)
+            b_logits = tl.dot(b_x, tl.trans(b_keys), input_precision="ieee") * LOG2_E
+        if GATED:
+            b_gates = tl.load(p_gates[:, None] + i_slot + o_key[None, :], mask=m_key[None, :], other=0.0)
+            b_logits += (b_gate[:, None] + b_gates) * LOG2_E
+        b_logits = tl.where(m_key[None, :], b_logits, float("-inf"))
+        o_in = o_key[:, None] * DV + o_dv[None, :]
+        b_v = tl.load(p_values + i_slot * DV + o_in, mask=m_key[:, None] & (o_dv < DV)[None, :], other=0.0)
+        b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
+    return b_max, b_sum, b_out
+
+
+@triton.jit
 def attend_kernel(
     p_q,  # (tokens, HQ, D), or where MOVED x (B, H, rows, D) float32: at the fold's edge, times scale
     p_new_k,  # (tokens, H, D)
@@ -263,6 +529,7 @@ def attend_kernel(
     STAGES: tl.constexpr,
 ):
     """Attention of the new queries of one key head to one piece of one sequence's history, or to its open tokens."""
+    HQ = H * GROUP
     s_rows = s_new * GROUP
     s_tiles = tl.cdiv(s_rows, ROWS)
     i_tile = tl.program_id(0) % s_tiles
@@ -283,203 +550,188 @@ def attend_kernel(
     if p_bounds is not None:
         i_start = tl.load(p_bounds + i_sequence)
         s_own = tl.load(p_bounds + i_sequence + 1) - i_start
-    if is_open and not MOVED:
-        if (i_head == 0) & (i_tile == 0):
+    if not MOVED:
+        if is_open & (i_head == 0) & (i_tile == 0):
             tl.store(p_before + i_sequence, s_length)
             tl.store(p_before + B + i_sequence, s_folded)
     if (s_own == 0) | (s_length + s_own > capacity):
         return
 
-    # Every row is one query: token i_new of the new ones, query head i_group of the group.
+    # Every row is one query: token i_new of the new ones, query head i_query_head. Rows past the last repeat it.
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    i_new = o_row // GROUP
-    i_group = o_row % GROUP
-    m_row = i_new < s_own
-    HQ = H * GROUP
-    i_bh = i_sequence * H + i_head  # where it counts heads of all sequences
-    i_gate_row = i_sequence * HQ + i_head * GROUP + i_group  # of fields (B, HQ)
+    i_new = tl.minimum(o_row // GROUP, s_own - 1)
+    i_query_head = i_head * GROUP + o_row % GROUP
+    i_bh = (i_sequence * H + i_head).to(tl.int64)  # counts heads of all sequences
     b_max = tl.full((ROWS,), LOWEST, dtype=tl.float32)
     b_sum = tl.zeros((ROWS,), dtype=tl.float32)
     b_out = tl.zeros((ROWS, BLOCK_DV), dtype=tl.float32)
     b_gate = tl.zeros((ROWS,), dtype=tl.float32)  # sum of g from where the row stands to its token
-    mask = m_row[:, None] & (o_d < D)[None, :]
+    p_open_w = p_w + i_bh * (ROOM * R * D)
+    p_open_g = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
     if MOVED:
-        b_x = tl.load(p_q + (i_bh.to(tl.int64) * s_rows + o_row)[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+        i_query = i_bh * s_rows + tl.minimum(o_row, s_rows - 1)
+        b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
         if GATED:
-            b_gate = tl.load(p_new_g + i_bh.to(tl.int64) * s_rows + o_row, mask=m_row, other=0.0)
+            b_gate = tl.load(p_new_g + i_query)
     else:
-        i_query = (i_start + i_new).to(tl.int64) * HQ + i_head * GROUP + i_group
-        b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32) * scale
-        for i in range(s_own):
-            i_last = s_own - 1 - i
-            m_later = i_new >= i_last
-            i_token = (i_start + i_last).to(tl.int64)
-            if is_open:
-                b_k = tl.load(p_new_k + (i_token * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-                b_v = tl.load(p_new_v + (i_token * H + i_head) * DV + o_dv, mask=o_dv < DV, other=0.0).to(tl.float32)
-                b_logit = tl.where(m_later, (tl.sum(b_x * b_k[None, :], axis=1) + b_gate) * LOG2_E, float("-inf"))
-                b_top = tl.maximum(b_max, b_logit)
-                b_weight = tl.exp2(b_logit - b_top)
-                b_fade = tl.exp2(b_max - b_top)
-                b_sum = b_sum * b_fade + b_weight
-                b_out = b_out * b_fade[:, None] + b_weight[:, None] * b_v[None, :]
-                b_max = b_top
-            for i_reflection in range(R):
-                i_step = i_token * R + (R - 1 - i_reflection)
-                b_w = tl.load(p_new_w + (i_step * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-                s_beta = tl.load(p_new_beta + i_step * H + i_head).to(tl.float32)
-                b_dot = tl.where(m_later, s_beta * tl.sum(b_x * b_w[None, :], axis=1), 0.0)
-                b_x -= b_dot[:, None] * b_w[None, :]
-            if GATED:
-                b_g = tl.load(p_new_g + i_token * HQ + i_head * GROUP + i_group).to(tl.float32)
-                b_gate += tl.where(m_later, tl.maximum(b_g, LOWEST), 0.0)
-
-    p_head_w = p_w + i_bh.to(tl.int64) * (ROOM * R * D)
-    p_head_a = p_a + i_bh.to(tl.int64) * (ROOM * R * ROOM * R)
-    if is_open and not MOVED:
-        p_head_k = p_k + i_bh.to(tl.int64) * (ROOM * D)
-        p_head_v = p_v + i_bh.to(tl.int64) * (ROOM * DV)
-        p_head_y = p_y + i_bh.to(tl.int64) * (ROOM * R * ROOM)
-        TILES: tl.constexpr = (ROOM + PAGE - 1) // PAGE
-        for i in range(TILES):  # from the newest, for the gates
-            i_key = (TILES - 1 - i) * PAGE
-            if i_key < n:
-                o_key = i_key + tl.arange(0, PAGE)
-                b_logits = open_logits(
-                    b_x, p_head_k, p_head_w, p_head_y, i_key, n, s_folded, ROOM, R, D, BLOCK_D, STEPS, PAGE, HALF
-                )
-                if GATED:
-                    p_row = p_g + (i_gate_row.to(tl.int64) * ROOM)[:, None]
-                    m_key = (o_key < n)[None, :] & m_row[:, None]
-                    b_g = tl.load(p_row + ((s_folded + o_key) % ROOM)[None, :], mask=m_key, other=0.0)
-                    # From the token after each key on: not what is left of a sum, where a large gate hides small ones.
-                    m_after = m_key & (o_key + 1 < n)[None, :] & (tl.arange(0, PAGE) + 1 < PAGE)[None, :]
-                    b_after = tl.load(p_row + ((s_folded + o_key + 1) % ROOM)[None, :], mask=m_after, other=0.0)
-                    b_logits += b_gate[:, None] + tl.cumsum(b_after, axis=1, reverse=True)
-                    b_gate += tl.sum(b_g, axis=1)
-                b_logits = tl.where((o_key < n)[None, :], b_logits * LOG2_E, float("-inf"))
-                b_v = load_open(p_head_v, i_key, n, s_folded, ROOM, DV, 1, BLOCK_DV, PAGE)
-                b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
-    if not is_open:
-        if not MOVED:
-            b_x = pass_open(b_x, p_head_w, p_head_a, n, s_folded, ROOM, R, D, BLOCK_D, STEPS, HALF)
+        i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
+        b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+        b_x, b_gate, b_max, b_sum, b_out = past_new_tokens(
+            b_x.to(tl.float32) * scale,
+            b_gate,
+            b_max,
+            b_sum,
+            b_out,
+            p_new_k,
+            p_new_v,
+            p_new_w,
+            p_new_beta,
+            p_new_g,
+            i_new,
+            i_start,
+            s_own,
+            i_query_head,
+            i_head,
+            H,
+            HQ,
+            is_open,
+            R,
+            D,
+            DV,
+            BLOCK_D,
+            BLOCK_DV,
+            GATED,
+        )
+        if is_open:
+            b_max, b_sum, b_out = attend_open(
+                b_x,
+                b_gate,
+                b_max,
+                b_sum,
+                b_out,
+                p_k + i_bh * (ROOM * D),
+                p_v + i_bh * (ROOM * DV),
+                p_open_w,
+                p_y + i_bh * (ROOM * R * ROOM),
+                p_open_g,
+                n,
+                s_folded,
+                ROOM,
+                R,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                STEPS,
+                GATED,
+                HALF,
+            )
+        else:
+            p_open_a = p_a + i_bh * (ROOM * R * ROOM * R)
+            b_x = pass_open(b_x, p_open_w, p_open_a, n, s_folded, ROOM, R, D, BLOCK_D, STEPS, HALF)
             if GATED:
                 o_open = tl.arange(0, BLOCK_ROOM)
-                p_row = p_g + (i_gate_row.to(tl.int64) * ROOM)[:, None] + ((s_folded + o_open) % ROOM)[None, :]
-                b_gate += tl.sum(tl.load(p_row, mask=m_row[:, None] & (o_open < n)[None, :], other=0.0), axis=1)
+                p_all = p_open_g[:, None] + ((s_folded + o_open) % ROOM)[None, :]
+                b_gate += tl.sum(tl.load(p_all, mask=(o_open < n)[None, :], other=0.0), axis=1)
 
+    if not is_open and i_first < i_end:
         # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
-        s_chunk_pages = C // PAGE
-        i_chunk = (i_end - 1) // s_chunk_pages
+        s_chunk_pages: tl.constexpr = C // PAGE
         s_finished = s_folded // C
-        s_covered = tl.load(p_covered + i_sequence)
-        is_behind = i_chunk < s_finished
-        s_open_hop = (is_behind & (s_folded % C != 0)).to(tl.int32)
-        is_covered = i_chunk < s_covered
-        i_suffix = i_chunk // SUFFIX
-        s_singles = tl.where(is_behind, s_finished - tl.maximum(i_chunk + 1, s_covered), 0)
-        s_suffix_hop = (is_covered & ((i_suffix + 1) * SUFFIX < s_covered)).to(tl.int32)
-        s_within = tl.where(is_covered, (i_suffix + 1) * SUFFIX - 1 - i_chunk, 0)
-        s_hops = tl.where(i_first < i_end, s_open_hop + s_singles + s_suffix_hop + s_within, 0)
-        s_chunks = tl.where(i_first < i_end, i_chunk - i_first // s_chunk_pages + 1, 0)
-        for i in range(s_chunks):
-            i_own = i_chunk - i
+        i_chunk = (i_end - 1) // s_chunk_pages
+        s_chunks = i_chunk - i_first // s_chunk_pages + 1
+        s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
+        s_hops = s_open + s_singles + s_suffix + s_within
+        i_crossed = s_finished - 1
+        for _ in range(s_chunks):
             for i_hop in range(s_hops):
-                i_single = i_hop - s_open_hop
-                p_matrix = p_product + i_bh.to(tl.int64) * (D * D)
-                p_total = p_gate_total + i_sequence * HQ
-                if (i > 0) & (i_own + 1 < s_finished):
-                    i_place = tl.load(p_chunks + i_sequence * s_chunk_columns + i_own + 1).to(tl.int64)
-                    p_matrix = p_products + (i_place * H + i_head) * (D * D)
-                    p_total = p_gate_totals + i_place * HQ
-                if (i == 0) & (i_single >= 0):
-                    if (s_suffix_hop == 1) & (i_single == s_singles):
-                        i_place = (i_sequence * s_groups + i_suffix).to(tl.int64)
-                        p_matrix = p_suffix + (i_place * H + i_head) * (D * D)
-                        p_total = p_suffix_gate + i_place * HQ
-                    else:
-                        i_crossed = s_finished - 1 - i_single
-                        if i_single >= s_singles:
-                            i_crossed = (i_suffix + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix_hop)
-                        i_place = tl.load(p_chunks + i_sequence * s_chunk_columns + i_crossed).to(tl.int64)
-                        p_matrix = p_products + (i_place * H + i_head) * (D * D)
-                        p_total = p_gate_totals + i_place * HQ
-                b_x = times_matrix(b_x, p_matrix, D, BLOCK_D, WIDTH, HALF)
+                p_matrix, p_total = find_hop(
+                    i_hop,
+                    i_chunk,
+                    s_open,
+                    s_singles,
+                    s_suffix,
+                    p_product + i_sequence.to(tl.int64) * H * (D * D),
+                    p_gate_total + i_sequence * HQ,
+                    p_products,
+                    p_gate_totals,
+                    p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D),
+                    p_suffix_gate + i_sequence * s_groups * HQ,
+                    p_chunks + i_sequence * s_chunk_columns,
+                    i_crossed,
+                    H,
+                    HQ,
+                    D,
+                )
+                b_x = times_matrix(b_x, p_matrix + i_head * (D * D), D, BLOCK_D, WIDTH, HALF)
                 if GATED:
-                    b_gate += tl.load(p_total + i_head * GROUP + i_group, mask=m_row, other=0.0)
-            s_hops = 1
-            i_page = tl.maximum(i_first, i_own * s_chunk_pages)
-            i_last_page = tl.minimum(i_end, (i_own + 1) * s_chunk_pages)
-            o_key = tl.arange(0, PAGE)
+                    b_gate += tl.load(p_total + i_query_head)
+            i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
+            i_last = tl.minimum(i_end, (i_chunk + 1) * s_chunk_pages)
             p_table = p_pages + i_sequence.to(tl.int64) * s_page_columns
             p_head_keys = p_keys + i_head.to(tl.int64) * s_slots * D
-            p_head_codes = p_codes + i_head.to(tl.int64) * s_slots * D
             p_head_values = p_values + i_head.to(tl.int64) * s_slots * DV
-            p_head_gates = p_gates + (i_head * GROUP + i_group).to(tl.int64)[:, None] * s_slots
-            o_in_keys = o_key[:, None] * D + o_d[None, :]
-            o_in_values = o_key[:, None] * DV + o_dv[None, :]
-            m_keys = (o_d < D)[None, :]
-            m_values = (o_dv < DV)[None, :]
-            b_high, b_low, b_top = halves(b_x)
-            is_finished = False
-            if CODED:
-                is_finished = i_own < s_finished
-            if is_finished:
-                for i_read in tl.range(i_page, i_last_page, num_stages=STAGES):
-                    i_slot = tl.load(p_table + i_read).to(tl.int64) * PAGE
-                    b_keys = tl.load(p_head_keys + i_slot * D + o_in_keys, mask=m_keys, other=0.0)
-                    s_scale = tl.load(p_key_scale + i_head * (s_slots // PAGE) + i_slot // PAGE)
-                    b_logits = tl.dot(b_high, tl.trans(b_keys), tl.dot(b_low, tl.trans(b_keys)))
-                    b_logits *= (b_top * (s_scale * LOG2_E))[:, None]
-                    if GATED:
-                        b_gates = tl.load(p_head_gates + i_slot + o_key[None, :], mask=m_row[:, None], other=0.0)
-                        b_logits += (b_gate[:, None] + b_gates) * LOG2_E
-                    b_v = tl.load(p_head_values + i_slot * DV + o_in_values, mask=m_values, other=0.0)
-                    b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
+            p_head_gates = p_gates + i_query_head.to(tl.int64) * s_slots
+            if CODED and i_chunk < s_finished:
+                b_max, b_sum, b_out = attend_coded(
+                    b_x,
+                    b_gate,
+                    b_max,
+                    b_sum,
+                    b_out,
+                    p_table,
+                    p_head_keys,
+                    p_key_scale + i_head * (s_slots // PAGE),
+                    p_head_values,
+                    p_head_gates,
+                    i_page,
+                    i_last,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    GATED,
+                    STAGES,
+                )
             else:
-                for i_read in tl.range(i_page, i_last_page, num_stages=STAGES):
-                    i_slot = tl.load(p_table + i_read).to(tl.int64) * PAGE
-                    m_key = i_read * PAGE + o_key < s_folded
-                    m_in = m_key[:, None]
-                    if CODED:
-                        b_codes = tl.load(p_head_codes + i_slot * D + o_in_keys, mask=m_in & m_keys, other=0)
-                        o_scale = i_bh.to(tl.int64) * C + (i_read * PAGE) % C + o_key
-                        b_scale = tl.load(p_scale + o_scale, mask=m_key, other=0.0)
-                        b_keys = code_to_float(b_codes).to(tl.float16)
-                        b_logits = tl.dot(b_high, tl.trans(b_keys), tl.dot(b_low, tl.trans(b_keys)))
-                        b_logits *= (b_top * LOG2_E)[:, None] * b_scale[None, :]
-                    else:
-                        b_keys = tl.load(p_head_keys + i_slot * D + o_in_keys, mask=m_in & m_keys, other=0.0)
-                        b_logits = tl.dot(b_x, tl.trans(b_keys), input_precision="ieee") * LOG2_E
-                    if GATED:
-                        m_gate = m_row[:, None] & m_key[None, :]
-                        b_gates = tl.load(p_head_gates + i_slot + o_key[None, :], mask=m_gate, other=0.0)
-                        b_logits += (b_gate[:, None] + b_gates) * LOG2_E
-                    b_logits = tl.where(m_key[None, :], b_logits, float("-inf"))
-                    b_v = tl.load(p_head_values + i_slot * DV + o_in_values, mask=m_in & m_values, other=0.0)
-                    b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
+                b_max, b_sum, b_out = attend_rest(
+                    b_x,
+                    b_gate,
+                    b_max,
+                    b_sum,
+                    b_out,
+                    p_table,
+                    p_head_keys,
+                    p_codes + i_head.to(tl.int64) * s_slots * D,
+                    p_scale + i_bh * C,
+                    p_head_values,
+                    p_head_gates,
+                    i_page,
+                    i_last,
+                    s_folded,
+                    D,
+                    DV,
+                    C,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    CODED,
+                    GATED,
+                    STAGES,
+                )
+            # To the next chunk on the left it is one matrix, that of the chunk just read.
+            s_open = (i_chunk == s_finished).to(tl.int32)
+            s_singles = 1 - s_open
+            s_suffix = 0
+            s_hops = 1
+            i_crossed = i_chunk
+            i_chunk -= 1
 
     # Nothing to attend to gives a log-sum-exp of minus infinity, whose output counts for nothing.
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+    o_dv = tl.arange(0, BLOCK_DV)
     i_result = (i_head * (s_all_items + B) + i_item).to(tl.int64) * s_rows + o_row
-    m_result = o_row < s_rows
-    tl.store(p_out + i_result[:, None] * DV + o_dv[None, :], b_out, mask=m_result[:, None] & (o_dv < DV)[None, :])
-    tl.store(p_log_sum_exp + i_result, b_max + tl.log2(b_sum), mask=m_result)
-
-
-@triton.jit
-def halves(b_x):
-    """A float32 tile as a float16 one, what its rounding took, and what both are times, a number a row."""
-    b_top = tl.max(tl.abs(b_x), axis=1)
-    b_top = tl.where(b_top > 0, b_top, 1.0)
-    b_part = b_x / b_top[:, None]
-    b_high = b_part.to(tl.float16)
-    return b_high, (b_part - b_high.to(tl.float32)).to(tl.float16), b_top
-
-
-@triton.jit
-def code_to_float(b_codes):
-    """int16 to float32 by arithmetic on its bits: conversions run at an eighth of the rate."""
-    return (b_codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    tl.store(
+        p_out + i_result[:, None] * DV + o_dv[None, :], b_out, mask=(o_row < s_rows)[:, None] & (o_dv < DV)[None, :]
+    )
+    tl.store(p_log_sum_exp + i_result, b_max + tl.log2(b_sum), mask=o_row < s_rows)
