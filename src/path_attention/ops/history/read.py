@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from path_attention.ops.engines.decode import attend
-from path_attention.ops.history.state import PAGE, Rows, State, decode_pages, decode_rows, slots
+from path_attention.ops.history.serve import kernels_serve
+from path_attention.ops.history.state import PAGE, ROW_FIELDS, Rows, State, decode_pages, decode_rows, slots
 
 # Query rows that are moved to the edges of all chunks at once, in rows times chunks: bounds the temporaries of a long
 # prefill against a long history, whatever their lengths (32 MB a head of 64 in float32 at 2^17).
@@ -26,18 +27,41 @@ def join_history(
     """
     group = x.shape[2] if passed is None else state.g.shape[1] // x.shape[1]
     per_head = x.unflatten(2, (group, -1))  # (b, H, G, T, D), or T = 1 where heads need not be told apart
-    chunks = -(-folded // state.chunk)
-    size = max(1, MOVED_ROWS // chunks // max(1, x.shape[0] * x.shape[1] * group))
-    outs, sums = [], []
-    for part in per_head.split(size, 3):
-        found = attend_history(state, rows, folded, part.flatten(2, 3), group)
-        outs.append(found[0].unflatten(2, part.shape[2:4]))
-        sums.append(found[1].unflatten(2, part.shape[2:4]))
-    far, far_sum = torch.cat(outs, 3).flatten(2, 3), torch.cat(sums, 3).flatten(2, 3)
+    if kernels_serve(state):
+        far, far_sum = _attend_by_kernels(state, rows, per_head, passed)
+    else:
+        far, far_sum = _attend_in_parts(state, rows, folded, per_head)
     if passed is not None:
         far_sum = far_sum + passed
     total = torch.logaddexp(log_sum_exp, far_sum)
     return out * (log_sum_exp - total).exp() + far * (far_sum - total).exp()
+
+
+def _attend_by_kernels(state: State, rows: Rows, x: Tensor, passed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out (b, H, r, DV) and log_sum_exp (b, H, r, 1) over the folded tokens, of x (b, H, G, T, D)."""
+    from path_attention.ops.kernels import decode
+
+    if isinstance(rows, Tensor):
+        own = {name: y[rows] if name in ROW_FIELDS else y for name, y in state.tensors().items()}
+        state = State(**own)
+    if passed is None:
+        x = x.flatten(2, 3)[:, :, None]  # rows of which head they are makes no difference
+    heads, group = x.shape[1:3]
+    gate = x.new_zeros(*x.shape[:2], x.shape[3] * group) if state.gated else None
+    out, log_sum_exp = decode.attend_history(state, x.transpose(2, 3).flatten(2, 3), gate)
+    return out.unflatten(1, (heads, -1)).flatten(2, 3), log_sum_exp.unflatten(1, (heads, -1)).flatten(2, 3)[..., None]
+
+
+def _attend_in_parts(state: State, rows: Rows, folded: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_attend_by_kernels`, in torch, so many queries at once."""
+    chunks, group = -(-folded // state.chunk), x.shape[2]
+    size = max(1, MOVED_ROWS // chunks // max(1, x.shape[0] * x.shape[1] * group))
+    outs, sums = [], []
+    for part in x.split(size, 3):
+        found = attend_history(state, rows, folded, part.flatten(2, 3), group)
+        outs.append(found[0].unflatten(2, part.shape[2:4]))
+        sums.append(found[1].unflatten(2, part.shape[2:4]))
+    return torch.cat(outs, 3).flatten(2, 3), torch.cat(sums, 3).flatten(2, 3)
 
 
 def attend_history(state: State, rows: Rows, folded: int, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
