@@ -14,10 +14,10 @@ from path_attention.ops import dyadic
 from path_attention.ops.autograd import path_attention_forward
 from path_attention.ops.backends import AUTO
 from path_attention.ops.dyadic import LEAF
-from path_attention.ops.history.fold import Folding, fold, fold_oldest
+from path_attention.ops.history.fold import Folding, fold, fold_by_kernel, fold_oldest
 from path_attention.ops.history.open_rows import Open, append_token, clamp_gates, gates_after, set_open
 from path_attention.ops.history.read import join_history
-from path_attention.ops.history.serve import kernels_serve
+from path_attention.ops.history.serve import fold_kernel_serves, kernels_serve
 from path_attention.ops.history.state import SHORT, Rows, State, Tokens, folds
 from path_attention.ops.leaf import leaf_edges
 from path_attention.ops.spans import plan_spans
@@ -248,16 +248,20 @@ def _absorb(state: State, rows: Rows, folded: int, count: int, tokens: Tokens, k
     """
     total, wide = tokens.q.shape[1], state.w.dtype
     due = folds(folded, folded + total - count, count, keep)
+    start = 0
+    if due and fold_kernel_serves(state):
+        fold_by_kernel(state, rows, folded, due, tokens)
+        start = due  # nothing else is needed of what is folded
     by_head = Folding(
-        k=tokens.k.transpose(1, 2).to(wide),
-        v=tokens.v.transpose(1, 2),
-        w=tokens.w.permute(0, 3, 1, 2, 4).flatten(2, 3).to(wide),
-        beta=tokens.beta.permute(0, 3, 1, 2).flatten(2, 3).to(wide),
-        g=None if tokens.g is None else clamp_gates(tokens.g.transpose(1, 2), wide),
+        k=tokens.k[:, start:].transpose(1, 2).to(wide),
+        v=tokens.v[:, start:].transpose(1, 2),
+        w=tokens.w[:, start:].permute(0, 3, 1, 2, 4).flatten(2, 3).to(wide),
+        beta=tokens.beta[:, start:].permute(0, 3, 1, 2).flatten(2, 3).to(wide),
+        g=None if tokens.g is None else clamp_gates(tokens.g[:, start:].transpose(1, 2), wide),
     )
-    if due:
+    if start < due:
         fold(state, rows, folded, by_head.part(0, due))
-    rest = by_head.part(due, total)
+    rest = by_head.part(due - start, total - start)
     set_open(state, rows, folded + due, rest.k, rest.v, rest.w, rest.beta, rest.g)
     state.folded[rows] = folded + due
     state.length[rows] = folded + total

@@ -1,5 +1,6 @@
 """Folding in torch: tokens leave the open rows, their keys move to the right edge of their chunk."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from path_attention.ops.dyadic import LEAF
-from path_attention.ops.history.open_rows import Open, factors, gates_after
+from path_attention.ops.history.open_rows import Open, clamp_gates, factors, gates_after
 from path_attention.ops.history.serve import kernels_serve
 from path_attention.ops.history.state import (
     FOLD,
@@ -15,6 +16,7 @@ from path_attention.ops.history.state import (
     SUFFIX,
     Rows,
     State,
+    Tokens,
     decode_rows,
     encode_pages,
     encode_rows,
@@ -47,19 +49,56 @@ class Folding(NamedTuple):
 
 
 def fold(state: State, rows: Rows, folded: int, tokens: Folding) -> None:
-    """Put tokens behind the folded ones: first those that fill the open chunk, then whole chunks, then what is left."""
-    count = tokens.k.shape[2]
-    missing = min(count, -folded % state.chunk)
-    whole = missing + (count - missing) // state.chunk * state.chunk
-    for first, end in pairwise((0, missing, whole, count)):
-        if first == end:
-            continue
+    """Put tokens behind the folded ones."""
+    for first, end, chunks in _cuts(state, folded, tokens.k.shape[2]):
         part = tokens.part(first, end)
-        if first == missing and end == whole:
+        if chunks:
             _fold_chunks(state, rows, folded + first, part)
         else:
             k, product = _right_edge(part.k[:, :, None], part.w[:, :, None], part.beta[:, :, None])
             _fold_behind(state, rows, folded + first, k[:, :, 0], product[:, :, 0], part.v, part.g)
+
+
+def _cuts(state: State, folded: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """(first, end, whole chunks) of tokens behind the folded ones: first those that fill the open chunk, then all whole
+    chunks, then what is left.
+    """
+    missing = min(count, -folded % state.chunk)
+    chunks = (count - missing) // state.chunk
+    whole = missing + chunks * state.chunk
+    for first, end in pairwise((0, missing, whole, count)):
+        if first < end:
+            yield first, end, chunks if first == missing and end == whole else 0
+
+
+def fold_by_kernel(state: State, rows: Rows, folded: int, due: int, tokens: Tokens) -> None:
+    """As :func:`fold`, of the first ``due`` of these tokens."""
+    from path_attention.ops.kernels import decode
+
+    decode.fold_tokens(state, None if isinstance(rows, slice) else rows, folded, due, tokens)
+    if tokens.g is None:
+        return
+    g = clamp_gates(tokens.g[:, :due].transpose(1, 2), state.w.dtype)
+    for first, end, chunks in _cuts(state, folded, due):
+        part = g[:, :, first:end].unflatten(2, (max(1, chunks), -1))
+        _fold_gates(state, rows, folded + first, part)
+
+
+def _fold_gates(state: State, rows: Rows, folded: int, g: Tensor) -> None:
+    """Gates (b, HQ, chunks, n) of tokens behind the folded ones, of whole chunks or of the open one."""
+    count, size = g.shape[2] * g.shape[3], state.chunk
+    old = folded % size
+    where = slots(state, rows, folded - old, folded + count)
+    totals = g.sum(3)  # (b, HQ, chunks)
+    state.gates[:, where[:, old:]] = gates_after(g).flatten(2, 3).transpose(0, 1)
+    if old:
+        state.gates[:, where[:, :old]] += totals.transpose(0, 1)
+        totals = totals + state.gate_total[rows][..., None]
+    if (folded + count) % size:
+        state.gate_total[rows] = totals[..., 0]
+    else:
+        chunks = state.chunks[rows][:, folded // size : folded // size + g.shape[2]].long()
+        state.gate_totals[chunks] = totals.transpose(1, 2)
 
 
 def fold_oldest(state: State, rows: Rows, folded: int, open_rows: Open) -> None:
@@ -129,18 +168,13 @@ def _fold_chunks(state: State, rows: Rows, folded: int, tokens: Folding) -> None
     first = folded // size
     where = state.chunks[rows][:, first : first + count // size].long()
     state.products[where] = product.transpose(1, 2)
-    gates = None
     if tokens.g is not None:
-        g = by_chunk(tokens.g)
-        state.gate_totals[where] = g.sum(-1).transpose(1, 2)
-        gates = gates_after(g).flatten(2, 3)
-    _write(state, slots(state, rows, folded, folded + count), k.flatten(2, 3), tokens.v, gates, finished=True)
+        _fold_gates(state, rows, folded, by_chunk(tokens.g))
+    _write(state, slots(state, rows, folded, folded + count), k.flatten(2, 3), tokens.v, finished=True)
 
 
-def _write(
-    state: State, where: Tensor, k: Tensor, v: Tensor | None, gates: Tensor | None, *, finished: bool
-) -> Tensor | None:
-    """Keys (b, H, n, D), values and gates (b, HQ, n) to slots (b, n); returns the scales of the keys, where unfinished.
+def _write(state: State, where: Tensor, k: Tensor, v: Tensor, *, finished: bool) -> Tensor | None:
+    """Keys (b, H, n, D) and values to slots (b, n); returns the scales of the keys, where unfinished.
 
     v are those of the last tokens only, perhaps fewer.
     """
@@ -154,10 +188,7 @@ def _write(
     else:
         codes, scale = encode_rows(k)
         state.keys.view(torch.int16)[:, where] = codes.transpose(0, 1)
-    if v is not None:
-        state.values[:, where[:, where.shape[1] - v.shape[2] :]] = v.transpose(0, 1)
-    if gates is not None:
-        state.gates[:, where] = gates.transpose(0, 1)
+    state.values[:, where[:, where.shape[1] - v.shape[2] :]] = v.transpose(0, 1)
     return scale
 
 
@@ -170,30 +201,22 @@ def _fold_behind(
     old = folded % state.chunk
     new = old + k.shape[2]
     where = slots(state, rows, folded - old, folded + k.shape[2])
-    gates = None if g is None else gates_after(g)
-    total = None if g is None else g.sum(-1)
+    if g is not None:
+        _fold_gates(state, rows, folded, g[:, :, None])
     if old:
         moved = state.keys[:, where[:, :old]].transpose(0, 1)
         if state.coded:
             moved = decode_rows(moved.view(torch.int16), state.scale[rows][:, :, :old])
         k = torch.cat([moved @ product.mT, k], 2)
         product = product @ state.product[rows]
-        if gates is not None and total is not None:
-            gates = torch.cat([state.gates[:, where[:, :old]].transpose(0, 1) + total[..., None], gates], 2)
-            total = total + state.gate_total[rows]
     finished = new == state.chunk
-    scale = _write(state, where, k, v, gates, finished=finished)
+    scale = _write(state, where, k, v, finished=finished)
     if scale is not None:
         state.scale[rows, :, :new] = scale
     if finished:
-        chunk = state.chunks[rows][:, folded // state.chunk].long()
-        state.products[chunk] = product
-        if total is not None:
-            state.gate_totals[chunk] = total
-        return
-    state.product[rows] = product
-    if total is not None:
-        state.gate_total[rows] = total
+        state.products[state.chunks[rows][:, folded // state.chunk].long()] = product
+    else:
+        state.product[rows] = product
 
 
 # --- suffixes --------------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ FOLD = 16
 SUFFIX = 4
 # Widest rows that the Triton kernels serve: tiles of 64 keys and values, twice in shared memory.
 MAX_DIM = 256
+# And where many tokens are folded at once, which takes a product of D x D in registers.
+MAX_FOLD_DIM = 128
 # Tokens of one call that are put behind the open rows as they are; more become leaves and chunks at once.
 SHORT = 16
 

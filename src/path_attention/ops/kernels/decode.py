@@ -13,6 +13,7 @@ from torch import Tensor
 from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
 from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
+from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
 # Narrowest tile of a matrix unit.
@@ -252,3 +253,33 @@ def attend_history(state: State, x: Tensor, gate: Tensor | None) -> tuple[Tensor
         num_warps=4,
     )
     return result, result_lse
+
+
+def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens: Tokens) -> None:
+    """Fold the first ``due`` of tokens (b, T, ...) that come behind the ``folded`` ones of sequences ``rows``, but for
+    their gates. One reflection a token, keys in half precision.
+    """
+    k, v, w, beta = (x.contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta))
+    batch, count, heads, dim = k.shape
+    segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
+    fold_chunk_kernel[(batch * heads * segments,)](
+        p_k=k,
+        p_v=v,
+        p_w=w,
+        p_beta=beta,
+        p_rows=None if rows is None else rows.to(torch.int32),
+        **_fields(state, "keys key_scale values products pages chunks product scale"),
+        p_codes=_codes(state),
+        s_tokens=count,
+        s_folded=folded,
+        s_due=due,
+        H=heads,
+        s_slots=state.keys.shape[1],
+        s_page_columns=state.pages.shape[1],
+        s_chunk_columns=state.chunks.shape[1],
+        # What is kept is for all tokens to come, and numbers are of order 1: two parts of 11 bits.
+        HALF=tl.float16,
+        **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
+        num_warps=4 if _block(dim) <= 64 else 8,
+        num_stages=1,
+    )
