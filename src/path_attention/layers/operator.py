@@ -7,7 +7,6 @@ from torch import Tensor
 
 from path_attention.autocast import autocast_dtype
 from path_attention.layers.attention import Attention
-from path_attention.layers.padding import Padding
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
 from path_attention.ops import path_attention, path_attention_weights
 
@@ -56,10 +55,7 @@ class OperatorAttention(Attention):
         self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
     ) -> Tensor:
         batch, length = hidden_states.shape[:2]
-        padding = None
-        # Whoever compiles a step gives every sequence a token: looking at the mask would make the host wait.
-        if attention_mask is not None and not (length == 1 and torch.compiler.is_compiling()):
-            padding = Padding.from_mask(attention_mask[:, attention_mask.shape[1] - length :], hidden_states)
+        padding = cache.padding(attention_mask, hidden_states)
         if padding is not None:
             hidden_states, cu_seqlens = padding.unpad(hidden_states), padding.cu_seqlens
         convolution = None

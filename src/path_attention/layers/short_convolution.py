@@ -1,11 +1,15 @@
 """A causal depthwise convolution over a few tokens, that stops at the boundaries of packed sequences."""
 
 import math
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from path_attention.checks import check_integer
+
+# Devices that a step's kernel runs on. Triton's interpreter would be another: it is for tests to say so.
+KERNEL_DEVICES = frozenset({"cuda"})
 
 
 class ShortConvolution(nn.Module):
@@ -88,6 +92,21 @@ class ConvolutionState:
         """(B, count, channels): of the last tokens of each sequence."""
         token = self.length[:, None] - count + torch.arange(count, device=self.rows.device)
         return self.rows[torch.arange(len(self.rows), device=self.rows.device)[:, None], token % self.window]
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether :meth:`step` is a kernel for inputs like x."""
+        return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and find_spec("triton") is not None
+
+    def step(
+        self, convolution: ShortConvolution, x: Tensor, beta: Tensor, gate: Tensor | None, head_dim: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w (B, 1, channels), each head_dim of them a unit vector, beta and gates of one more token a sequence from
+        their projections, by one kernel. x is held at once: should the cache refuse the token, its place is free still.
+        """
+        from path_attention.ops.kernels import transition
+
+        self.offered = []
+        return transition.step(x, beta, gate, convolution.weight, self.rows, self.length, head_dim, eps)
 
     def take_in(self) -> None:
         """Hold the rows that were offered last; ``length`` counts them already."""

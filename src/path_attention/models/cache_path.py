@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticLayer
 
 from path_attention.cache import CacheError, PathCache
+from path_attention.layers.padding import Padding
 from path_attention.layers.path import PaTHInputs
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
 from path_attention.ops.history.state import open_room
@@ -284,10 +285,27 @@ class StaticPathCacheLayer(_PathLayer, StaticLayer):  # type: ignore[misc, overr
 
 
 class LayerCache:
-    """One layer of a transformers cache, as a token mixer uses it."""
+    """One layer of a transformers cache, as a token mixer uses it.
 
-    def __init__(self, cache: Cache, index: int) -> None:
-        self.cache, self.index = cache, index
+    Args:
+        cache: of all layers.
+        index: the layer.
+        shared: what all layers of one call find out once.
+    """
+
+    def __init__(self, cache: Cache, index: int, shared: dict[str, Any]) -> None:
+        self.cache, self.index, self.shared = cache, index, shared
+
+    def padding(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Padding | None:
+        """Where the real ones of the new tokens are, None where all are; mask (B, those before + L)."""
+        length = hidden_states.shape[1]
+        # Whoever compiles a step gives every sequence a token: looking at the mask would make the host wait.
+        if attention_mask is None or (length == 1 and torch.compiler.is_compiling()):
+            return None
+        if "padding" not in self.shared:
+            new = attention_mask[:, attention_mask.shape[1] - length :]
+            self.shared["padding"] = Padding.from_mask(new, hidden_states)
+        return self.shared["padding"]
 
     @property
     def length(self) -> Any:

@@ -6,6 +6,7 @@ tests/test_cache_cuda.py has it.
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ HALF_FACTOR = 1.5
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "DEVICES", {"cpu"})
-    monkeypatch.setattr(decode, "PROGRAMS", 2)  # pieces of several pages, and not one for each
+    pieces = {width: replace(launch, programs=2) for width, launch in decode.LAUNCHES.items()}
+    monkeypatch.setattr(decode, "LAUNCHES", pieces)  # of several pages, and not one for each
 
 
 def inputs_of(shape: Shape, **options: object) -> Inputs:

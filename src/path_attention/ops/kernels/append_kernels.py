@@ -370,7 +370,7 @@ def nearest(b_x):
     return ((b_x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("keep", "capacity", "B", "H", "s_new", "s_tokens", "s_items"))
 def append_kernel(
     p_out,  # what attend_kernel wrote
     p_log_sum_exp,
@@ -507,7 +507,7 @@ def append_kernel(
         tl.store(p_folded + i_sequence, s_folded + s_dropped)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("keep", "capacity", "B", "H", "s_new", "s_page_columns", "s_chunk_columns"))
 def fold_kernel(
     p_before,
     p_bounds,
@@ -730,7 +730,7 @@ def fold_part(
                 tl.store(p, b_after, mask=i_open < FOLD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("B", "H", "s_new", "s_items"))
 def join_kernel(
     p_out,  # what attend_kernel wrote, MOVED
     p_log_sum_exp,

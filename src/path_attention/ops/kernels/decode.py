@@ -1,8 +1,9 @@
-"""Launchers of a cache's step: two kernels, whatever the lengths, of which the host knows nothing.
+"""Launchers of a cache's step: attend, append and, where the caller cannot rule it out, fold.
 
-Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for every length.
+Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for all lengths.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -18,8 +19,6 @@ from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
 # Narrowest tile of a matrix unit.
 MIN_BLOCK = 16
-# Pieces that histories are cut into, in programs a multiprocessor: several of them share one and even out.
-PROGRAMS = 8
 # Multiprocessors that interpreted kernels are launched for.
 INTERPRETED = 1
 # Query rows of one program, at most.
@@ -32,6 +31,32 @@ APPEND_WIDTH = 16
 FOLD_WIDTH = 16
 # What no sequence reaches, where memory grows.
 UNBOUNDED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How attend_kernel is launched."""
+
+    num_warps: int
+    stages: int  # of the loop over pages: one for the entry of the table, one to work on, the others on their way
+    registers: int | None  # a thread at most; what a program does before its loop needs more, and may spill
+    programs: int  # a multiprocessor, that histories are cut into pieces for: some run at once, the rest evens out
+
+
+# By the widest row. 128 registers let four programs of four warps share a multiprocessor.
+LAUNCHES = {
+    64: Launch(num_warps=4, stages=4, registers=128, programs=8),
+    128: Launch(num_warps=8, stages=4, registers=128, programs=8),
+    256: Launch(num_warps=8, stages=3, registers=None, programs=4),
+}
+# Tiles of MAX_ROWS queries, as of long calls: these have matrix units to keep busy, not memory.
+LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4)
+
+
+def _launch(wide: int, block_rows: int) -> Launch:
+    if block_rows == MAX_ROWS:
+        return LAUNCH_ROWS
+    return next(launch for width, launch in LAUNCHES.items() if wide <= width)
 
 
 @cache
@@ -102,11 +127,11 @@ def _attend(
     rows = count * query_heads // heads
     block_rows = min(MAX_ROWS, _block(rows))
     tiles = triton.cdiv(rows, block_rows)
-    items = max(1, PROGRAMS * _multiprocessors(state.k.device) // (heads * tiles))
+    launch = _launch(max(_block(dim), _block(value_dim)), block_rows)
+    items = max(1, launch.programs * _multiprocessors(state.k.device) // (heads * tiles))
     pieces = items + 2 * batch
     out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
     log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
-    wide = max(_block(dim), _block(value_dim))
     attend_kernel[((pieces - batch * moved) * heads * tiles,)](
         p_q=q,
         **new,
@@ -131,11 +156,11 @@ def _attend(
         MOVED=moved,
         # A moved query counts for one step: 16 bits are eight more than bfloat16 has.
         HALF=_HALF[state.k.dtype],
-        STAGES=3 if wide <= 64 else 2,
+        STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
         **_options(state, query_heads, FOLD_OPTIONS),
-        num_warps=8 if wide > 128 or (wide > 64 and block_rows == MAX_ROWS) else 4,
-        maxnreg=128,
+        num_warps=launch.num_warps,
+        maxnreg=launch.registers,
         num_stages=1,
     )
     return out, log_sum_exp, items

@@ -464,7 +464,11 @@ def attend_rest(
     return b_max, b_sum, b_out
 
 
-@triton.jit
+# Numbers that no address is a multiple of: that one is 1 or a multiple of 16 is no reason to compile again.
+FREE = ("capacity", "B", "H", "s_new", "s_items", "s_page_columns", "s_chunk_columns", "s_groups")
+
+
+@triton.jit(do_not_specialize=FREE)
 def attend_kernel(
     p_q,  # (tokens, HQ, D), or where MOVED x (B, H, rows, D) float32: at the fold's edge, times scale
     p_new_k,  # (tokens, H, D)

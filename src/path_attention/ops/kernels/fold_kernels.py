@@ -19,7 +19,7 @@ from path_attention.ops.kernels.leaf_kernels import _unit_lower_inverse
 from path_attention.ops.kernels.tiles import dot_split
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("s_tokens", "s_folded", "s_due", "H", "s_page_columns", "s_chunk_columns"))
 def fold_chunk_kernel(
     p_k,  # (b, tokens, H, D): the first s_due of these tokens are folded
     p_v,  # (b, tokens, H, DV)
