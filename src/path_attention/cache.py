@@ -366,9 +366,9 @@ class PathCache:
             table = torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32)
             table = table.view(len(rows), width)
             if table.shape == old.shape:
-                old.copy_(table)
+                old.copy_(table, non_blocking=True)
             else:
-                setattr(self._state, name, table.to(old.device))
+                setattr(self._state, name, table.to(old.device, non_blocking=True))
 
     def _pools(self) -> dict[str, Pool]:
         assert self._pages is not None
@@ -425,7 +425,7 @@ class PathCache:
     def _set_facts(self, facts: list[tuple[int, int]]) -> None:
         state = self.state
         for x, values in zip((state.folded, state.length), zip(*facts, strict=True), strict=True):
-            x.copy_(torch.tensor(values, dtype=torch.int32))
+            x.copy_(torch.tensor(values, dtype=torch.int32), non_blocking=True)
         history.refresh_suffix(state, None, facts)
         self._known = facts
 
@@ -453,7 +453,7 @@ class PathCache:
         if any(not 0 <= x < self.batch_size for x in chosen):
             raise _bad("index", chosen, f"sequences of 0 to {self.batch_size - 1}")
         state = self.state
-        where = torch.tensor(chosen, dtype=torch.int64, device=state.k.device)
+        where = torch.tensor(chosen, dtype=torch.int64).to(state.k.device, non_blocking=True)
         if self.capacity is not None:
             if len(chosen) != self.batch_size:
                 raise _bad(

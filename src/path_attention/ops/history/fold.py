@@ -237,7 +237,7 @@ def refresh_suffix(state: State, before: list[tuple[int, int]] | None, now: list
         state.suffix_gate = state.suffix_gate.new_zeros(len(now), max(wanted), state.suffix_gate.shape[2])
     for groups in sorted(set(wanted) - {0}):
         members = [row for row, x in enumerate(wanted) if x == groups]
-        rows = torch.tensor(members, device=state.k.device)
+        rows = torch.tensor(members).to(state.k.device, non_blocking=True)
         where = state.chunks[rows][:, : groups * SUFFIX].long().unflatten(1, (groups, SUFFIX))
         products = state.products[where].permute(0, 3, 1, 2, 4, 5).double()  # (b, H, groups, SUFFIX, D, D)
         after, _ = products_after(products_after(products)[1])
@@ -245,4 +245,4 @@ def refresh_suffix(state: State, before: list[tuple[int, int]] | None, now: list
         if state.gated:
             totals = state.gate_totals[where].sum(2)  # (b, groups, HQ)
             state.suffix_gate[rows, :groups] = gates_after(totals.transpose(1, 2)).transpose(1, 2)
-    state.covered.copy_(torch.tensor(wanted, dtype=torch.int32) * SUFFIX)
+    state.covered.copy_(torch.tensor(wanted, dtype=torch.int32) * SUFFIX, non_blocking=True)

@@ -58,9 +58,7 @@ class Pool:
             for name, x in self.tensors.items():
                 pieces = self._pieces(name, x)
                 dim = self._cut[name][0]
-                device = x.device
-                source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
-                pieces.index_copy_(dim, target, pieces.index_select(dim, source))
+                pieces.index_copy_(dim, _index(targets, x), pieces.index_select(dim, _index(sources, x)))
         return targets
 
     def select(self, pieces: Sequence[int]) -> dict[str, Tensor]:
@@ -74,8 +72,7 @@ class Pool:
 
     def _take_pieces(self, name: str, pieces: Sequence[int]) -> Tensor:
         x, dim = self.tensors[name], self._cut[name][0]
-        index = torch.tensor(list(pieces), dtype=torch.int64, device=x.device)
-        return self._pieces(name, x).index_select(dim, index).flatten(dim, dim + 1)
+        return self._pieces(name, x).index_select(dim, _index(pieces, x)).flatten(dim, dim + 1)
 
     def _pieces(self, name: str, x: Tensor) -> Tensor:
         dim, length = self._cut[name]
@@ -83,3 +80,7 @@ class Pool:
 
     def to(self, device: torch.device | str) -> None:
         self.tensors = {name: x.to(device) for name, x in self.tensors.items()}
+
+
+def _index(pieces: Sequence[int], x: Tensor) -> Tensor:
+    return torch.tensor(list(pieces), dtype=torch.int64).to(x.device, non_blocking=True)
