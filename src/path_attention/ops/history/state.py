@@ -144,9 +144,13 @@ class Tokens(NamedTuple):
 
 
 def open_room(keep: int) -> int:
-    """O that ``keep`` needs: that many tokens, those that wait to be folded, and those of one short call."""
+    """O that ``keep`` needs: that many tokens, those that wait to be folded, and those of one short call.
+
+    48, 64, 96, 128, 192 and so on: kernels are compiled for it.
+    """
     least = max(keep + FOLD, SHORT + FOLD) - 1 + SHORT
-    return -(-least // FOLD) * FOLD
+    power = 1 << (least - 1).bit_length()
+    return power * 3 // 4 if least <= power * 3 // 4 else power
 
 
 def folds(folded: int, length: int, count: int, keep: int) -> int:
