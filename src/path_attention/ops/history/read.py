@@ -1,13 +1,11 @@
 """Attention over the folded tokens in torch: the query goes left from chunk to chunk, K and V are read once."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from path_attention.ops.engines.decode import attend
 from path_attention.ops.history.serve import kernels_serve
-from path_attention.ops.history.state import PAGE, ROW_FIELDS, Rows, State, decode_pages, decode_rows, slots
+from path_attention.ops.history.state import PAGE, ROW_FIELDS, Rows, State, decode_pages, decode_rows
 
 # Query rows that are moved to the edges of all chunks at once, in rows times chunks: bounds the temporaries of a long
 # prefill against a long history, whatever their lengths (32 MB a head of 64 in float32 at 2^17).
@@ -67,10 +65,13 @@ def _attend_in_parts(state: State, rows: Rows, folded: int, x: Tensor) -> tuple[
 def attend_history(state: State, rows: Rows, folded: int, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """out (b, H, r, DV) and log_sum_exp (b, H, r, 1) over the folded tokens."""
     finished, rest = divmod(folded, state.chunk)
+    per_chunk, pages = state.chunk // PAGE, state.pages[rows]
     outs, sums = [], []
     gate = state.gate_total[rows] if state.gated else None  # (b, HQ): from the chunk's edge to the fold's
     if rest:
-        found = _attend_open_chunk(state, rows, finished * state.chunk, folded, x, group)
+        of_chunk = pages[:, finished * per_chunk : -(-folded // PAGE)]
+        scale = state.scale[rows][:, :, :rest] if state.coded else None
+        found = _attend_spans(state, of_chunk, rest, x, None, group, scale)
         outs, sums = [found[0]], [found[1]]
         x = x @ state.product[rows]
     elif gate is not None:
@@ -81,10 +82,12 @@ def attend_history(state: State, rows: Rows, folded: int, x: Tensor, group: int)
         for chunk in reversed(range(1, finished)):
             moved.append(moved[-1] @ state.products[where[:, chunk]])
             biases += [y + state.gate_totals[where[:, chunk]] for y in biases[-1:]]
-        bias = torch.stack(biases[::-1], 1) if biases else None
-        found = _attend_finished(state, rows, finished, torch.stack(moved[::-1], 1), bias, group)
-        outs += found[0].unbind(1)
-        sums += found[1].unbind(1)
+        queries = torch.stack(moved[::-1], 1).flatten(0, 1)  # (b * chunks, H, r, D)
+        bias = torch.stack(biases[::-1], 1).flatten(0, 1) if biases else None
+        of_chunks = pages[:, : finished * per_chunk].reshape(-1, per_chunk)
+        found = _attend_spans(state, of_chunks, state.chunk, queries, bias, group, None)
+        outs += found[0].unflatten(0, (-1, finished)).unbind(1)
+        sums += found[1].unflatten(0, (-1, finished)).unbind(1)
     if len(outs) == 1:
         return outs[0], sums[0]
     all_sums = torch.stack(sums)
@@ -92,68 +95,76 @@ def attend_history(state: State, rows: Rows, folded: int, x: Tensor, group: int)
     return (torch.stack(outs) * (all_sums - total).exp()).sum(0), total
 
 
-def _attend_open_chunk(state: State, rows: Rows, first: int, end: int, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    where = slots(state, rows, first, end)
-    keys = state.keys[:, where].transpose(0, 1)
-    if state.coded:
-        keys = decode_rows(keys.view(torch.int16), state.scale[rows][:, :, : end - first])
-    values = state.values[:, where].transpose(0, 1).to(x.dtype)
-    return attend(x, keys, values, _bias(state, where, None, x, group))
-
-
-def _attend_finished(
-    state: State, rows: Rows, finished: int, x: Tensor, gate: Tensor | None, group: int
+def _attend_spans(
+    state: State, pages: Tensor, keys: int, x: Tensor, gate: Tensor | None, group: int, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """out (b, chunks, H, r, DV) and log_sum_exp of queries x (b, chunks, H, r, D) at the edges of all finished chunks;
-    gate (b, chunks, HQ): added to the chunks' own.
+    """out (p, H, r, DV) and log_sum_exp of queries x (p, H, r, D), each at the edge of a span of ``keys`` tokens that
+    stand in pages (p, pages of a span).
 
-    Chunks that follow one another in memory, whoever's they are, are one call on a view of them: no key is copied.
+    Spans at equal distances in memory, whoever's they are, are one call on a view of them: no key is copied.
+
+    Args:
+        gate: (p, HQ), added to the keys' own.
+        scale: (p, H, keys) of int16 keys, None for those of finished chunks.
     """
-    per_chunk, shape = state.chunk // PAGE, x.shape[:2]
-    pages = state.pages[rows][:, : finished * per_chunk].reshape(-1, per_chunk)
-    x, gate = x.flatten(0, 1), None if gate is None else gate.flatten(0, 1)
-    whole = ((pages - torch.arange(per_chunk, device=pages.device)) == pages[:, :1]).all(1)
-    if state.coded or state.values.dtype != x.dtype:
-        whole = torch.zeros_like(whole)
     outs, sums = x.new_empty(*x.shape[:3], state.values.shape[2]), x.new_empty(*x.shape[:3], 1)
+    offset = torch.arange(pages.shape[1], device=pages.device)
+    in_one = ((pages - offset) == pages[:, :1]).all(1)
+    if state.coded or state.values.dtype != x.dtype:
+        in_one = torch.zeros_like(in_one)
     first = (pages[:, 0] * PAGE).tolist()
-    views = sorted(whole.nonzero().flatten().tolist(), key=first.__getitem__)
-    for run in _runs(views, first, state.chunk):
-        keys, values = (_view(y, first[run[0]], len(run), state.chunk) for y in (state.keys, state.values))
-        at = torch.tensor(run, device=x.device)
-        where = pages[at, :1].long() * PAGE + torch.arange(state.chunk, device=x.device)
-        bias = _bias(state, where, None if gate is None else gate[at], x[at], group)
-        outs[at], sums[at] = attend(x[at], keys, values, bias)
-    copies = (~whole).nonzero().flatten()
-    for at in copies.split(max(1, COPIED_KEYS // state.chunk)):
-        where = (pages[at].long()[:, :, None] * PAGE + torch.arange(PAGE, device=x.device)).flatten(1)
-        keys, values = (y[:, where].transpose(0, 1) for y in (state.keys, state.values))
-        if state.coded:
-            keys = decode_pages(keys, state.key_scale[:, pages[at].long()].transpose(0, 1))
-        bias = _bias(state, where, None if gate is None else gate[at], x[at], group)
-        outs[at], sums[at] = attend(x[at], keys, values.to(x.dtype), bias)
-    return outs.unflatten(0, shape), sums.unflatten(0, shape)
+    copies = (~in_one).nonzero().flatten()
+    for run, step in _runs(in_one.nonzero().flatten().tolist(), first):
+        k, v = (_view(y, first[run[0]], len(run), step, keys) for y in (state.keys, state.values))
+        every = len(run) == len(x) and run == list(range(len(x)))
+        at: Rows = slice(None) if every else torch.tensor(run, device=x.device)
+        bias = _bias(state, pages[at], keys, None if gate is None else gate[at], x[at], group)
+        outs[at], sums[at] = attend(x[at], k, v, bias)
+    for at in copies.split(max(1, COPIED_KEYS // keys)):
+        where = _slots(pages[at], keys)
+        k, v = (y[:, where].transpose(0, 1) for y in (state.keys, state.values))
+        if scale is not None:
+            k = decode_rows(k.view(torch.int16), scale[at])
+        elif state.coded:
+            k = decode_pages(k, state.key_scale[:, pages[at].long()].transpose(0, 1))
+        bias = _bias(state, pages[at], keys, None if gate is None else gate[at], x[at], group)
+        outs[at], sums[at] = attend(x[at], k, v.to(x.dtype), bias)
+    return outs, sums
 
 
-def _view(x: Tensor, first: int, count: int, rows: int) -> Tensor:
-    """(H, S, dim) -> (count, H, rows, dim): ``count`` runs of ``rows`` slots one after another, from slot ``first``."""
+def _slots(pages: Tensor, keys: int) -> Tensor:
+    """(p, keys): where the tokens of these pages stand."""
+    return (pages.long()[:, :, None] * PAGE + torch.arange(PAGE, device=pages.device)).flatten(1)[:, :keys]
+
+
+def _view(x: Tensor, first: int, count: int, step: int, keys: int) -> Tensor:
+    """(H, S, dim) -> (count, H, keys, dim): ``count`` spans of slots, from slot ``first`` on every ``step``."""
     stride = x.stride()
     return x.as_strided(
-        (count, x.shape[0], rows, x.shape[2]), (rows * stride[1], *stride), x.storage_offset() + first * stride[1]
+        (count, x.shape[0], keys, x.shape[2]), (step * stride[1], *stride), x.storage_offset() + first * stride[1]
     )
 
 
-def _bias(state: State, where: Tensor, gate: Tensor | None, x: Tensor, group: int) -> Tensor | None:
-    """What gates add to the logits of queries x (p, H, r, D) and keys at slots (p, n), their chunks' own and gate."""
+def _bias(state: State, pages: Tensor, keys: int, gate: Tensor | None, x: Tensor, group: int) -> Tensor | None:
+    """What gates add to the logits of queries x (p, H, r, D) and keys in pages (p, ...), their own and gate (p, HQ)."""
     if not state.gated:
         return None
-    bias = state.gates[:, where].transpose(0, 1)  # (p, HQ, n)
+    bias = state.gates[:, _slots(pages, keys)].transpose(0, 1)  # (p, HQ, keys)
     if gate is not None:
         bias = bias + gate[..., None]
     return bias.unflatten(1, (x.shape[1], group)).repeat_interleave(x.shape[2] // group, 2)
 
 
-def _runs(order: list[int], first: list[int], step: int) -> list[list[int]]:
-    """The longest runs of ``order`` whose entries of ``first`` are ``step`` apart."""
-    cuts = [n for n in range(1, len(order)) if first[order[n]] != first[order[n - 1]] + step]
-    return [order[start:end] for start, end in pairwise([0, *cuts, len(order)]) if start < end]
+def _runs(members: list[int], first: list[int]) -> list[tuple[list[int], int]]:
+    """Members in the order of ``first``, cut into runs whose entries of it are equally far apart, and how far."""
+    order = sorted(members, key=first.__getitem__)
+    runs: list[tuple[list[int], int]] = []
+    for member in order:
+        if runs:
+            run, step = runs[-1]
+            distance = first[member] - first[run[-1]]
+            if len(run) == 1 or distance == step:
+                runs[-1] = ([*run, member], distance)
+                continue
+        runs.append(([member], 0))
+    return runs
