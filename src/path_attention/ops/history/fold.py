@@ -102,12 +102,23 @@ def _fold_gates(state: State, rows: Rows, folded: int, g: Tensor) -> None:
 
 
 def fold_oldest(state: State, rows: Rows, folded: int, open_rows: Open) -> None:
-    """Fold the FOLD oldest open tokens."""
-    steps = FOLD * state.reflections
-    w, a, y = open_rows.w[:, :, :steps], open_rows.a[:, :, :steps, :steps], open_rows.y[:, :, :steps, :FOLD]
-    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    k = open_rows.k[:, :, :FOLD] - y.mT @ w
-    product = identity - w.mT @ (a @ w)
+    """Fold the FOLD oldest open tokens: their transitions one after another, as the definition has them.
+
+    I - W^T A W would cost as much. But A is as large as one over the angle of near-parallel reflections, and what is
+    left of its digits when its terms cancel is kept here for all tokens to come.
+    """
+    reflections, wide = state.reflections, open_rows.w.dtype
+    steps = FOLD * reflections
+    w, beta = open_rows.w[:, :, :steps], open_rows.beta[:, :, :steps]
+    k = open_rows.k[:, :, :FOLD]
+    identity = torch.eye(k.shape[-1], dtype=wide, device=k.device).expand(*k.shape[:2], -1, -1)
+    x = torch.cat([k, identity], 2)  # rows that move right: the keys, and those whose images are P^T
+    token = torch.arange(FOLD, device=k.device)
+    for step in range(steps):
+        behind = torch.cat([token < step // reflections, token.new_ones(k.shape[-1]).bool()])
+        along = (x @ w[:, :, step, :, None]) * (beta[:, :, step, None, None] * behind[:, None])
+        x = x - along * w[:, :, step, None]
+    k, product = x[:, :, :FOLD], x[:, :, FOLD:].mT
     g = None if open_rows.g is None else open_rows.g[:, :, :FOLD]
     _fold_behind(state, rows, folded, k, product, open_rows.v[:, :, :FOLD].to(state.values.dtype), g)
 

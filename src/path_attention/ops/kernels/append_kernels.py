@@ -152,64 +152,48 @@ def append_rows(
 
 
 @triton.jit
-def fold_product(
+def move_rows(b_x, i_token, p_w, p_a, s_folded, ROOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
+    """Rows (rows, BLOCK_D) moved right past the FOLD oldest open tokens, x <- x - beta (x . w) w, but past those only
+    that come after a row's own token, number i_token among the open ones, below 0 for earlier ones.
+
+    One reflection after another, as the definition has them: I - W^T A W would cost as much, but A is as large as one
+    over the angle of near-parallel reflections, and what its cancelling terms leave is kept for all tokens to come.
+    """
+    o_d = tl.arange(0, b_x.shape[1])
+    for i_step in range(FOLD * R):
+        i_place = ((s_folded + i_step // R) % ROOM) * R + i_step % R
+        b_w = tl.load(p_w + i_place * D + o_d, mask=o_d < D, other=0.0)
+        s_beta = tl.load(p_a + i_place * (ROOM * R) + i_place)  # beta is the diagonal of A
+        b_along = tl.where(i_token < i_step // R, s_beta * tl.sum(b_x * b_w[None, :], axis=1), 0.0)
+        b_x -= b_along[:, None] * b_w[None, :]
+    return b_x
+
+
+@triton.jit
+def fold_columns(
     p_w,
     p_a,
     p_old,
     p_new,
+    i_first,
     s_folded,
     has_old,
     ROOM: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """P of the FOLD oldest open tokens times the matrix at p_old, or the identity, to p_new: P = I - W^T A W."""
+    """Columns i_first ... of P of the FOLD oldest open tokens times the matrix at p_old, or the identity, to p_new."""
+    o_col = i_first + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
-    o_row = tl.arange(0, WIDTH)
-    b_a = load_lower(p_a, 0, 0, FOLD, s_folded, ROOM, R, R, False, STEPS, STEPS)
-    b_wp = load_open(p_w, 0, FOLD, s_folded, ROOM, D, R, BLOCK_D, STEPS)
+    mask = (o_col < D)[:, None] & (o_d < D)[None, :]
+    o_in = o_d[None, :] * D + o_col[:, None]
+    b_x = tl.where(o_col[:, None] == o_d[None, :], 1.0, 0.0)
     if has_old:
-        b_wp = tl.zeros((STEPS, BLOCK_D), dtype=tl.float32)
-        for i_part in range(BLOCK_D // WIDTH):
-            i_row = i_part * WIDTH + o_row
-            mask = (i_row < D)[:, None] & (o_d < D)[None, :]
-            b_old = tl.load(p_old + i_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
-            b_part = columns_of_open(p_w, i_part, s_folded, ROOM, R, D, STEPS, WIDTH)
-            b_wp = tl.dot(b_part, b_old, b_wp, input_precision=PRECISION)
-    b_awp = tl.dot(b_a, b_wp, input_precision=PRECISION)
-    tl.debug_barrier()  # p_new may be p_old, which all have read now
-    for i_part in range(BLOCK_D // WIDTH):
-        i_row = i_part * WIDTH + o_row
-        mask = (i_row < D)[:, None] & (o_d < D)[None, :]
-        o_in = i_row[:, None] * D + o_d[None, :]
-        b_old = tl.where(i_row[:, None] == o_d[None, :], 1.0, 0.0)
-        if has_old:
-            b_old = tl.load(p_old + o_in, mask=mask, other=0.0)
-        b_part = tl.trans(columns_of_open(p_w, i_part, s_folded, ROOM, R, D, STEPS, WIDTH))
-        tl.store(p_new + o_in, b_old - tl.dot(b_part, b_awp, input_precision=PRECISION), mask=mask)
-
-
-@triton.jit
-def columns_of_open(
-    p_w,
-    i_part,
-    s_folded,
-    ROOM: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Columns i_part * WIDTH ... of w of the FOLD oldest open tokens, (STEPS, WIDTH)."""
-    i_step = tl.arange(0, STEPS)
-    i_col = i_part * WIDTH + tl.arange(0, WIDTH)
-    i_place = ((s_folded + i_step // R) % ROOM) * R + i_step % R
-    mask = (i_step < FOLD * R)[:, None] & (i_col < D)[None, :]
-    return tl.load(p_w + i_place[:, None] * D + i_col[None, :], mask=mask, other=0.0)
+        b_x = tl.load(p_old + o_in, mask=mask, other=0.0)
+    b_x = move_rows(b_x, tl.full((ROWS,), -1, dtype=tl.int32), p_w, p_a, s_folded, ROOM, R, D)
+    tl.store(p_new + o_in, b_x, mask=mask)
 
 
 @triton.jit
@@ -220,7 +204,6 @@ def moved_keys(
     p_k,
     p_w,
     p_a,
-    p_y,
     i_token,
     i_slot,
     s_folded,
@@ -229,16 +212,10 @@ def moved_keys(
     D: tl.constexpr,
     C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
     CODED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Keys of the tokens i_token at the edge behind the FOLD oldest open tokens, float32; zeros for later tokens.
-
-    k_right = k - ((k W^T) A^T) W of a key before these tokens, k - Y^T W of one of them.
-    """
+    """Keys of the tokens i_token at the edge behind the FOLD oldest open tokens, float32; zeros for later tokens."""
     o_d = tl.arange(0, BLOCK_D)
-    o_step = tl.arange(0, STEPS)
     i_open = i_token - s_folded  # number among the open tokens
     m_old = i_open < 0
     m_new = (i_open >= 0) & (i_open < FOLD)
@@ -251,14 +228,7 @@ def moved_keys(
         b_k = tl.load(p_keys + o_in, mask=m_old[:, None] & m_d, other=0.0)
     i_place = tl.where(m_new, i_token, 0) % ROOM
     b_k += tl.load(p_k + i_place[:, None] * D + o_d[None, :], mask=m_new[:, None] & m_d, other=0.0).to(tl.float32)
-    b_w = load_open(p_w, 0, FOLD, s_folded, ROOM, D, R, BLOCK_D, STEPS)
-    b_a = load_lower(p_a, 0, 0, FOLD, s_folded, ROOM, R, R, False, STEPS, STEPS)
-    b_kw = tl.dot(b_k, tl.trans(b_w), input_precision=PRECISION)
-    b_kwa = tl.dot(b_kw, tl.trans(b_a), input_precision=PRECISION)
-    i_step_place = ((s_folded + o_step // R) % ROOM) * R + o_step % R
-    m_y = m_new[:, None] & ((o_step // R)[None, :] > i_open[:, None]) & (o_step < FOLD * R)[None, :]
-    b_y = tl.load(p_y + i_step_place[None, :] * ROOM + i_place[:, None], mask=m_y, other=0.0)
-    return b_k - tl.dot(tl.where(m_old[:, None], b_kwa, b_y), b_w, input_precision=PRECISION)
+    return move_rows(b_k, i_open, p_w, p_a, s_folded, ROOM, R, D)
 
 
 @triton.jit
@@ -272,7 +242,6 @@ def fold_page(
     p_v,
     p_w,
     p_a,
-    p_y,
     i_page,
     i_slot,
     s_folded,
@@ -284,10 +253,8 @@ def fold_page(
     C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    STEPS: tl.constexpr,
     KEYS: tl.constexpr,
     CODED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The keys of one page of the open chunk moved past the FOLD oldest open tokens, and these put behind them."""
     o_key = tl.arange(0, KEYS)
@@ -298,7 +265,7 @@ def fold_page(
         if finished:  # all of the page in one scale, so its largest number first
             b_top = tl.full((KEYS,), TINY, dtype=tl.float32)
             for i in range(PAGE // KEYS):
-                i_key = i * KEYS + o_key
+                i_token = i_page * PAGE + i * KEYS + o_key
                 b_k = moved_keys(
                     p_keys,
                     p_codes,
@@ -306,48 +273,28 @@ def fold_page(
                     p_k,
                     p_w,
                     p_a,
-                    p_y,
-                    i_page * PAGE + i_key,
-                    i_slot + i_key,
+                    i_token,
+                    i_slot + i * KEYS + o_key,
                     s_folded,
                     ROOM,
                     R,
                     D,
                     C,
                     BLOCK_D,
-                    STEPS,
                     CODED,
-                    PRECISION,
                 )
                 b_top = tl.maximum(b_top, tl.max(tl.abs(b_k), axis=1))
             s_scale = tl.exp2(tl.ceil(tl.log2(tl.max(b_top))) - 14.0)
             tl.store(p_key_scale + i_slot // PAGE, s_scale)
     for i in range(PAGE // KEYS):
-        i_key = i * KEYS + o_key
-        i_token = i_page * PAGE + i_key
+        i_token = i_page * PAGE + i * KEYS + o_key
+        i_place = i_slot + i * KEYS + o_key
         i_open = i_token - s_folded
         b_k = moved_keys(
-            p_keys,
-            p_codes,
-            p_scale,
-            p_k,
-            p_w,
-            p_a,
-            p_y,
-            i_token,
-            i_slot + i_key,
-            s_folded,
-            ROOM,
-            R,
-            D,
-            C,
-            BLOCK_D,
-            STEPS,
-            CODED,
-            PRECISION,
+            p_keys, p_codes, p_scale, p_k, p_w, p_a, i_token, i_place, s_folded, ROOM, R, D, C, BLOCK_D, CODED
         )
         mask = (i_open < FOLD)[:, None] & (o_d < D)[None, :]
-        o_in = (i_slot + i_key)[:, None] * D + o_d[None, :]
+        o_in = i_place[:, None] * D + o_d[None, :]
         if CODED:
             if finished:
                 tl.store(p_keys + o_in, (b_k / s_scale).to(tl.float16), mask=mask)
@@ -359,9 +306,9 @@ def fold_page(
             tl.store(p_keys + o_in, b_k, mask=mask)
         m_new = (i_open >= 0) & (i_open < FOLD)
         m_v = m_new[:, None] & (o_dv < DV)[None, :]
-        i_place = tl.where(m_new, i_token, 0) % ROOM
-        b_v = tl.load(p_v + i_place[:, None] * DV + o_dv[None, :], mask=m_v, other=0.0)
-        tl.store(p_values + (i_slot + i_key)[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
+        i_ring = tl.where(m_new, i_token, 0) % ROOM
+        b_v = tl.load(p_v + i_ring[:, None] * DV + o_dv[None, :], mask=m_v, other=0.0)
+        tl.store(p_values + i_place[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
 
 
 @triton.jit
@@ -528,7 +475,6 @@ def fold_kernel(
     p_w,
     p_g,
     p_a,
-    p_y,
     keep,
     capacity,
     B,
@@ -546,12 +492,9 @@ def fold_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    STEPS: tl.constexpr,  # tile of the reflections of FOLD tokens
-    WIDTH: tl.constexpr,  # tile of rows of a product
-    KEYS: tl.constexpr,  # tile of keys, a part of a page
+    KEYS: tl.constexpr,  # tile of keys, a part of a page, and of columns of the product
     CODED: tl.constexpr,
     GATED: tl.constexpr,
-    PRECISION: tl.constexpr,  # of float32 products
 ):
     """Fold the FOLD oldest open tokens of the sequences where it is time: all programs share their heads and pages."""
     o_b = tl.arange(0, BLOCK_B)
@@ -568,10 +511,11 @@ def fold_kernel(
         i_sequence = tl.sum(tl.where(m_own, o_b, 0))
         s_folded = tl.sum(tl.where(m_own, b_folded, 0))
         i_chunk_first = s_folded // C * C
-        s_parts = (s_folded - i_chunk_first) // PAGE + 2  # pages that change, and the product
+        s_pages = (s_folded - i_chunk_first) // PAGE + 1  # those that change
+        s_parts = s_pages + (D + KEYS - 1) // KEYS  # and the product
         for i_work in range(tl.program_id(0), H * s_parts, tl.num_programs(0)):
             i_head = i_work // s_parts
-            i_page = i_chunk_first // PAGE + i_work % s_parts
+            i_part = i_work % s_parts
             fold_part(
                 p_keys,
                 p_codes,
@@ -590,10 +534,10 @@ def fold_kernel(
                 p_w,
                 p_g,
                 p_a,
-                p_y,
                 i_sequence,
                 i_head,
-                i_page,
+                i_part,
+                s_pages,
                 s_folded,
                 H,
                 s_slots,
@@ -607,12 +551,9 @@ def fold_kernel(
                 ROOM,
                 BLOCK_D,
                 BLOCK_DV,
-                STEPS,
-                WIDTH,
                 KEYS,
                 CODED,
                 GATED,
-                PRECISION,
             )
 
 
@@ -635,10 +576,10 @@ def fold_part(
     p_w,
     p_g,
     p_a,
-    p_y,
     i_sequence,
     i_head,
-    i_page,
+    i_part,
+    s_pages,
     s_folded,
     H,
     s_slots,
@@ -652,14 +593,13 @@ def fold_part(
     ROOM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     CODED: tl.constexpr,
     GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """One page of one head's open chunk; or, where i_page is past the last one, the chunk's product and gates."""
+    """Part i_part of a fold of one head: one of s_pages pages; past these, some columns of the chunk's product, with
+    the first of them the sum of its gates.
+    """
     HQ = H * GROUP
     i_bh = i_sequence * H + i_head
     i_long = i_bh.to(tl.int64)
@@ -668,26 +608,29 @@ def fold_part(
     p_head_w = p_w + i_long * (ROOM * R * D)
     p_head_a = p_a + i_long * (ROOM * R * ROOM * R)
     o_fold = tl.arange(0, FOLD)
-    if i_page > s_folded // PAGE:
+    if i_part >= s_pages:
         p_old = p_product + i_long * (D * D)
         p_new = p_old
         i_place = i_long * 0
         if finished:
             i_place = tl.load(p_chunks + i_sequence * s_chunk_columns + s_folded // C).to(tl.int64)
             p_new = p_products + (i_place * H + i_head) * (D * D)
-        fold_product(p_head_w, p_head_a, p_old, p_new, s_folded, has_old, ROOM, R, D, BLOCK_D, STEPS, WIDTH, PRECISION)
+        i_first = (i_part - s_pages) * KEYS
+        fold_columns(p_head_w, p_head_a, p_old, p_new, i_first, s_folded, has_old, ROOM, R, D, BLOCK_D, KEYS)
         if GATED:
-            for i_group in range(GROUP):
-                i_query_head = i_head * GROUP + i_group
-                p_row = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
-                p_total = p_gate_total + i_sequence * HQ + i_query_head
-                s_total = tl.sum(tl.load(p_row + (s_folded + o_fold) % ROOM))
-                if has_old:
-                    s_total += tl.load(p_total)
-                if finished:
-                    p_total = p_gate_totals + i_place * HQ + i_query_head
-                tl.store(p_total, s_total)
+            if i_part == s_pages:
+                for i_group in range(GROUP):
+                    i_query_head = i_head * GROUP + i_group
+                    p_row = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
+                    p_total = p_gate_total + i_sequence * HQ + i_query_head
+                    s_total = tl.sum(tl.load(p_row + (s_folded + o_fold) % ROOM))
+                    if has_old:
+                        s_total += tl.load(p_total)
+                    if finished:
+                        p_total = p_gate_totals + i_place * HQ + i_query_head
+                    tl.store(p_total, s_total)
     else:
+        i_page = s_folded // C * (C // PAGE) + i_part
         i_slot = tl.load(p_pages + i_sequence.to(tl.int64) * s_page_columns + i_page).to(tl.int64) * PAGE
         fold_page(
             p_keys + i_head.to(tl.int64) * s_slots * D,
@@ -699,7 +642,6 @@ def fold_part(
             p_v + i_long * (ROOM * DV),
             p_head_w,
             p_head_a,
-            p_y + i_long * (ROOM * R * ROOM),
             i_page,
             i_slot,
             s_folded,
@@ -711,10 +653,8 @@ def fold_part(
             C,
             BLOCK_D,
             BLOCK_DV,
-            STEPS,
             KEYS,
             CODED,
-            PRECISION,
         )
         if GATED:
             o_key = tl.arange(0, PAGE)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
+from path_attention.ops.history.state import PAGE, SHORT, State, Tokens
 from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
@@ -27,8 +27,8 @@ MAX_ROWS = 64
 FOLDERS = 2
 # Columns of a tile of A or Y where tokens are put behind the open rows.
 APPEND_WIDTH = 16
-# Rows of a product that a fold works on.
-FOLD_WIDTH = 16
+# Numbers of a tile of keys that a fold moves: 32 a thread.
+FOLD_TILE = 4096
 # What no sequence reaches, where memory grows.
 UNBOUNDED = 2**31 - 1
 
@@ -106,7 +106,7 @@ _ATTENDED = (
     "gate_total scale k v w g a y"
 )
 _CHANGED = "length folded k v w g a y"
-_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w g a y"
+_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w g a"
 
 
 def _attend(
@@ -233,13 +233,9 @@ def step(
             s_slots=state.keys.shape[1],
             s_page_columns=state.pages.shape[1],
             s_chunk_columns=state.chunks.shape[1],
-            STEPS=_block(FOLD * state.reflections),
-            WIDTH=FOLD_WIDTH,
-            KEYS=min(PAGE, max(MIN_BLOCK, 4096 // _block(dim))),
-            # What is kept is for all steps to come: float32, on the matrix unit in three parts of 11 bits, or as it is.
-            PRECISION="tf32x3" if state.coded else "ieee",
+            KEYS=min(PAGE, FOLD_TILE // _block(dim)),
             **_options(state, query_heads, FOLD_OPTIONS),
-            num_warps=4 if _block(dim) <= 64 else 8,
+            num_warps=4,
             num_stages=1,
         )
     return result

@@ -121,6 +121,17 @@ def load_lower(
 
 
 @triton.jit
+def dot_open(b_a, b_b, HALF: tl.constexpr):
+    """a b of float32 tiles to 22 bits: A and Y are as large as one over the angle of near-parallel reflections, and it
+    is the digits that cancelling terms leave which count.
+    """
+    if HALF is None:
+        return tl.dot(b_a, b_b, input_precision="ieee")
+    else:
+        return tl.dot(b_a, b_b, input_precision="tf32x3")
+
+
+@triton.jit
 def pass_open(
     b_x,
     p_w,
@@ -146,9 +157,9 @@ def pass_open(
             else:
                 b_w = load_open(p_w, i_row * STEPS, n, s_folded, ROOM, D, R, BLOCK_D, STEPS)
             b_a = load_lower(p_a, i_row * STEPS, i_col * STEPS, n, s_folded, ROOM, R, R, False, STEPS, STEPS)
-            b_xw = dot_split(b_x, tl.trans(b_w), HALF)
-            b_xwa += dot_split(b_xw, b_a, HALF)
-        b_out -= dot_split(b_xwa, b_own, HALF)
+            b_xw = dot_open(b_x, tl.trans(b_w), HALF)
+            b_xwa += dot_open(b_xw, b_a, HALF)
+        b_out -= dot_open(b_xwa, b_own, HALF)
     return b_out
 
 
@@ -171,12 +182,12 @@ def open_logits(
 ):
     """x K^T - (x W^T) Y for the open tokens i_first ... i_first + KEYS, (rows, KEYS)."""
     b_k = load_open(p_k, i_first, n, s_folded, ROOM, D, 1, BLOCK_D, KEYS).to(tl.float32)
-    b_out = dot_split(b_x, tl.trans(b_k), HALF)
+    b_out = dot_open(b_x, tl.trans(b_k), HALF)
     for i_row in tl.static_range((ROOM * R + STEPS - 1) // STEPS):
         b_w = load_open(p_w, i_row * STEPS, n, s_folded, ROOM, D, R, BLOCK_D, STEPS)
         b_y = load_lower(p_y, i_row * STEPS, i_first, n, s_folded, ROOM, R, 1, True, STEPS, KEYS)
-        b_xw = dot_split(b_x, tl.trans(b_w), HALF)
-        b_out -= dot_split(b_xw, b_y, HALF)
+        b_xw = dot_open(b_x, tl.trans(b_w), HALF)
+        b_out -= dot_open(b_xw, b_y, HALF)
     return b_out
 
 
