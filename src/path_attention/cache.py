@@ -28,7 +28,7 @@ from path_attention.ops.history.state import (
 from path_attention.ops.path_attention import path_attention
 
 # Tokens that can be taken back at any time. Drafts of speculative decoding are 5 to 20 tokens long, and are recorded.
-# Every token more is kept as an open row, which costs 4 times the memory of a folded one.
+# Every token more is kept as an open row, which costs twice the memory of a folded one.
 REWIND = 16
 # Entries of a table are added so many at a time: 4096 tokens.
 TABLE_WIDTH = 64
@@ -350,9 +350,8 @@ class PathCache:
             k=empty(batch, heads, room, dim, dtype=k.dtype),
             v=empty(batch, heads, room, value_dim, dtype=k.dtype),
             w=empty(batch, heads, room * reflections, dim),
+            beta=empty(batch, heads, room * reflections),
             g=empty(batch, gate_heads, room),
-            a=empty(batch, heads, room * reflections, room * reflections),
-            y=empty(batch, heads, room * reflections, room),
             full=empty(batch, dtype=torch.int32),
         )
 
@@ -585,19 +584,12 @@ def _grow_open_rows(state: State, facts: list[tuple[int, int]], room: int) -> No
     def steps(where: Tensor) -> Tensor:
         return (where[..., None] * reflections + torch.arange(reflections, device=where.device)).flatten(1)
 
-    def move(x: Tensor, sizes: list[int], dims: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        for dim, (before, after) in dims.items():
-            shape = [1] * x.dim()
-            shape[0], shape[dim] = before.shape
-            taken = x.gather(dim, before.view(shape).expand(*x.shape[:dim], before.shape[1], *x.shape[dim + 1 :]))
-            size = list(x.shape)
-            size[dim] = sizes.pop(0)
-            x = x.new_zeros(size).scatter_(dim, after.view(shape).expand_as(taken), taken)
-        return x
+    def move(x: Tensor, size: int, before: Tensor, after: Tensor) -> Tensor:
+        """x (B, heads, places, ...) with ``size`` places."""
+        shape = (*before.shape[:1], 1, before.shape[1], *[1] * (x.dim() - 3))
+        taken = x.gather(2, before.view(shape).expand_as(x))
+        return x.new_zeros(*x.shape[:2], size, *x.shape[3:]).scatter_(2, after.view(shape).expand_as(taken), taken)
 
-    rows, step_rows = (source, target), (steps(source), steps(target))
-    state.k, state.v = move(state.k, [room], {2: rows}), move(state.v, [room], {2: rows})
-    state.w = move(state.w, [room * reflections], {2: step_rows})
-    state.a = move(state.a, [room * reflections, room * reflections], {2: step_rows, 3: step_rows})
-    state.y = move(state.y, [room * reflections, room], {2: step_rows, 3: rows})
-    state.g = move(state.g, [room], {2: rows})
+    state.k, state.v, state.g = (move(x, room, source, target) for x in (state.k, state.v, state.g))
+    source, target = steps(source), steps(target)
+    state.w, state.beta = (move(x, room * reflections, source, target) for x in (state.w, state.beta))

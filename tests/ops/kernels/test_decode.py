@@ -158,7 +158,7 @@ def test_a_step_without_room_leaves_its_sequence_as_it_was() -> None:
     out = decode.step(cache.state, tokens_of(part(inputs, 66, 68)), None, 2, 16, capacity=70)
     assert bool(out[0].isnan().all())
     assert bool(torch.isfinite(out[1]).all())
-    for name in ("length", "folded", "k", "v", "w", "g", "a", "y", "product"):
+    for name in ("length", "folded", "k", "v", "w", "beta", "g", "product"):
         assert torch.equal(getattr(cache.state, name)[0], before[name][0]), name
     with pytest.raises(
         ValueError, match="q: got tokens of a replayed step behind 70; wanted 70 in all: the cache is full"

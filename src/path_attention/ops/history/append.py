@@ -15,7 +15,7 @@ from path_attention.ops.autograd import path_attention_forward
 from path_attention.ops.backends import AUTO
 from path_attention.ops.dyadic import LEAF
 from path_attention.ops.history.fold import Folding, fold, fold_by_kernel, fold_oldest
-from path_attention.ops.history.open_rows import Open, append_token, clamp_gates, gates_after, set_open
+from path_attention.ops.history.open_rows import Open, clamp_gates, gates_after, put_open
 from path_attention.ops.history.read import join_history
 from path_attention.ops.history.serve import fold_kernel_serves, kernels_serve
 from path_attention.ops.history.state import SHORT, Rows, State, Tokens, folds
@@ -151,17 +151,21 @@ def _append_group(state: State, rows: Rows, folded: int, length: int, tokens: To
 
 def _append_one(state: State, rows: Rows, folded: int, length: int, tokens: Tokens, keep: int) -> Tensor:
     """Put one token behind the open rows, attend, and fold where it is time: (b, 1, HQ, DV)."""
-    rows_open = append_token(state, rows, folded, length, tokens)
+    n, wide = length - folded, state.w.dtype
+    w, beta = tokens.w.permute(0, 3, 1, 2, 4).flatten(2, 3), tokens.beta.permute(0, 3, 1, 2).flatten(2, 3)
+    g = None if tokens.g is None else clamp_gates(tokens.g.transpose(1, 2), wide)
+    put_open(state, rows, folded, n, tokens.k.transpose(1, 2), tokens.v.transpose(1, 2), w, beta, g)
+    rows_open = Open.read(state, rows, folded, n + 1)
     heads = rows_open.k.shape[1]
-    q = tokens.q[:, 0].to(state.w.dtype).mul(tokens.scale).unflatten(1, (heads, -1))  # (b, H, G, D)
-    logits, passed = rows_open.logits(q), None
+    q = tokens.q[:, 0].to(wide).mul(tokens.scale).unflatten(1, (heads, -1))  # (b, H, G, D)
+    (logits, x), passed = rows_open.pass_all(q), None
     if rows_open.g is not None:
         passed = rows_open.g.sum(-1, keepdim=True).unflatten(1, (heads, -1))
         logits = logits + gates_after(rows_open.g).unflatten(1, (heads, -1))
     log_sum_exp = logits.logsumexp(-1, keepdim=True)
     out = (logits - log_sum_exp).exp() @ rows_open.v
     if folded:
-        out = join_history(state, rows, folded, rows_open.pass_all(q), passed, out, log_sum_exp)
+        out = join_history(state, rows, folded, x, passed, out, log_sum_exp)
     due = folds(folded, length, 1, keep)
     if due:
         fold_oldest(state, rows, folded, rows_open)
@@ -262,6 +266,6 @@ def _absorb(state: State, rows: Rows, folded: int, count: int, tokens: Tokens, k
     if start < due:
         fold(state, rows, folded, by_head.part(0, due))
     rest = by_head.part(due - start, total - start)
-    set_open(state, rows, folded + due, rest.k, rest.v, rest.w, rest.beta, rest.g)
+    put_open(state, rows, folded + due, 0, rest.k, rest.v, rest.w, rest.beta, rest.g)
     state.folded[rows] = folded + due
     state.length[rows] = folded + total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from path_attention.ops.dyadic import LEAF
-from path_attention.ops.history.open_rows import Open, clamp_gates, factors, gates_after
+from path_attention.ops.history.open_rows import Open, clamp_gates, gates_after
 from path_attention.ops.history.serve import kernels_serve
 from path_attention.ops.history.state import (
     FOLD,
@@ -143,7 +143,7 @@ def _right_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 def _leaves_to_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Leaves of m spans, k (m, leaves, leaf, D): keys (m, leaves * leaf, D) and products (m, D, D)."""
-    a, y = factors(k, w, beta)
+    a, y = _factors(k, w, beta)
     wide = w.to(a.dtype)
     identity = torch.eye(w.shape[-1], dtype=a.dtype, device=w.device)
     # On GPUs torch may have been told to round float32 products to 11 bits; these are for all tokens to come.
@@ -151,6 +151,19 @@ def _leaves_to_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]
     k_right = (k.to(a.dtype) - y.mT @ wide).to(exact)
     after, total = products_after((identity - wide.mT @ (a @ wide)).to(exact))
     return (k_right @ after.mT).flatten(1, 2).to(k.dtype), total.to(k.dtype)
+
+
+def _factors(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """A (..., n * R, n * R) and Y (..., n * R, n) of ops/leaf.py, of leaves k (..., n, D), w (..., n * R, D), beta."""
+    wide = w.dtype if w.device.type == "mps" else torch.float64
+    w, beta, k = w.to(wide), beta.to(wide), k.to(wide)
+    n = k.shape[-2]
+    token = torch.arange(n, device=w.device)
+    after = token.repeat_interleave(w.shape[-2] // n)[:, None] > token
+    # solve_triangular reads the strict lower triangle only: the unit diagonal of T is implied.
+    t = (w @ w.mT) * beta[..., None]
+    a = torch.linalg.solve_triangular(t, torch.diag_embed(beta), upper=False, unitriangular=True)
+    return a, a @ ((w @ k.mT) * after)
 
 
 def products_after(product: Tensor) -> tuple[Tensor, Tensor]:

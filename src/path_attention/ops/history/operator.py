@@ -40,9 +40,8 @@ def append_operator(
     k: Tensor,
     v: Tensor,
     w: Tensor,
+    beta: Tensor,
     g: Tensor,
-    a: Tensor,
-    y: Tensor,
     full: Tensor,
 ) -> Tensor:
     """:func:`append` as an operator: the fields of Tokens, how many tokens stay open and fit, the fields of State."""
@@ -66,9 +65,8 @@ def append_operator(
         k,
         v,
         w,
+        beta,
         g,
-        a,
-        y,
         full,
     )
     tokens = Tokens(q, new_k, new_v, new_w, new_beta, new_g, sm_scale)

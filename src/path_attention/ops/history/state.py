@@ -3,15 +3,10 @@
 A sequence of L tokens is kept in two parts. The first ``folded`` tokens, a multiple of FOLD, are *folded*: their keys
 stand at the right edge of their chunk of C tokens, in pages of PAGE tokens. A finished chunk also keeps its product P
 and never changes again. In the last chunk, as long as it is open, the right edge is that of the last folded token. The
-other tokens are *open*: their rows are kept as they came, beside two matrices that a query needs to pass them
-(docs/math.md, section 2): with n open tokens
+other tokens are *open*: their rows are kept as they came. A query goes left through them, one reflection after another,
+or all at once by the inverse of a small triangular matrix (docs/math.md, section 2), and then from edge to edge,
 
-    A = T^{-1} D        Y = A strictTril(W K^T)        logits = q K^T - (q W^T) Y        q_left = q - (q W^T) A W
-
-Both grow by one row a reflection, because T is lower triangular, and lose their first rows and columns for nothing,
-because the last rows and columns of T^{-1} are the inverse of those of T. A query then goes left from edge to edge,
-
-    x <- q_left,  x <- x P_open,  x <- x P_c  for the finished chunks c from right to left,
+    x <- x P_open,  x <- x P_c  for the finished chunks c from right to left,
 
 one (D x D) product a chunk, and meets the keys of each chunk at its right edge: one read of K and V. As soon as FOLD
 open tokens are more than the last ``keep``, which a rollback may take away, they are folded.
@@ -34,7 +29,7 @@ from torch import Tensor
 # Tokens a page, the unit of memory: half a page of each sequence is empty, which is 0.4 % of 8192 tokens.
 PAGE = 64
 # Tokens folded at once. Each fold reads and writes the keys of the open chunk: C / 16 keys a token. More would keep
-# more tokens open, each of which takes the memory of 4 folded ones, and 16 is the least of a matrix unit.
+# more tokens open, which every query passes one by one, and each of which takes the memory of 2 folded ones.
 FOLD = 16
 # Chunks whose suffix product is kept: see State.suffix. A query takes at most 3 single steps more from there.
 SUFFIX = 4
@@ -76,9 +71,8 @@ class State:
     k: Tensor  # (B, H, O, D) dtype of the cache: open tokens from here on
     v: Tensor  # (B, H, O, DV)
     w: Tensor  # (B, H, O * R, D) float32
+    beta: Tensor  # (B, H, O * R) float32
     g: Tensor  # (B, HQ, O) float32
-    a: Tensor  # (B, H, O * R, O * R) float32: A, beta on its diagonal; what is above it in the order of time is unused
-    y: Tensor  # (B, H, O * R, O) float32: Y, likewise
     full: Tensor  # (B,) int32: 1 where a step that the host did not check had no room, and left the sequence as it was
 
     @property
@@ -210,6 +204,6 @@ def places(state: State, folded: int, count: int, first: int = 0) -> Tensor:
 
 
 def step_places(state: State, token_places: Tensor) -> Tensor:
-    """The places of all reflections of these tokens in ``w``, ``a`` and ``y``."""
+    """The places of all reflections of these tokens in ``w`` and ``beta``."""
     each = torch.arange(state.reflections, device=token_places.device)
     return (token_places[:, None] * state.reflections + each).flatten()

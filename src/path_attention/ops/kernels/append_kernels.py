@@ -1,8 +1,8 @@
-"""Triton kernels that end a step of a cache: they join what decode_kernels.py left in pieces, and add the new tokens.
+"""Triton kernels that end a step of a cache, after decode_kernels.py.
 
-append_kernel joins, and puts the new tokens behind the open rows; fold_kernel folds the oldest of these where it is
-time for that. No two programs of one kernel touch the same memory, and what the cache held before the step is read from
-p_before, which the step's first kernel wrote.
+append_kernel joins what that one left in pieces, and counts the new tokens; fold_kernel folds the oldest open ones
+where it is time for that. No two programs of one kernel touch the same memory, and what the cache held before the step
+is read from p_before, which the step's first kernel wrote.
 """
 
 import triton
@@ -12,8 +12,6 @@ from path_attention.ops.kernels.decode_kernels import (
     LOWEST,
     PAGE,
     code_to_float,
-    load_lower,
-    load_open,
     pieces_of,
 )
 from path_attention.ops.kernels.tiles import LOG2_E
@@ -80,91 +78,17 @@ def join_pieces(
 
 
 @triton.jit
-def append_rows(
-    p_new_k,
-    p_new_v,
-    p_new_w,
-    p_new_beta,
-    p_k,
-    p_v,
-    p_w,
-    p_a,
-    p_y,
-    i_start,
-    s_own,
-    n,
-    s_folded,
-    s_dropped,
-    i_head,
-    H,
-    ROOM: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Put s_own tokens behind the n open ones, of which the first s_dropped are about to be folded and left out.
-
-    T A = D and T Y = D Z, row by row: a_s = beta_s (e_s - sum_{r<s} (w_s . w_r) a_r), and the same of Y.
-    """
-    o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    o_step = tl.arange(0, STEPS)
-    o_col = tl.arange(0, WIDTH)
-    s_first = s_folded + s_dropped
-    for i_new in range(s_own):
-        i_token = (i_start + i_new).to(tl.int64)
-        s_held = n - s_dropped + i_new  # open tokens before this one
-        i_place = (s_first + s_held) % ROOM
-        b_k = tl.load(p_new_k + (i_token * H + i_head) * D + o_d, mask=o_d < D, other=0.0)
-        b_v = tl.load(p_new_v + (i_token * H + i_head) * DV + o_dv, mask=o_dv < DV, other=0.0)
-        tl.store(p_k + i_place * D + o_d, b_k, mask=o_d < D)
-        tl.store(p_v + i_place * DV + o_dv, b_v, mask=o_dv < DV)
-        for i_reflection in range(R):
-            i_step = i_token * R + i_reflection
-            b_w = tl.load(p_new_w + (i_step * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-            s_beta = tl.load(p_new_beta + i_step * H + i_head).to(tl.float32)
-            s_steps = s_held * R + i_reflection
-            b_rows = load_open(p_w, 0, s_held + 1, s_first, ROOM, D, R, BLOCK_D, STEPS)
-            b_dots = tl.where(o_step < s_steps, tl.sum(b_rows * b_w[None, :], axis=1), 0.0)
-            p_row_a = p_a + (i_place * R + i_reflection) * (ROOM * R)
-            p_row_y = p_y + (i_place * R + i_reflection) * ROOM
-            for i_col in range(0, s_steps, WIDTH):
-                b_a = load_lower(p_a, 0, i_col, s_held + 1, s_first, ROOM, R, R, False, STEPS, WIDTH)
-                b_a = tl.where((o_step < s_steps)[:, None], b_a, 0.0)
-                b_row = -s_beta * tl.sum(b_dots[:, None] * b_a, axis=0)
-                i_other = i_col + o_col
-                i_other_place = ((s_first + i_other // R) % ROOM) * R + i_other % R
-                tl.store(p_row_a + i_other_place, b_row, mask=i_other < s_steps)
-            for i_col in range(0, s_held, WIDTH):
-                b_keys = load_open(p_k, i_col, s_held, s_first, ROOM, D, 1, BLOCK_D, WIDTH).to(tl.float32)
-                b_y = load_lower(p_y, 0, i_col, s_held + 1, s_first, ROOM, R, 1, True, STEPS, WIDTH)
-                b_y = tl.where((o_step < s_steps)[:, None], b_y, 0.0)
-                b_row = s_beta * (tl.sum(b_keys * b_w[None, :], axis=1) - tl.sum(b_dots[:, None] * b_y, axis=0))
-                i_other = i_col + o_col
-                tl.store(p_row_y + (s_first + i_other) % ROOM, b_row, mask=i_other < s_held)
-            tl.store(p_row_a + i_place * R + i_reflection, s_beta)
-            tl.store(p_w + (i_place * R + i_reflection) * D + o_d, b_w, mask=o_d < D)
-            tl.debug_barrier()  # the next reflection reads what this one wrote
-
-
-@triton.jit
-def move_rows(b_x, i_token, p_w, p_a, s_folded, ROOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
+def move_rows(b_x, i_token, p_w, p_beta, s_folded, ROOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
     """Rows (rows, BLOCK_D) moved right past the FOLD oldest open tokens, x <- x - beta (x . w) w, but past those only
     that come after a row's own token, number i_token among the open ones, below 0 for earlier ones.
 
-    One reflection after another, as the definition has them: I - W^T A W would cost as much, but A is as large as one
-    over the angle of near-parallel reflections, and what its cancelling terms leave is kept for all tokens to come.
+    One reflection after another, as the definition has them: what comes of it is kept for all tokens to come.
     """
     o_d = tl.arange(0, b_x.shape[1])
     for i_step in range(FOLD * R):
         i_place = ((s_folded + i_step // R) % ROOM) * R + i_step % R
         b_w = tl.load(p_w + i_place * D + o_d, mask=o_d < D, other=0.0)
-        s_beta = tl.load(p_a + i_place * (ROOM * R) + i_place)  # beta is the diagonal of A
-        b_along = tl.where(i_token < i_step // R, s_beta * tl.sum(b_x * b_w[None, :], axis=1), 0.0)
+        b_along = tl.where(i_token < i_step // R, tl.load(p_beta + i_place) * tl.sum(b_x * b_w[None, :], axis=1), 0.0)
         b_x -= b_along[:, None] * b_w[None, :]
     return b_x
 
@@ -172,7 +96,7 @@ def move_rows(b_x, i_token, p_w, p_a, s_folded, ROOM: tl.constexpr, R: tl.conste
 @triton.jit
 def fold_columns(
     p_w,
-    p_a,
+    p_beta,
     p_old,
     p_new,
     i_first,
@@ -192,7 +116,7 @@ def fold_columns(
     b_x = tl.where(o_col[:, None] == o_d[None, :], 1.0, 0.0)
     if has_old:
         b_x = tl.load(p_old + o_in, mask=mask, other=0.0)
-    b_x = move_rows(b_x, tl.full((ROWS,), -1, dtype=tl.int32), p_w, p_a, s_folded, ROOM, R, D)
+    b_x = move_rows(b_x, tl.full((ROWS,), -1, dtype=tl.int32), p_w, p_beta, s_folded, ROOM, R, D)
     tl.store(p_new + o_in, b_x, mask=mask)
 
 
@@ -203,7 +127,7 @@ def moved_keys(
     p_scale,
     p_k,
     p_w,
-    p_a,
+    p_beta,
     i_token,
     i_slot,
     s_folded,
@@ -228,7 +152,7 @@ def moved_keys(
         b_k = tl.load(p_keys + o_in, mask=m_old[:, None] & m_d, other=0.0)
     i_place = tl.where(m_new, i_token, 0) % ROOM
     b_k += tl.load(p_k + i_place[:, None] * D + o_d[None, :], mask=m_new[:, None] & m_d, other=0.0).to(tl.float32)
-    return move_rows(b_k, i_open, p_w, p_a, s_folded, ROOM, R, D)
+    return move_rows(b_k, i_open, p_w, p_beta, s_folded, ROOM, R, D)
 
 
 @triton.jit
@@ -241,7 +165,7 @@ def fold_page(
     p_k,
     p_v,
     p_w,
-    p_a,
+    p_beta,
     i_page,
     i_slot,
     s_folded,
@@ -272,7 +196,7 @@ def fold_page(
                     p_scale,
                     p_k,
                     p_w,
-                    p_a,
+                    p_beta,
                     i_token,
                     i_slot + i * KEYS + o_key,
                     s_folded,
@@ -291,7 +215,7 @@ def fold_page(
         i_place = i_slot + i * KEYS + o_key
         i_open = i_token - s_folded
         b_k = moved_keys(
-            p_keys, p_codes, p_scale, p_k, p_w, p_a, i_token, i_place, s_folded, ROOM, R, D, C, BLOCK_D, CODED
+            p_keys, p_codes, p_scale, p_k, p_w, p_beta, i_token, i_place, s_folded, ROOM, R, D, C, BLOCK_D, CODED
         )
         mask = (i_open < FOLD)[:, None] & (o_d < D)[None, :]
         o_in = i_place[:, None] * D + o_d[None, :]
@@ -317,141 +241,79 @@ def nearest(b_x):
     return ((b_x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int16)
 
 
-@triton.jit(do_not_specialize=("keep", "capacity", "B", "H", "s_new", "s_tokens", "s_items"))
+@triton.jit(do_not_specialize=("keep", "capacity", "B", "H", "s_new", "s_items"))
 def append_kernel(
     p_out,  # what attend_kernel wrote
     p_log_sum_exp,
     p_before,
     p_result,  # out (tokens, HQ, DV)
     p_full,  # out (B,) int32: set where tokens did not fit
-    p_new_k,  # as attend_kernel has them
-    p_new_v,
-    p_new_w,
-    p_new_beta,
-    p_new_g,
     p_bounds,
-    p_length,  # from here on fields of State
+    p_length,
     p_folded,
-    p_k,
-    p_v,
-    p_w,
-    p_g,
-    p_a,
-    p_y,
     keep,  # tokens that stay open
     capacity,  # tokens a sequence at most
     B,
     H,
     s_new,  # T, tokens of each sequence, or of the longest
-    s_tokens,  # new ones of all sequences
     s_items,  # pieces asked of work_item()
     GROUP: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
     DV: tl.constexpr,
-    ROOM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    STEPS: tl.constexpr,  # tile of all reflections of the open tokens
-    WIDTH: tl.constexpr,  # columns of a tile of A or Y
-    GATED: tl.constexpr,
 ):
-    """The results of one query joined, or the new tokens of one sequence and key head put behind the open rows."""
+    """The results of one query joined; the first programs count the tokens of one sequence each."""
     HQ = H * GROUP
     i_program = tl.program_id(0)
-    s_queries = s_tokens * HQ
-    if i_program < s_queries:
-        i_token = i_program // HQ
-        i_sequence = i_token // s_new
-        i_new = i_token % s_new
+    if i_program < B:
+        s_length = tl.load(p_before + i_program)
+        s_folded = tl.load(p_before + B + i_program)
         s_own = s_new
         if p_bounds is not None:
-            o_b = tl.arange(0, BLOCK_B)
-            b_ends = tl.load(p_bounds + 1 + o_b, mask=o_b < B, other=0)
-            i_sequence = tl.sum(((b_ends <= i_token) & (o_b < B)).to(tl.int32))
-            s_start = tl.load(p_bounds + i_sequence)
-            i_new = i_token - s_start
-            s_own = tl.load(p_bounds + i_sequence + 1) - s_start
-        i_query_head = i_program % HQ
-        if tl.load(p_before + i_sequence) + s_own > capacity:
-            o_dv = tl.arange(0, BLOCK_DV)
-            b_nothing = tl.full((BLOCK_DV,), float("nan"), dtype=tl.float32)
-            p = p_result + i_program.to(tl.int64) * DV + o_dv
-            tl.store(p, b_nothing.to(p_result.dtype.element_ty), mask=o_dv < DV)
+            s_own = tl.load(p_bounds + i_program + 1) - tl.load(p_bounds + i_program)
+        if s_length + s_own > capacity:
+            tl.store(p_full + i_program, 1)
         else:
-            i_first, s_count = pieces_of(p_before + B, i_sequence, B, s_items, BLOCK_B)
-            join_pieces(
-                p_out,
-                p_log_sum_exp,
-                p_result,
-                None,
-                i_new * GROUP + i_query_head % GROUP,
-                i_program.to(tl.int64),
-                i_query_head // GROUP,
-                i_first,
-                s_count,
-                s_items + B + i_sequence,
-                s_items + 2 * B,
-                s_new * GROUP,
-                DV,
-                BLOCK_DV,
-                True,
-            )
+            is_due = is_fold_due(s_length - s_folded, s_own, keep)
+            tl.store(p_length + i_program, s_length + s_own)
+            tl.store(p_folded + i_program, s_folded + tl.where(is_due, FOLD, 0))
         return
-    i_bh = i_program - s_queries
-    i_sequence = i_bh // H
-    i_head = i_bh % H
-    s_length = tl.load(p_before + i_sequence)
-    s_folded = tl.load(p_before + B + i_sequence)
-    i_start = i_sequence * s_new
+    i_query = i_program - B
+    i_token = i_query // HQ
+    i_sequence = i_token // s_new
+    i_new = i_token % s_new
     s_own = s_new
     if p_bounds is not None:
-        i_start = tl.load(p_bounds + i_sequence)
-        s_own = tl.load(p_bounds + i_sequence + 1) - i_start
-    if s_own == 0:
+        o_b = tl.arange(0, BLOCK_B)
+        b_ends = tl.load(p_bounds + 1 + o_b, mask=o_b < B, other=0)
+        i_sequence = tl.sum(((b_ends <= i_token) & (o_b < B)).to(tl.int32))
+        s_start = tl.load(p_bounds + i_sequence)
+        i_new = i_token - s_start
+        s_own = tl.load(p_bounds + i_sequence + 1) - s_start
+    if tl.load(p_before + i_sequence) + s_own > capacity:
+        o_dv = tl.arange(0, BLOCK_DV)
+        b_nothing = tl.full((BLOCK_DV,), float("nan"), dtype=tl.float32)
+        p_row = p_result + i_query.to(tl.int64) * DV + o_dv
+        tl.store(p_row, b_nothing.to(p_result.dtype.element_ty), mask=o_dv < DV)
         return
-    if s_length + s_own > capacity:
-        tl.store(p_full + i_sequence, 1)
-        return
-    i_long = i_bh.to(tl.int64)
-    s_dropped = tl.where(is_fold_due(s_length - s_folded, s_own, keep), FOLD, 0)
-    append_rows(
-        p_new_k,
-        p_new_v,
-        p_new_w,
-        p_new_beta,
-        p_k + i_long * (ROOM * D),
-        p_v + i_long * (ROOM * DV),
-        p_w + i_long * (ROOM * R * D),
-        p_a + i_long * (ROOM * R * ROOM * R),
-        p_y + i_long * (ROOM * R * ROOM),
-        i_start,
-        s_own,
-        s_length - s_folded,
-        s_folded,
-        s_dropped,
-        i_head,
-        H,
-        ROOM,
-        R,
-        D,
+    i_first, s_count = pieces_of(p_before + B, i_sequence, B, s_items, BLOCK_B)
+    join_pieces(
+        p_out,
+        p_log_sum_exp,
+        p_result,
+        None,
+        i_new * GROUP + i_query % GROUP,
+        i_query.to(tl.int64),
+        i_query % HQ // GROUP,
+        i_first,
+        s_count,
+        s_items + B + i_sequence,
+        s_items + 2 * B,
+        s_new * GROUP,
         DV,
-        BLOCK_D,
         BLOCK_DV,
-        STEPS,
-        WIDTH,
+        True,
     )
-    if GATED:
-        for i_group in range(GROUP):
-            i_query_head = i_head * GROUP + i_group
-            p_row = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
-            for i_new in range(s_own):
-                s_g = tl.load(p_new_g + (i_start + i_new).to(tl.int64) * HQ + i_query_head).to(tl.float32)
-                tl.store(p_row + (s_length + i_new) % ROOM, tl.maximum(s_g, LOWEST))
-    if i_head == 0:
-        tl.store(p_length + i_sequence, s_length + s_own)
-        tl.store(p_folded + i_sequence, s_folded + s_dropped)
 
 
 @triton.jit(do_not_specialize=("keep", "capacity", "B", "H", "s_new", "s_page_columns", "s_chunk_columns"))
@@ -474,7 +336,7 @@ def fold_kernel(
     p_v,
     p_w,
     p_g,
-    p_a,
+    p_beta,
     keep,
     capacity,
     B,
@@ -533,7 +395,7 @@ def fold_kernel(
                 p_v,
                 p_w,
                 p_g,
-                p_a,
+                p_beta,
                 i_sequence,
                 i_head,
                 i_part,
@@ -575,7 +437,7 @@ def fold_part(
     p_v,
     p_w,
     p_g,
-    p_a,
+    p_beta,
     i_sequence,
     i_head,
     i_part,
@@ -606,7 +468,7 @@ def fold_part(
     finished = (s_folded + FOLD) % C == 0
     has_old = s_folded % C != 0
     p_head_w = p_w + i_long * (ROOM * R * D)
-    p_head_a = p_a + i_long * (ROOM * R * ROOM * R)
+    p_head_beta = p_beta + i_long * (ROOM * R)
     o_fold = tl.arange(0, FOLD)
     if i_part >= s_pages:
         p_old = p_product + i_long * (D * D)
@@ -616,7 +478,7 @@ def fold_part(
             i_place = tl.load(p_chunks + i_sequence * s_chunk_columns + s_folded // C).to(tl.int64)
             p_new = p_products + (i_place * H + i_head) * (D * D)
         i_first = (i_part - s_pages) * KEYS
-        fold_columns(p_head_w, p_head_a, p_old, p_new, i_first, s_folded, has_old, ROOM, R, D, BLOCK_D, KEYS)
+        fold_columns(p_head_w, p_head_beta, p_old, p_new, i_first, s_folded, has_old, ROOM, R, D, BLOCK_D, KEYS)
         if GATED:
             if i_part == s_pages:
                 for i_group in range(GROUP):
@@ -641,7 +503,7 @@ def fold_part(
             p_k + i_long * (ROOM * D),
             p_v + i_long * (ROOM * DV),
             p_head_w,
-            p_head_a,
+            p_head_beta,
             i_page,
             i_slot,
             s_folded,

@@ -25,8 +25,6 @@ INTERPRETED = 1
 MAX_ROWS = 64
 # Programs a multiprocessor that share the pages to be folded.
 FOLDERS = 2
-# Columns of a tile of A or Y where tokens are put behind the open rows.
-APPEND_WIDTH = 16
 # Numbers of a tile of keys that a fold moves: 32 a thread.
 FOLD_TILE = 4096
 # What no sequence reaches, where memory grows.
@@ -70,8 +68,8 @@ def _block(dim: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(dim))
 
 
-APPEND_OPTIONS = "GROUP R D DV ROOM BLOCK_D BLOCK_DV BLOCK_B GATED"
-FOLD_OPTIONS = f"{APPEND_OPTIONS} C CODED"
+APPEND_OPTIONS = "GROUP DV BLOCK_DV BLOCK_B"
+FOLD_OPTIONS = f"{APPEND_OPTIONS} R D C ROOM BLOCK_D CODED GATED"
 
 
 def _options(state: State, query_heads: int, names: str) -> dict[str, object]:
@@ -103,10 +101,9 @@ def _codes(state: State) -> Tensor:
 
 _ATTENDED = (
     "keys key_scale values gates products gate_totals pages chunks length folded covered suffix suffix_gate product "
-    "gate_total scale k v w g a y"
+    "gate_total scale k v w beta g"
 )
-_CHANGED = "length folded k v w g a y"
-_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w g a"
+_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w beta g"
 
 
 def _attend(
@@ -151,8 +148,6 @@ def _attend(
         s_chunk_columns=state.chunks.shape[1],
         s_groups=state.suffix.shape[1],
         ROWS=block_rows,
-        BLOCK_ROOM=_block(state.room),
-        STEPS=min(64, _block(state.room * state.reflections)),
         MOVED=moved,
         # A moved query counts for one step: 16 bits are eight more than bfloat16 has.
         HALF=_HALF[state.k.dtype],
@@ -202,24 +197,21 @@ def step(
     capacity = UNBOUNDED if capacity is None else capacity
     found = _attend(state, q, query_heads, longest, new, before, tokens.scale, capacity, moved=False)
     result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
-    count, dim = q.shape[0] * q.shape[1], state.k.shape[3]
-    steps = _block(state.room * state.reflections)
+    count = q.shape[0] * q.shape[1]
     sizes = {"keep": keep, "capacity": capacity, "B": batch, "H": heads, "s_new": longest}
-    append_kernel[(count * query_heads + batch * heads,)](
+    append_kernel[(batch + count * query_heads,)](
         p_out=found[0],
         p_log_sum_exp=found[1],
         p_before=before,
         p_result=result,
         p_full=state.full,
-        **new,
-        **_fields(state, _CHANGED),
+        p_bounds=bounds,
+        p_length=state.length,
+        p_folded=state.folded,
         **sizes,
-        s_tokens=count,
         s_items=found[2],
-        STEPS=steps,
-        WIDTH=APPEND_WIDTH,
         **_options(state, query_heads, APPEND_OPTIONS),
-        num_warps=4 if max(steps, _block(dim)) <= 64 else 8,
+        num_warps=2,
         num_stages=1,
     )
     if fold_due:
@@ -233,7 +225,7 @@ def step(
             s_slots=state.keys.shape[1],
             s_page_columns=state.pages.shape[1],
             s_chunk_columns=state.chunks.shape[1],
-            KEYS=min(PAGE, FOLD_TILE // _block(dim)),
+            KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
             **_options(state, query_heads, FOLD_OPTIONS),
             num_warps=4,
             num_stages=1,

@@ -1,8 +1,9 @@
 """Triton kernel that attends to a cache: a few new queries a sequence, all keys and values read once.
 
 What the cache holds, and the letters, are those of ops/history/state.py. Every program moves its queries by itself from
-where they stand to the chunk it reads: through the new tokens, which are not in the cache yet, through the open rows,
-and then from edge to edge. It changes nothing but its own results; append_kernels.py joins them and adds the tokens.
+where they stand to the chunk it reads: past the new tokens, past the open ones, and then from edge to edge. Those that
+attend to the open tokens also put the new ones behind them, at places that no other program reads; append_kernels.py
+joins the results and does the rest.
 
 Logits are times log2(e) in here, for exp2 is what the hardware has.
 """
@@ -82,116 +83,6 @@ def times_matrix(b_x, p_matrix, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def load_open(
-    p_x, i_first, n, s_folded, ROOM, DIM: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """(ROWS, BLOCK) tile of reflections i_first ... of the open tokens, zeros past the last; R = 1 for keys."""
-    i_step = i_first + tl.arange(0, ROWS)
-    o_col = tl.arange(0, BLOCK)
-    i_place = ((s_folded + i_step // R) % ROOM) * R + i_step % R
-    mask = (i_step < n * R)[:, None] & (o_col < DIM)[None, :]
-    return tl.load(p_x + i_place[:, None] * DIM + o_col[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def load_lower(
-    p_x,
-    i_row,
-    i_col,
-    n,
-    s_folded,
-    ROOM,
-    R_ROW: tl.constexpr,
-    R_COL: tl.constexpr,
-    STRICT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Tile of A (R_COL = R) or Y (R_COL = 1, STRICT) of the open tokens, zeros where an entry is later than its row."""
-    i_step = i_row + tl.arange(0, ROWS)
-    i_other = i_col + tl.arange(0, COLUMNS)
-    i_place = ((s_folded + i_step // R_ROW) % ROOM) * R_ROW + i_step % R_ROW
-    i_other_place = ((s_folded + i_other // R_COL) % ROOM) * R_COL + i_other % R_COL
-    if STRICT:
-        mask = (i_step // R_ROW)[:, None] > i_other[None, :]
-    else:
-        mask = i_step[:, None] >= i_other[None, :]
-    mask = mask & (i_step < n * R_ROW)[:, None]
-    return tl.load(p_x + i_place[:, None] * (ROOM * R_COL) + i_other_place[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def dot_open(b_a, b_b, HALF: tl.constexpr):
-    """a b of float32 tiles to 22 bits: A and Y are as large as one over the angle of near-parallel reflections, and it
-    is the digits that cancelling terms leave which count.
-    """
-    if HALF is None:
-        return tl.dot(b_a, b_b, input_precision="ieee")
-    else:
-        return tl.dot(b_a, b_b, input_precision="tf32x3")
-
-
-@triton.jit
-def pass_open(
-    b_x,
-    p_w,
-    p_a,
-    n,
-    s_folded,
-    ROOM: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """Queries behind the newest open token, moved to the left edge of the oldest: x - ((x W^T) A) W."""
-    b_out = b_x
-    TILES: tl.constexpr = (ROOM * R + STEPS - 1) // STEPS
-    for i_col in tl.static_range(TILES):
-        b_own = load_open(p_w, i_col * STEPS, n, s_folded, ROOM, D, R, BLOCK_D, STEPS)
-        b_xwa = tl.zeros((b_x.shape[0], STEPS), dtype=tl.float32)
-        for i_row in tl.static_range(i_col, TILES):
-            if i_row == i_col:
-                b_w = b_own
-            else:
-                b_w = load_open(p_w, i_row * STEPS, n, s_folded, ROOM, D, R, BLOCK_D, STEPS)
-            b_a = load_lower(p_a, i_row * STEPS, i_col * STEPS, n, s_folded, ROOM, R, R, False, STEPS, STEPS)
-            b_xw = dot_open(b_x, tl.trans(b_w), HALF)
-            b_xwa += dot_open(b_xw, b_a, HALF)
-        b_out -= dot_open(b_xwa, b_own, HALF)
-    return b_out
-
-
-@triton.jit
-def open_logits(
-    b_x,
-    p_k,
-    p_w,
-    p_y,
-    i_first,
-    n,
-    s_folded,
-    ROOM: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,
-    KEYS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """x K^T - (x W^T) Y for the open tokens i_first ... i_first + KEYS, (rows, KEYS)."""
-    b_k = load_open(p_k, i_first, n, s_folded, ROOM, D, 1, BLOCK_D, KEYS).to(tl.float32)
-    b_out = dot_open(b_x, tl.trans(b_k), HALF)
-    for i_row in tl.static_range((ROOM * R + STEPS - 1) // STEPS):
-        b_w = load_open(p_w, i_row * STEPS, n, s_folded, ROOM, D, R, BLOCK_D, STEPS)
-        b_y = load_lower(p_y, i_row * STEPS, i_first, n, s_folded, ROOM, R, 1, True, STEPS, KEYS)
-        b_xw = dot_open(b_x, tl.trans(b_w), HALF)
-        b_out -= dot_open(b_xw, b_y, HALF)
-    return b_out
-
-
-@triton.jit
 def add_up(b_logits, b_v, b_max, b_sum, b_out):
     """One step of the online softmax over a tile of keys."""
     b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
@@ -226,25 +117,21 @@ def code_to_float(b_codes):
 
 
 @triton.jit
-def past_new_tokens(
+def past_token(
     b_x,
     b_gate,
     b_max,
     b_sum,
     b_out,
-    p_k,
+    p_k,  # of this token and head, as are the next
     p_v,
     p_w,
     p_beta,
-    p_g,
-    i_new,
-    i_start,
-    s_own,
-    i_query_head,
-    i_head,
-    H,
-    HQ,
-    is_open,
+    p_g,  # (rows,): of each row's query head
+    w_stride,  # from one reflection of the token to the next, and of beta
+    beta_stride,
+    m_later,  # (rows,): queries that are not before this token
+    attends,
     R: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -252,82 +139,56 @@ def past_new_tokens(
     BLOCK_DV: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Queries of new tokens i_new moved left past all of these, one after another; where is_open, they also attend to
-    each new token on their way.
-    """
+    """Queries right behind a token attend to it, where ``attends``, and move on to its left: the definition itself."""
     o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    for i in range(s_own):
-        i_last = s_own - 1 - i
-        m_later = i_new >= i_last
-        i_token = (i_start + i_last).to(tl.int64)
-        if is_open:
-            b_k = tl.load(p_k + (i_token * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-            b_v = tl.load(p_v + (i_token * H + i_head) * DV + o_dv, mask=o_dv < DV, other=0.0).to(tl.float32)
-            b_logit = tl.where(m_later, (tl.sum(b_x * b_k[None, :], axis=1) + b_gate) * LOG2_E, float("-inf"))
-            b_top = tl.maximum(b_max, b_logit)
-            b_weight = tl.exp2(b_logit - b_top)
-            b_fade = tl.exp2(b_max - b_top)
-            b_sum = b_sum * b_fade + b_weight
-            b_out = b_out * b_fade[:, None] + b_weight[:, None] * b_v[None, :]
-            b_max = b_top
-        for i_reflection in range(R):
-            i_step = i_token * R + (R - 1 - i_reflection)
-            b_w = tl.load(p_w + (i_step * H + i_head) * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-            s_beta = tl.load(p_beta + i_step * H + i_head).to(tl.float32)
-            b_dot = tl.where(m_later, s_beta * tl.sum(b_x * b_w[None, :], axis=1), 0.0)
-            b_x -= b_dot[:, None] * b_w[None, :]
-        if GATED:
-            b_g = tl.load(p_g + i_token * HQ + i_query_head).to(tl.float32)
-            b_gate += tl.where(m_later, tl.maximum(b_g, LOWEST), 0.0)
+    if attends:
+        o_dv = tl.arange(0, BLOCK_DV)
+        b_k = tl.load(p_k + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + o_dv, mask=o_dv < DV, other=0.0).to(tl.float32)
+        b_logit = tl.where(m_later, (tl.sum(b_x * b_k[None, :], axis=1) + b_gate) * LOG2_E, float("-inf"))
+        b_top = tl.maximum(b_max, b_logit)
+        b_weight = tl.exp2(b_logit - b_top)
+        b_fade = tl.exp2(b_max - b_top)
+        b_sum = b_sum * b_fade + b_weight
+        b_out = b_out * b_fade[:, None] + b_weight[:, None] * b_v[None, :]
+        b_max = b_top
+    for i in tl.static_range(R):
+        b_w = tl.load(p_w + (R - 1 - i) * w_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        s_beta = tl.load(p_beta + (R - 1 - i) * beta_stride).to(tl.float32)
+        b_along = tl.where(m_later, s_beta * tl.sum(b_x * b_w[None, :], axis=1), 0.0)
+        b_x -= b_along[:, None] * b_w[None, :]
+    if GATED:
+        b_gate += tl.where(m_later, tl.maximum(tl.load(p_g).to(tl.float32), LOWEST), 0.0)
     return b_x, b_gate, b_max, b_sum, b_out
 
 
 @triton.jit
-def attend_open(
-    b_x,
-    b_gate,
-    b_max,
-    b_sum,
-    b_out,
+def hold_token(
+    p_new_k,  # of one token and head, as are the rest
+    p_new_v,
+    p_new_w,
+    p_new_beta,
     p_k,
     p_v,
     p_w,
-    p_y,
-    p_g,  # (rows,): of each row's query head
-    n,
-    s_folded,
-    ROOM: tl.constexpr,
+    p_beta,
+    w_stride,
+    beta_stride,
     R: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    STEPS: tl.constexpr,
-    GATED: tl.constexpr,
-    HALF: tl.constexpr,
 ):
-    """Attention of queries behind the newest open token to the open tokens, a page of them at once."""
-    TILES: tl.constexpr = (ROOM + PAGE - 1) // PAGE
-    o = tl.arange(0, PAGE)
-    for i in range(TILES):  # from the newest, for the gates
-        i_first = (TILES - 1 - i) * PAGE
-        if i_first < n:
-            m_key = (i_first + o < n)[None, :]
-            b_logits = open_logits(b_x, p_k, p_w, p_y, i_first, n, s_folded, ROOM, R, D, BLOCK_D, STEPS, PAGE, HALF)
-            if GATED:
-                p_key = p_g[:, None] + ((s_folded + i_first + o) % ROOM)[None, :]
-                b_g = tl.load(p_key, mask=m_key, other=0.0)
-                # From the token after each key on: not what is left of a sum, where a large gate hides small ones.
-                p_after = p_g[:, None] + ((s_folded + i_first + o + 1) % ROOM)[None, :]
-                m_after = (i_first + o + 1 < n)[None, :] & (o + 1 < PAGE)[None, :]
-                b_after = tl.load(p_after, mask=m_after, other=0.0)
-                b_logits += b_gate[:, None] + tl.cumsum(b_after, axis=1, reverse=True)
-                b_gate += tl.sum(b_g, axis=1)
-            b_logits = tl.where(m_key, b_logits * LOG2_E, float("-inf"))
-            b_v = load_open(p_v, i_first, n, s_folded, ROOM, DV, 1, BLOCK_DV, PAGE)
-            b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
-    return b_max, b_sum, b_out
+    """Put a new token to its place among the open ones."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    tl.store(p_k + o_d, tl.load(p_new_k + o_d, mask=o_d < D, other=0.0), mask=o_d < D)
+    tl.store(p_v + o_dv, tl.load(p_new_v + o_dv, mask=o_dv < DV, other=0.0), mask=o_dv < DV)
+    for i in tl.static_range(R):
+        b_w = tl.load(p_new_w + i * w_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        tl.store(p_w + i * D + o_d, b_w, mask=o_d < D)
+        tl.store(p_beta + i, tl.load(p_new_beta + i * beta_stride).to(tl.float32))
 
 
 @triton.jit
@@ -505,12 +366,11 @@ def attend_kernel(
     p_product,
     p_gate_total,
     p_scale,
-    p_k,
+    p_k,  # the open tokens: the new ones are put behind them
     p_v,
     p_w,
+    p_beta,
     p_g,
-    p_a,
-    p_y,
     p_before,  # out (2, B) int32: length and folded as they are now; None where MOVED
     p_out,  # out (H, items + B, rows, DV) float32: attention to a piece's keys; past the items, to the open tokens
     p_log_sum_exp,  # out (H, items + B, rows) float32, base 2
@@ -534,8 +394,6 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_ROOM: tl.constexpr,
-    STEPS: tl.constexpr,  # tile of reflections of the open tokens
     WIDTH: tl.constexpr,  # tile of rows of a product
     CODED: tl.constexpr,
     GATED: tl.constexpr,
@@ -582,8 +440,6 @@ def attend_kernel(
     b_sum = tl.zeros((ROWS,), dtype=tl.float32)
     b_out = tl.zeros((ROWS, BLOCK_DV), dtype=tl.float32)
     b_gate = tl.zeros((ROWS,), dtype=tl.float32)  # sum of g from where the row stands to its token
-    p_open_w = p_w + i_bh * (ROOM * R * D)
-    p_open_g = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
     if MOVED:
         i_query = i_bh * s_rows + tl.minimum(o_row, s_rows - 1)
         b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
@@ -592,63 +448,86 @@ def attend_kernel(
     else:
         i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
         b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-        b_x, b_gate, b_max, b_sum, b_out = past_new_tokens(
-            b_x.to(tl.float32) * scale,
-            b_gate,
-            b_max,
-            b_sum,
-            b_out,
-            p_new_k,
-            p_new_v,
-            p_new_w,
-            p_new_beta,
-            p_new_g,
-            i_new,
-            i_start,
-            s_own,
-            i_query_head,
-            i_head,
-            H,
-            HQ,
-            is_open,
-            R,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            GATED,
-        )
-        if is_open:
-            b_max, b_sum, b_out = attend_open(
+        b_x = b_x.to(tl.float32) * scale
+        for i in range(s_own):
+            i_token = (i_start + s_own - 1 - i).to(tl.int64)
+            i_step = i_token * R * H + i_head
+            b_x, b_gate, b_max, b_sum, b_out = past_token(
                 b_x,
                 b_gate,
                 b_max,
                 b_sum,
                 b_out,
-                p_k + i_bh * (ROOM * D),
-                p_v + i_bh * (ROOM * DV),
-                p_open_w,
-                p_y + i_bh * (ROOM * R * ROOM),
-                p_open_g,
-                n,
-                s_folded,
-                ROOM,
+                p_new_k + (i_token * H + i_head) * D,
+                p_new_v + (i_token * H + i_head) * DV,
+                p_new_w + i_step * D,
+                p_new_beta + i_step,
+                p_new_g + i_token * HQ + i_query_head if GATED else None,
+                H * D,
+                H,
+                i_new >= s_own - 1 - i,
+                is_open,
                 R,
                 D,
                 DV,
                 BLOCK_D,
                 BLOCK_DV,
-                STEPS,
                 GATED,
-                HALF,
             )
-        else:
-            p_open_a = p_a + i_bh * (ROOM * R * ROOM * R)
-            b_x = pass_open(b_x, p_open_w, p_open_a, n, s_folded, ROOM, R, D, BLOCK_D, STEPS, HALF)
-            if GATED:
-                o_open = tl.arange(0, BLOCK_ROOM)
-                p_all = p_open_g[:, None] + ((s_folded + o_open) % ROOM)[None, :]
-                b_gate += tl.sum(tl.load(p_all, mask=(o_open < n)[None, :], other=0.0), axis=1)
+        p_row_g = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
+        for i in range(n):
+            i_place = (s_folded + n - 1 - i) % ROOM
+            i_row = i_bh * ROOM + i_place
+            b_x, b_gate, b_max, b_sum, b_out = past_token(
+                b_x,
+                b_gate,
+                b_max,
+                b_sum,
+                b_out,
+                p_k + i_row * D,
+                p_v + i_row * DV,
+                p_w + i_row * (R * D),
+                p_beta + i_row * R,
+                p_row_g + i_place,
+                D,
+                1,
+                i_new >= 0,
+                is_open,
+                R,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                GATED,
+            )
+        if is_open & (i_tile == 0):
+            for i in range(s_own):
+                i_token = (i_start + i).to(tl.int64)
+                i_step = i_token * R * H + i_head
+                i_row = i_bh * ROOM + (s_length + i) % ROOM
+                hold_token(
+                    p_new_k + (i_token * H + i_head) * D,
+                    p_new_v + (i_token * H + i_head) * DV,
+                    p_new_w + i_step * D,
+                    p_new_beta + i_step,
+                    p_k + i_row * D,
+                    p_v + i_row * DV,
+                    p_w + i_row * (R * D),
+                    p_beta + i_row * R,
+                    H * D,
+                    H,
+                    R,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                )
+                if GATED:
+                    for i_group in range(GROUP):
+                        i_own = i_head * GROUP + i_group
+                        s_g = tl.load(p_new_g + i_token * HQ + i_own).to(tl.float32)
+                        p_own = p_g + (i_sequence * HQ + i_own).to(tl.int64) * ROOM
+                        tl.store(p_own + (s_length + i) % ROOM, tl.maximum(s_g, LOWEST))
 
     if not is_open and i_first < i_end:
         # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
