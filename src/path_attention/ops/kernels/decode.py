@@ -43,7 +43,7 @@ class Launch:
 
 # By the widest row. 128 registers let four programs of four warps share a multiprocessor.
 LAUNCHES = {
-    64: Launch(num_warps=4, stages=4, registers=128, programs=8),
+    64: Launch(num_warps=4, stages=5, registers=128, programs=8),
     128: Launch(num_warps=8, stages=4, registers=128, programs=8),
     256: Launch(num_warps=8, stages=3, registers=None, programs=4),
 }

@@ -131,17 +131,17 @@ def past_token(
     w_stride,  # from one reflection of the token to the next, and of beta
     beta_stride,
     m_later,  # (rows,): queries that are not before this token
-    attends,
     R: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     GATED: tl.constexpr,
+    ATTENDS: tl.constexpr,
 ):
-    """Queries right behind a token attend to it, where ``attends``, and move on to its left: the definition itself."""
+    """Queries right behind a token attend to it, where ATTENDS, and move on to its left: the definition itself."""
     o_d = tl.arange(0, BLOCK_D)
-    if attends:
+    if ATTENDS:
         o_dv = tl.arange(0, BLOCK_DV)
         b_k = tl.load(p_k + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + o_dv, mask=o_dv < DV, other=0.0).to(tl.float32)
@@ -159,6 +159,98 @@ def past_token(
         b_x -= b_along[:, None] * b_w[None, :]
     if GATED:
         b_gate += tl.where(m_later, tl.maximum(tl.load(p_g).to(tl.float32), LOWEST), 0.0)
+    return b_x, b_gate, b_max, b_sum, b_out
+
+
+@triton.jit
+def past_tokens(
+    b_x,
+    b_gate,
+    b_max,
+    b_sum,
+    b_out,
+    p_new_k,
+    p_new_v,
+    p_new_w,
+    p_new_beta,
+    p_new_g,
+    p_k,  # open tokens of this sequence and head, as are the next
+    p_v,
+    p_w,
+    p_beta,
+    p_g,  # (rows,): of each row's query head
+    i_new,
+    i_start,
+    s_own,
+    n,
+    s_folded,
+    i_query_head,
+    i_head,
+    H,
+    HQ,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GATED: tl.constexpr,
+    ATTENDS: tl.constexpr,
+):
+    """Queries of the new tokens i_new moved past all of these and then all open ones, to the fold's edge."""
+    for i in range(s_own):
+        i_token = (i_start + s_own - 1 - i).to(tl.int64)
+        i_step = i_token * R * H + i_head
+        p_gates = p_g
+        if GATED:
+            p_gates = p_new_g + i_token * HQ + i_query_head
+        b_x, b_gate, b_max, b_sum, b_out = past_token(
+            b_x,
+            b_gate,
+            b_max,
+            b_sum,
+            b_out,
+            p_new_k + (i_token * H + i_head) * D,
+            p_new_v + (i_token * H + i_head) * DV,
+            p_new_w + i_step * D,
+            p_new_beta + i_step,
+            p_gates,
+            H * D,
+            H,
+            i_new >= s_own - 1 - i,
+            R,
+            D,
+            DV,
+            BLOCK_D,
+            BLOCK_DV,
+            GATED,
+            ATTENDS,
+        )
+    # One product of a vector after another: the rows they take are on their way meanwhile.
+    for i in tl.range(n, num_stages=4):
+        i_place = (s_folded + n - 1 - i) % ROOM
+        b_x, b_gate, b_max, b_sum, b_out = past_token(
+            b_x,
+            b_gate,
+            b_max,
+            b_sum,
+            b_out,
+            p_k + i_place * D,
+            p_v + i_place * DV,
+            p_w + i_place * (R * D),
+            p_beta + i_place * R,
+            p_g + i_place,
+            D,
+            1,
+            i_new >= 0,
+            R,
+            D,
+            DV,
+            BLOCK_D,
+            BLOCK_DV,
+            GATED,
+            ATTENDS,
+        )
     return b_x, b_gate, b_max, b_sum, b_out
 
 
@@ -449,56 +541,75 @@ def attend_kernel(
         i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
         b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
         b_x = b_x.to(tl.float32) * scale
-        for i in range(s_own):
-            i_token = (i_start + s_own - 1 - i).to(tl.int64)
-            i_step = i_token * R * H + i_head
-            b_x, b_gate, b_max, b_sum, b_out = past_token(
+        if is_open:
+            b_x, b_gate, b_max, b_sum, b_out = past_tokens(
                 b_x,
                 b_gate,
                 b_max,
                 b_sum,
                 b_out,
-                p_new_k + (i_token * H + i_head) * D,
-                p_new_v + (i_token * H + i_head) * DV,
-                p_new_w + i_step * D,
-                p_new_beta + i_step,
-                p_new_g + i_token * HQ + i_query_head if GATED else None,
-                H * D,
+                p_new_k,
+                p_new_v,
+                p_new_w,
+                p_new_beta,
+                p_new_g,
+                p_k + i_bh * (ROOM * D),
+                p_v + i_bh * (ROOM * DV),
+                p_w + i_bh * (ROOM * R * D),
+                p_beta + i_bh * (ROOM * R),
+                p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM,
+                i_new,
+                i_start,
+                s_own,
+                n,
+                s_folded,
+                i_query_head,
+                i_head,
                 H,
-                i_new >= s_own - 1 - i,
-                is_open,
+                HQ,
+                ROOM,
                 R,
                 D,
                 DV,
                 BLOCK_D,
                 BLOCK_DV,
                 GATED,
+                True,
             )
-        p_row_g = p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM
-        for i in range(n):
-            i_place = (s_folded + n - 1 - i) % ROOM
-            i_row = i_bh * ROOM + i_place
-            b_x, b_gate, b_max, b_sum, b_out = past_token(
+        else:
+            b_x, b_gate, b_max, b_sum, b_out = past_tokens(
                 b_x,
                 b_gate,
                 b_max,
                 b_sum,
                 b_out,
-                p_k + i_row * D,
-                p_v + i_row * DV,
-                p_w + i_row * (R * D),
-                p_beta + i_row * R,
-                p_row_g + i_place,
-                D,
-                1,
-                i_new >= 0,
-                is_open,
+                p_new_k,
+                p_new_v,
+                p_new_w,
+                p_new_beta,
+                p_new_g,
+                p_k,
+                p_v,
+                p_w + i_bh * (ROOM * R * D),
+                p_beta + i_bh * (ROOM * R),
+                p_g + (i_sequence * HQ + i_query_head).to(tl.int64) * ROOM,
+                i_new,
+                i_start,
+                s_own,
+                n,
+                s_folded,
+                i_query_head,
+                i_head,
+                H,
+                HQ,
+                ROOM,
                 R,
                 D,
                 DV,
                 BLOCK_D,
                 BLOCK_DV,
                 GATED,
+                False,
             )
         if is_open & (i_tile == 0):
             for i in range(s_own):
