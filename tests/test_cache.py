@@ -285,6 +285,21 @@ def test_rounding_is_that_of_softmax_attention(dtype: torch.dtype, gated: bool, 
     assert relative_error(got, exact) <= factor * yardstick
 
 
+def test_near_parallel_reflections_do_not_drift() -> None:
+    """Two a token with beta = 2 and 0.01 between them turn by 0.02, and the inverse of T is large (docs/numerics.md).
+
+    Folds apply them one after another, so that what they lose does not add up: steps are as exact as one pass.
+    """
+    inputs = inputs_of(Shape(900, query_heads=1, heads=1, reflections=2), beta="2", dtype=torch.float32)
+    w = inputs["w"]
+    first = w[:, :1, :1]
+    second = torch.nn.functional.normalize(first + 0.01 * w[:, 1:2, :1], dim=-1)
+    inputs["w"] = torch.cat([first, second], 2).expand_as(w).contiguous()
+    exact = path_attention(**{name: x.double() for name, x in inputs.items()})
+    got = in_pieces(PathCache(chunk=CHUNK), inputs, [64, *[1] * 836])
+    assert relative_error(got, exact) <= 2 * relative_error(path_attention(**inputs), exact)
+
+
 @pytest.mark.slow
 def test_ten_thousand_steps_in_bfloat16() -> None:
     """The last tokens of 10,000 single steps against the definition, to which nothing was rounded on the way.
@@ -297,24 +312,16 @@ def test_ten_thousand_steps_in_bfloat16() -> None:
     wide = {name: x.double() for name, x in inputs.items()}
     exact = path_attention(**wide)[:, -last:]  # equal to the definition within 1e-11, and not quadratic in memory
     got = in_pieces(PathCache(), inputs, [1] * length)[:, -last:]
-    # A moved query and a moved key are rounded once, as those of rotary attention are after their rotation: the
-    # yardstick is softmax attention of queries and keys that were not in bfloat16 before.
-    unrounded = inputs_of(shape, beta="2")
-    rounded = [unrounded[name].bfloat16() for name in "qkv"]
-    plain = [
-        softmax_attention(*rounded)[:, -last:],
-        softmax_attention(*(unrounded[x] for x in "qk"), rounded[2].double()),
-    ]
-    yardstick = relative_error(plain[0], plain[1][:, -last:])
-    assert relative_error(got, exact) <= HALF_FACTOR * yardstick
-    assert relative_error(got, exact) <= HALF_FACTOR * relative_error(path_attention(**inputs)[:, -last:], exact)
+    plain = [x[name] for x in (inputs, wide) for name in "qkv"]
+    yardstick = relative_error(softmax_attention(*plain[:3])[:, -last:], softmax_attention(*plain[3:])[:, -last:])
+    # Softmax attention rounds its weights and its output; a cache its output and, less, its keys.
+    assert relative_error(got, exact) <= yardstick
 
 
 # PathCache.nbytes() over the bytes of keys and values, one bfloat16 sequence of one head: 1/32 for the products, half a
-# page, 1.6 % of memory that is not used yet, and what a sequence takes once: 48 open tokens of 2.75 to 3.5 times the
-# memory of a folded one, P of the open chunk (D tokens) and the scales of its keys (32), some 260 tokens, which are
-# 3.2 % of 8192.
-@pytest.mark.parametrize("length, ratio", [(4096, 1.12), (8192, 1.08), (32768, 1.06)])
+# page, and what a sequence takes once: places for 48 open tokens of twice the memory of a folded one, P of the open
+# chunk (D tokens) and the scales of its keys (32), some 190 tokens at D = 64 and 260 at 128.
+@pytest.mark.parametrize("length, ratio", [(4096, 1.07), (8192, 1.06), (32768, 1.05)])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_memory(dim: int, length: int, ratio: float) -> None:
     zeros = torch.zeros(1, 1, 1, dim, dtype=torch.bfloat16)
@@ -333,7 +340,7 @@ def test_memory_as_it_grows(dim: int) -> None:
     for length in range(8192, 16384, 16):
         cache._known = [(length - 32, length - 1)]
         cache._reserve(_tokens(zeros), [1])
-        assert cache.nbytes() <= 1.1 * length * 2 * dim * 2
+        assert cache.nbytes() <= 1.08 * length * 2 * dim * 2  # 1.6 % of it not used yet
 
 
 def _tokens(x: Tensor) -> Tokens:

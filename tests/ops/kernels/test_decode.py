@@ -95,6 +95,16 @@ def test_steps_equal_the_definition(case: tuple[dict, dict, list[int]]) -> None:
     check(in_pieces(PathCache(chunk=64), inputs, counts), part(inputs, 0, sum(counts)))
 
 
+@pytest.mark.parametrize("beta", ["uniform", "2"])
+@pytest.mark.parametrize("counts", [[300], [120, 100, 60, 20]], ids=["a prompt", "pieces that end anywhere"])
+def test_prompts_are_folded_by_a_kernel(counts: list[int], beta: str) -> None:
+    """Whole chunks, and chunks that are continued: the queries after them see what is left. Repeated w: ops/leaf.py."""
+    shape = Shape(302, query_heads=2, heads=1, dim=24, value_dim=40)
+    inputs = inputs_of(shape, gated=True, dtype=torch.float16, beta=beta)
+    inputs["w"][:, 1:200:2] = inputs["w"][:, :200:2]
+    check(in_pieces(PathCache(chunk=128), inputs, [*counts, 1, 1]), inputs)
+
+
 def test_more_open_tokens_than_a_tile() -> None:
     inputs = inputs_of(Shape(160, query_heads=1, heads=1), gated=True, dtype=torch.float32)
     cache = PathCache(chunk=64, rewind=60)
