@@ -3,7 +3,7 @@
 Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for all lengths.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,8 +21,6 @@ _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 MIN_BLOCK = 16
 # Multiprocessors that interpreted kernels are launched for.
 INTERPRETED = 1
-# Query rows of one program, at most.
-MAX_ROWS = 64
 # Programs a multiprocessor that share the pages to be folded.
 FOLDERS = 2
 # Numbers of a tile of keys that a fold moves: 32 a thread.
@@ -47,14 +45,22 @@ LAUNCHES = {
     128: Launch(num_warps=8, stages=4, registers=128, programs=8),
     256: Launch(num_warps=8, stages=3, registers=None, programs=4),
 }
-# Tiles of MAX_ROWS queries, as of long calls: these have matrix units to keep busy, not memory.
+# Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit beside
+# wider rows, or those of float32, which are read for their digits and not for speed.
 LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4)
+MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
+FLOAT32_STAGES = 2
 
 
-def _launch(wide: int, block_rows: int) -> Launch:
+def _launch(state: State, rows: int) -> tuple[int, Launch]:
+    """Rows of a tile, and the launch, for so many query rows of a head."""
+    wide = max(_block(state.k.shape[3]), _block(state.v.shape[3]))
+    is_many = state.coded and wide <= MAX_ROWS_WIDTH
+    block_rows = min(MAX_ROWS if is_many else MIN_BLOCK, _block(rows))
+    launch = next(launch for width, launch in LAUNCHES.items() if wide <= width)
     if block_rows == MAX_ROWS:
-        return LAUNCH_ROWS
-    return next(launch for width, launch in LAUNCHES.items() if wide <= width)
+        launch = LAUNCH_ROWS
+    return block_rows, launch if state.coded else replace(launch, stages=FLOAT32_STAGES)
 
 
 @cache
@@ -122,9 +128,8 @@ def _attend(
     batch, heads, _, dim = state.k.shape
     value_dim = state.v.shape[3]
     rows = count * query_heads // heads
-    block_rows = min(MAX_ROWS, _block(rows))
+    block_rows, launch = _launch(state, rows)
     tiles = triton.cdiv(rows, block_rows)
-    launch = _launch(max(_block(dim), _block(value_dim)), block_rows)
     items = max(1, launch.programs * _multiprocessors(state.k.device) // (heads * tiles))
     pieces = items + 2 * batch
     out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
