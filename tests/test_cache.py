@@ -264,6 +264,20 @@ def test_compiled_steps_in_one_graph() -> None:
             step(part(inputs, 0, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_nothing_unwritten_is_read(dtype: torch.dtype) -> None:
+    """Fresh memory, which torch then fills with NaN, leaves no trace."""
+    side_dtype = torch.promote_types(dtype, torch.float32)
+    inputs = inputs_of(Shape(230, dim=8, value_dim=8), gated=True, dtype=dtype, side_dtype=side_dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        out = in_pieces(PathCache(chunk=CHUNK), inputs, [100, *[1] * 80, 50])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert bool(torch.isfinite(out).all())
+
+
 # Half precision: as tests/ops/test_precision.py has it, output against softmax attention's own error in that dtype.
 HALF_FACTOR = 1.5
 

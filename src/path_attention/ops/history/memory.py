@@ -40,7 +40,8 @@ class Pool:
             dim, length = self._cut[name]
             shape = list(x.shape)
             shape[dim] = more * length
-            self.tensors[name] = torch.cat([x, x.new_zeros(shape)], dim)
+            new = x.new_empty(shape)  # nothing is read of a piece but what was written
+            self.tensors[name] = torch.cat([x, new], dim) if self.uses else new
         self.uses += [0] * more
 
     def share(self, pieces: Iterable[int]) -> None:

@@ -25,6 +25,8 @@ INTERPRETED = 1
 FOLDERS = 2
 # Numbers of a tile of keys that a fold moves: 32 a thread.
 FOLD_TILE = 4096
+# Numbers of partial results of a long call's queries that are held at once: 256 MB.
+PARTIAL = 2**26
 # What no sequence reaches, where memory grows.
 UNBOUNDED = 2**31 - 1
 
@@ -45,8 +47,8 @@ LAUNCHES = {
     128: Launch(num_warps=8, stages=4, registers=128, programs=8),
     256: Launch(num_warps=8, stages=3, registers=None, programs=4),
 }
-# Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit beside
-# wider rows, or those of float32, which are read for their digits and not for speed.
+# Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
+# beside wider rows, or those of float32, which are read for their digits and not for speed.
 LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4)
 MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
 FLOAT32_STAGES = 2
@@ -245,13 +247,20 @@ def attend_history(state: State, x: Tensor, gate: Tensor | None) -> tuple[Tensor
     each. Row t * G + n is token t of the head's query head n.
     """
     batch, heads, rows, _ = x.shape
-    query_heads = state.g.shape[1] if state.gated else heads
-    group = query_heads // heads
-    empty: dict[str, Tensor | None] = {
-        f"p_new_{name}": gate if name == "g" else x for name in ("k", "v", "w", "beta", "g")
-    } | {"p_bounds": None}
-    count = rows // group
-    out, lse, items = _attend(state, x.contiguous(), query_heads, count, empty, None, 1.0, UNBOUNDED, moved=True)
+    group = state.g.shape[1] // heads if state.gated else 1
+    size = max(1, PARTIAL // (heads * group * state.v.shape[3] * (2 * batch + LAUNCH_ROWS.programs))) * group
+    gates = [None] * (-(-rows // size)) if gate is None else gate.split(size, 2)
+    found = [_attend_rows(state, part, g, group) for part, g in zip(x.split(size, 2), gates, strict=True)]
+    return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
+
+
+def _attend_rows(state: State, x: Tensor, gate: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, _ = x.shape
+    query_heads, count = heads * group, rows // group
+    x = x.contiguous()
+    empty: dict[str, Tensor | None] = {f"p_new_{name}": x for name in ("k", "v", "w", "beta")}
+    empty |= {"p_new_g": None if gate is None else gate.contiguous(), "p_bounds": None}
+    out, lse, items = _attend(state, x, query_heads, count, empty, None, 1.0, UNBOUNDED, moved=True)
     result = torch.empty(batch, query_heads, count, state.v.shape[3], dtype=torch.float32, device=x.device)
     result_lse = torch.empty(batch, query_heads, count, dtype=torch.float32, device=x.device)
     join_kernel[(result_lse.numel(),)](
