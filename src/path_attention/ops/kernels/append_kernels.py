@@ -1,8 +1,8 @@
 """Triton kernels that end a step of a cache, after decode_kernels.py.
 
-append_kernel joins what that one left in pieces, and counts the new tokens; fold_kernel folds the oldest open ones
-where it is time for that. No two programs of one kernel touch the same memory, and what the cache held before the step
-is read from p_before, which the step's first kernel wrote.
+append_kernel joins what that one left in pieces, counts the new tokens, and folds the oldest open ones where it is time
+for that. No two of its programs touch the same memory, and what the cache held before the step is read from p_before,
+which the step's first kernel wrote.
 """
 
 import triton
@@ -241,184 +241,6 @@ def nearest(b_x):
     return ((b_x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int16)
 
 
-@triton.jit(do_not_specialize=("keep", "capacity", "B", "H", "s_new", "s_items"))
-def append_kernel(
-    p_out,  # what attend_kernel wrote
-    p_log_sum_exp,
-    p_before,
-    p_result,  # out (tokens, HQ, DV)
-    p_full,  # out (B,) int32: set where tokens did not fit
-    p_bounds,
-    p_length,
-    p_folded,
-    keep,  # tokens that stay open
-    capacity,  # tokens a sequence at most
-    B,
-    H,
-    s_new,  # T, tokens of each sequence, or of the longest
-    s_items,  # pieces asked of work_item()
-    GROUP: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """The results of one query joined; the first programs count the tokens of one sequence each."""
-    HQ = H * GROUP
-    i_program = tl.program_id(0)
-    if i_program < B:
-        s_length = tl.load(p_before + i_program)
-        s_folded = tl.load(p_before + B + i_program)
-        s_own = s_new
-        if p_bounds is not None:
-            s_own = tl.load(p_bounds + i_program + 1) - tl.load(p_bounds + i_program)
-        if s_length + s_own > capacity:
-            tl.store(p_full + i_program, 1)
-        else:
-            is_due = is_fold_due(s_length - s_folded, s_own, keep)
-            tl.store(p_length + i_program, s_length + s_own)
-            tl.store(p_folded + i_program, s_folded + tl.where(is_due, FOLD, 0))
-        return
-    i_query = i_program - B
-    i_token = i_query // HQ
-    i_sequence = i_token // s_new
-    i_new = i_token % s_new
-    s_own = s_new
-    if p_bounds is not None:
-        o_b = tl.arange(0, BLOCK_B)
-        b_ends = tl.load(p_bounds + 1 + o_b, mask=o_b < B, other=0)
-        i_sequence = tl.sum(((b_ends <= i_token) & (o_b < B)).to(tl.int32))
-        s_start = tl.load(p_bounds + i_sequence)
-        i_new = i_token - s_start
-        s_own = tl.load(p_bounds + i_sequence + 1) - s_start
-    if tl.load(p_before + i_sequence) + s_own > capacity:
-        o_dv = tl.arange(0, BLOCK_DV)
-        b_nothing = tl.full((BLOCK_DV,), float("nan"), dtype=tl.float32)
-        p_row = p_result + i_query.to(tl.int64) * DV + o_dv
-        tl.store(p_row, b_nothing.to(p_result.dtype.element_ty), mask=o_dv < DV)
-        return
-    i_first, s_count = pieces_of(p_before + B, i_sequence, B, s_items, BLOCK_B)
-    join_pieces(
-        p_out,
-        p_log_sum_exp,
-        p_result,
-        None,
-        i_new * GROUP + i_query % GROUP,
-        i_query.to(tl.int64),
-        i_query % HQ // GROUP,
-        i_first,
-        s_count,
-        s_items + B + i_sequence,
-        s_items + 2 * B,
-        s_new * GROUP,
-        DV,
-        BLOCK_DV,
-        True,
-    )
-
-
-@triton.jit(do_not_specialize=("keep", "capacity", "B", "H", "s_new", "s_page_columns", "s_chunk_columns"))
-def fold_kernel(
-    p_before,
-    p_bounds,
-    p_keys,  # from here on fields of State
-    p_codes,
-    p_key_scale,
-    p_values,
-    p_gates,
-    p_products,
-    p_gate_totals,
-    p_pages,
-    p_chunks,
-    p_product,
-    p_gate_total,
-    p_scale,
-    p_k,
-    p_v,
-    p_w,
-    p_g,
-    p_beta,
-    keep,
-    capacity,
-    B,
-    H,
-    s_new,
-    s_slots,
-    s_page_columns,
-    s_chunk_columns,
-    GROUP: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    C: tl.constexpr,
-    ROOM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    KEYS: tl.constexpr,  # tile of keys, a part of a page, and of columns of the product
-    CODED: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """Fold the FOLD oldest open tokens of the sequences where it is time: all programs share their heads and pages."""
-    o_b = tl.arange(0, BLOCK_B)
-    m_b = o_b < B
-    b_length = tl.load(p_before + o_b, mask=m_b, other=0)
-    b_folded = tl.load(p_before + B + o_b, mask=m_b, other=0)
-    b_own = tl.where(m_b, s_new, 0)
-    if p_bounds is not None:
-        b_own = tl.load(p_bounds + 1 + o_b, mask=m_b, other=0) - tl.load(p_bounds + o_b, mask=m_b, other=0)
-    m_due = is_fold_due(b_length - b_folded, b_own, keep) & (b_length + b_own <= capacity)
-    b_rank = tl.cumsum(m_due.to(tl.int32), axis=0)
-    for i_due in range(tl.sum(m_due.to(tl.int32))):
-        m_own = m_due & (b_rank == i_due + 1)
-        i_sequence = tl.sum(tl.where(m_own, o_b, 0))
-        s_folded = tl.sum(tl.where(m_own, b_folded, 0))
-        i_chunk_first = s_folded // C * C
-        s_pages = (s_folded - i_chunk_first) // PAGE + 1  # those that change
-        s_parts = s_pages + (D + KEYS - 1) // KEYS  # and the product
-        for i_work in range(tl.program_id(0), H * s_parts, tl.num_programs(0)):
-            i_head = i_work // s_parts
-            i_part = i_work % s_parts
-            fold_part(
-                p_keys,
-                p_codes,
-                p_key_scale,
-                p_values,
-                p_gates,
-                p_products,
-                p_gate_totals,
-                p_pages,
-                p_chunks,
-                p_product,
-                p_gate_total,
-                p_scale,
-                p_k,
-                p_v,
-                p_w,
-                p_g,
-                p_beta,
-                i_sequence,
-                i_head,
-                i_part,
-                s_pages,
-                s_folded,
-                H,
-                s_slots,
-                s_page_columns,
-                s_chunk_columns,
-                GROUP,
-                R,
-                D,
-                DV,
-                C,
-                ROOM,
-                BLOCK_D,
-                BLOCK_DV,
-                KEYS,
-                CODED,
-                GATED,
-            )
-
-
 @triton.jit
 def fold_part(
     p_keys,
@@ -530,6 +352,272 @@ def fold_part(
                 p = p_gates + i_query_head.to(tl.int64) * s_slots + i_slot + o_key
                 b_after += tl.load(p, mask=i_open < 0, other=0.0)
                 tl.store(p, b_after, mask=i_open < FOLD)
+
+
+@triton.jit
+def fold_due(
+    p_before,
+    p_bounds,
+    p_keys,
+    p_codes,
+    p_key_scale,
+    p_values,
+    p_gates,
+    p_products,
+    p_gate_totals,
+    p_pages,
+    p_chunks,
+    p_product,
+    p_gate_total,
+    p_scale,
+    p_k,
+    p_v,
+    p_w,
+    p_g,
+    p_beta,
+    i_worker,
+    s_workers,
+    keep,
+    capacity,
+    B,
+    H,
+    s_new,
+    s_slots,
+    s_page_columns,
+    s_chunk_columns,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    KEYS: tl.constexpr,
+    CODED: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Fold the FOLD oldest open tokens of all sequences where it is time: s_workers programs share heads and pages."""
+    o_b = tl.arange(0, BLOCK_B)
+    m_b = o_b < B
+    b_length = tl.load(p_before + o_b, mask=m_b, other=0)
+    b_folded = tl.load(p_before + B + o_b, mask=m_b, other=0)
+    b_own = tl.where(m_b, s_new, 0)
+    if p_bounds is not None:
+        b_own = tl.load(p_bounds + 1 + o_b, mask=m_b, other=0) - tl.load(p_bounds + o_b, mask=m_b, other=0)
+    m_due = is_fold_due(b_length - b_folded, b_own, keep) & (b_length + b_own <= capacity)
+    b_rank = tl.cumsum(m_due.to(tl.int32), axis=0)
+    for i_due in range(tl.sum(m_due.to(tl.int32))):
+        m_own = m_due & (b_rank == i_due + 1)
+        i_sequence = tl.sum(tl.where(m_own, o_b, 0))
+        s_folded = tl.sum(tl.where(m_own, b_folded, 0))
+        i_chunk_first = s_folded // C * C
+        s_pages = (s_folded - i_chunk_first) // PAGE + 1  # those that change
+        s_parts = s_pages + (D + KEYS - 1) // KEYS  # and the product
+        for i_work in range(i_worker, H * s_parts, s_workers):
+            i_head = i_work // s_parts
+            i_part = i_work % s_parts
+            fold_part(
+                p_keys,
+                p_codes,
+                p_key_scale,
+                p_values,
+                p_gates,
+                p_products,
+                p_gate_totals,
+                p_pages,
+                p_chunks,
+                p_product,
+                p_gate_total,
+                p_scale,
+                p_k,
+                p_v,
+                p_w,
+                p_g,
+                p_beta,
+                i_sequence,
+                i_head,
+                i_part,
+                s_pages,
+                s_folded,
+                H,
+                s_slots,
+                s_page_columns,
+                s_chunk_columns,
+                GROUP,
+                R,
+                D,
+                DV,
+                C,
+                ROOM,
+                BLOCK_D,
+                BLOCK_DV,
+                KEYS,
+                CODED,
+                GATED,
+            )
+
+
+@triton.jit(
+    do_not_specialize=(
+        "keep",
+        "capacity",
+        "B",
+        "H",
+        "s_new",
+        "s_items",
+        "s_workers",
+        "s_page_columns",
+        "s_chunk_columns",
+    )
+)
+def append_kernel(
+    p_out,  # what attend_kernel wrote
+    p_log_sum_exp,
+    p_before,
+    p_result,  # out (tokens, HQ, DV)
+    p_full,  # out (B,) int32: set where tokens did not fit
+    p_bounds,
+    p_keys,  # from here on fields of State
+    p_codes,  # keys as int16
+    p_key_scale,
+    p_values,
+    p_gates,
+    p_products,
+    p_gate_totals,
+    p_pages,
+    p_chunks,
+    p_length,
+    p_folded,
+    p_product,
+    p_gate_total,
+    p_scale,
+    p_k,
+    p_v,
+    p_w,
+    p_beta,
+    p_g,
+    keep,  # tokens that stay open
+    capacity,  # tokens a sequence at most
+    B,
+    H,
+    s_new,  # T, tokens of each sequence, or of the longest
+    s_items,  # pieces asked of work_item()
+    s_workers,  # programs that share the pages to be folded, 0 if none are
+    s_slots,
+    s_page_columns,
+    s_chunk_columns,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    C: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    KEYS: tl.constexpr,  # tile of keys, a part of a page, and of columns of the product
+    CODED: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """The results of one query joined; the first s_workers programs fold, the next B count the tokens of a sequence."""
+    HQ = H * GROUP
+    if tl.program_id(0) < s_workers:
+        fold_due(
+            p_before,
+            p_bounds,
+            p_keys,
+            p_codes,
+            p_key_scale,
+            p_values,
+            p_gates,
+            p_products,
+            p_gate_totals,
+            p_pages,
+            p_chunks,
+            p_product,
+            p_gate_total,
+            p_scale,
+            p_k,
+            p_v,
+            p_w,
+            p_g,
+            p_beta,
+            tl.program_id(0),
+            s_workers,
+            keep,
+            capacity,
+            B,
+            H,
+            s_new,
+            s_slots,
+            s_page_columns,
+            s_chunk_columns,
+            GROUP,
+            R,
+            D,
+            DV,
+            C,
+            ROOM,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_B,
+            KEYS,
+            CODED,
+            GATED,
+        )
+        return
+    i_program = tl.program_id(0) - s_workers
+    if i_program < B:
+        s_length = tl.load(p_before + i_program)
+        s_folded = tl.load(p_before + B + i_program)
+        s_own = s_new
+        if p_bounds is not None:
+            s_own = tl.load(p_bounds + i_program + 1) - tl.load(p_bounds + i_program)
+        if s_length + s_own > capacity:
+            tl.store(p_full + i_program, 1)
+        else:
+            is_due = is_fold_due(s_length - s_folded, s_own, keep)
+            tl.store(p_length + i_program, s_length + s_own)
+            tl.store(p_folded + i_program, s_folded + tl.where(is_due, FOLD, 0))
+        return
+    i_query = i_program - B
+    i_token = i_query // HQ
+    i_sequence = i_token // s_new
+    i_new = i_token % s_new
+    s_own = s_new
+    if p_bounds is not None:
+        o_b = tl.arange(0, BLOCK_B)
+        b_ends = tl.load(p_bounds + 1 + o_b, mask=o_b < B, other=0)
+        i_sequence = tl.sum(((b_ends <= i_token) & (o_b < B)).to(tl.int32))
+        s_start = tl.load(p_bounds + i_sequence)
+        i_new = i_token - s_start
+        s_own = tl.load(p_bounds + i_sequence + 1) - s_start
+    if tl.load(p_before + i_sequence) + s_own > capacity:
+        o_dv = tl.arange(0, BLOCK_DV)
+        b_nothing = tl.full((BLOCK_DV,), float("nan"), dtype=tl.float32)
+        p_row = p_result + i_query.to(tl.int64) * DV + o_dv
+        tl.store(p_row, b_nothing.to(p_result.dtype.element_ty), mask=o_dv < DV)
+        return
+    i_first, s_count = pieces_of(p_before + B, i_sequence, B, s_items, BLOCK_B)
+    join_pieces(
+        p_out,
+        p_log_sum_exp,
+        p_result,
+        None,
+        i_new * GROUP + i_query % GROUP,
+        i_query.to(tl.int64),
+        i_query % HQ // GROUP,
+        i_first,
+        s_count,
+        s_items + B + i_sequence,
+        s_items + 2 * B,
+        s_new * GROUP,
+        DV,
+        BLOCK_DV,
+        True,
+    )
 
 
 @triton.jit(do_not_specialize=("B", "H", "s_new", "s_items"))

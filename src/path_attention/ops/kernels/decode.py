@@ -1,4 +1,4 @@
-"""Launchers of a cache's step: attend, append and, where the caller cannot rule it out, fold.
+"""Launchers of a cache's step: attend_kernel and append_kernel.
 
 Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for all lengths.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from path_attention.ops.history.state import PAGE, SHORT, State, Tokens
-from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
+from path_attention.ops.kernels.append_kernels import append_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
 
@@ -23,8 +23,9 @@ MIN_BLOCK = 16
 INTERPRETED = 1
 # Programs a multiprocessor that share the pages to be folded.
 FOLDERS = 2
-# Numbers of a tile of keys that a fold moves: 32 a thread.
-FOLD_TILE = 4096
+# Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
+# more, at most: eight programs share a multiprocessor, and only folds, once in 16 steps, spill.
+FOLD_TILE, APPEND_REGISTERS = 2048, 64
 # Numbers of partial results of a long call's queries that are held at once: 256 MB.
 PARTIAL = 2**26
 # What no sequence reaches, where memory grows.
@@ -76,8 +77,7 @@ def _block(dim: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(dim))
 
 
-APPEND_OPTIONS = "GROUP DV BLOCK_DV BLOCK_B"
-FOLD_OPTIONS = f"{APPEND_OPTIONS} R D C ROOM BLOCK_D CODED GATED"
+STEP_OPTIONS = "GROUP R D DV C ROOM BLOCK_D BLOCK_DV BLOCK_B CODED GATED"
 
 
 def _options(state: State, query_heads: int, names: str) -> dict[str, object]:
@@ -111,7 +111,9 @@ _ATTENDED = (
     "keys key_scale values gates products gate_totals pages chunks length folded covered suffix suffix_gate product "
     "gate_total scale k v w beta g"
 )
-_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w beta g"
+_APPENDED = (
+    "keys key_scale values gates products gate_totals pages chunks length folded product gate_total scale k v w beta g"
+)
 
 
 def _attend(
@@ -160,7 +162,7 @@ def _attend(
         HALF=_HALF[state.k.dtype],
         STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
-        **_options(state, query_heads, FOLD_OPTIONS),
+        **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,
         maxnreg=launch.registers,
         num_stages=1,
@@ -205,38 +207,32 @@ def step(
     found = _attend(state, q, query_heads, longest, new, before, tokens.scale, capacity, moved=False)
     result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
     count = q.shape[0] * q.shape[1]
-    sizes = {"keep": keep, "capacity": capacity, "B": batch, "H": heads, "s_new": longest}
-    append_kernel[(batch + count * query_heads,)](
+    workers = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device)) if fold_due else 0
+    append_kernel[(workers + batch + count * query_heads,)](
         p_out=found[0],
         p_log_sum_exp=found[1],
         p_before=before,
         p_result=result,
         p_full=state.full,
         p_bounds=bounds,
-        p_length=state.length,
-        p_folded=state.folded,
-        **sizes,
+        **_fields(state, _APPENDED),
+        p_codes=_codes(state),
+        keep=keep,
+        capacity=capacity,
+        B=batch,
+        H=heads,
+        s_new=longest,
         s_items=found[2],
-        **_options(state, query_heads, APPEND_OPTIONS),
-        num_warps=2,
+        s_workers=workers,
+        s_slots=state.keys.shape[1],
+        s_page_columns=state.pages.shape[1],
+        s_chunk_columns=state.chunks.shape[1],
+        KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
+        **_options(state, query_heads, STEP_OPTIONS),
+        num_warps=4,
+        maxnreg=APPEND_REGISTERS,
         num_stages=1,
     )
-    if fold_due:
-        programs = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device))
-        fold_kernel[(programs,)](
-            p_before=before,
-            p_bounds=bounds,
-            **_fields(state, _FOLDED),
-            p_codes=_codes(state),
-            **sizes,
-            s_slots=state.keys.shape[1],
-            s_page_columns=state.pages.shape[1],
-            s_chunk_columns=state.chunks.shape[1],
-            KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
-            **_options(state, query_heads, FOLD_OPTIONS),
-            num_warps=4,
-            num_stages=1,
-        )
     return result
 
 
