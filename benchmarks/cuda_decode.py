@@ -28,6 +28,7 @@ from path_attention.benchmark.decode import SHAPES, Shape, run_decode_benchmark
 from path_attention.benchmark.decode_times import STEPS, _capture, _milliseconds, operands
 from path_attention.benchmark.measure import environment
 from path_attention.cache import PathCache
+from path_attention.ops.history import Tokens
 from path_attention.ops.kernels import decode
 from path_attention.ops.kernels.decode import Launch
 
@@ -64,6 +65,11 @@ VARIANTS = {
     ],
 }
 PROGRAMS = (4, 8, 16)
+# Warps and registers of the kernel that folds prompts, by width.
+FOLDS: dict[int, tuple[tuple[int, int | None], ...]] = {
+    64: ((4, 128), (4, 168), (4, None), (2, None), (8, 128)),
+    128: ((8, None), (8, 168), (8, 128), (4, None)),
+}
 REPEATS = 5
 # Groups of tests that run at once: each compiles kernels of its own.
 TESTS = (
@@ -102,6 +108,12 @@ def prefill_once(shape: Shape) -> None:
     torch.cuda.synchronize()
 
 
+def fold_once(shape: Shape, launch: tuple[int, int | None]) -> None:
+    """Compile one launch of the fold of a prompt."""
+    decode.FOLD_LAUNCHES = {width(shape): launch}
+    prefill_once(replace(shape, length=700))
+
+
 def compile_all(pool: ProcessPoolExecutor) -> list[Future[None]]:
     seen, jobs = set(), []
     for shape in shapes():
@@ -110,6 +122,8 @@ def compile_all(pool: ProcessPoolExecutor) -> list[Future[None]]:
             if (key := (shape.dim, group, launch)) not in seen:
                 seen.add(key)
                 jobs.append(pool.submit(step_once, shape, launch))
+    for shape in {width(shape): shape for shape in shapes()}.values():
+        jobs += [pool.submit(fold_once, shape, launch) for launch in FOLDS[width(shape)]]
     return [pool.submit(prefill_once, shape) for shape in shapes()] + jobs
 
 
@@ -144,7 +158,36 @@ def tune(path: Path) -> list[str]:
         best = ", ".join(f"{row['path']:.4f} {_words(row)}" for row in timed[:3])
         lines.append(f"{shape}: softmax {timed[0]['softmax']:.4f} ms, own launch {own['path']:.4f}; best {best}")
         torch.cuda.empty_cache()
+        result["rows"][-1]["folds"] = folds = tune_fold(shape)
+        lines.append(
+            "  fold of the prompt, ms by (warps, registers): " + ", ".join(f"{k} {v:.3f}" for k, v in folds.items())
+        )
+        path.write_text(json.dumps(result, indent=1) + "\n")
     return lines
+
+
+@torch.no_grad()
+def tune_fold(shape: Shape) -> dict[str, float]:
+    """Milliseconds of folding the whole prompt, by launch: what a prefill takes beside the operator."""
+    q, k, v, w, beta = operands(shape, shape.length, torch.bfloat16, "cuda")
+    cache = PathCache(capacity=shape.length)
+    cache.attend(q, k, v, w, beta)
+    tokens = Tokens(q, k, v, w[:, :, None], beta[:, :, None], None, 1.0)
+    due = int(cache.state.folded[0])
+    own, found = dict(decode.FOLD_LAUNCHES), {}
+    for launch in FOLDS[width(shape)]:
+        decode.FOLD_LAUNCHES = {width(shape): launch}
+        times = []
+        for _ in range(REPEATS + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            decode.fold_tokens(cache.state, None, 0, due, tokens)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        found[str(launch)] = sorted(times[1:])[REPEATS // 2]
+    decode.FOLD_LAUNCHES = own
+    return found
 
 
 def _words(row: dict[str, Any]) -> str:

@@ -10,8 +10,7 @@ from path_attention.ops.history.state import FIELDS, SHORT, TABLES, State, Token
 _CHANGED = tuple(x for x in FIELDS if x not in TABLES)
 
 
-@torch.library.custom_op("path_attention::append", mutates_args=_CHANGED)
-def append_operator(
+def _append_fields(
     q: Tensor,
     new_k: Tensor,
     new_v: Tensor,
@@ -78,13 +77,14 @@ def append_operator(
     return append(state, tokens, keep, capacity=capacity)
 
 
-@append_operator.register_fake
-def _(q: Tensor, new_k: Tensor, new_v: Tensor, *_: object) -> Tensor:
+def _fake(q: Tensor, new_k: Tensor, new_v: Tensor, *_: object) -> Tensor:
     return q.new_empty(*q.shape[:3], new_v.shape[3])
 
 
+append_operator = torch.library.custom_op("path_attention::append", _append_fields, mutates_args=_CHANGED)
 # More tokens than SHORT are told apart on the host, which a CUDA graph cannot hold: the tag keeps the call out of them.
 append_long_operator = torch.library.custom_op(
-    "path_attention::append_long", append_operator._init_fn, mutates_args=_CHANGED, tags=(torch.Tag.cudagraph_unsafe,)
+    "path_attention::append_long", _append_fields, mutates_args=_CHANGED, tags=(torch.Tag.cudagraph_unsafe,)
 )
-append_long_operator.register_fake(lambda q, new_k, new_v, *_: q.new_empty(*q.shape[:3], new_v.shape[3]))
+for _operator in (append_operator, append_long_operator):
+    _operator.register_fake(_fake)

@@ -121,24 +121,21 @@ def fold_columns(
 
 
 @triton.jit
-def moved_keys(
+def held_keys(
     p_keys,
     p_codes,
     p_scale,
     p_k,
-    p_w,
-    p_beta,
     i_token,
     i_slot,
     s_folded,
     ROOM: tl.constexpr,
-    R: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CODED: tl.constexpr,
 ):
-    """Keys of the tokens i_token at the edge behind the FOLD oldest open tokens, float32; zeros for later tokens."""
+    """Keys of the open chunk and of the FOLD oldest open tokens as they are, float32; zeros for later tokens."""
     o_d = tl.arange(0, BLOCK_D)
     i_open = i_token - s_folded  # number among the open tokens
     m_old = i_open < 0
@@ -151,8 +148,8 @@ def moved_keys(
     else:
         b_k = tl.load(p_keys + o_in, mask=m_old[:, None] & m_d, other=0.0)
     i_place = tl.where(m_new, i_token, 0) % ROOM
-    b_k += tl.load(p_k + i_place[:, None] * D + o_d[None, :], mask=m_new[:, None] & m_d, other=0.0).to(tl.float32)
-    return move_rows(b_k, i_open, p_w, p_beta, s_folded, ROOM, R, D)
+    b_new = tl.load(p_k + i_place[:, None] * D + o_d[None, :], mask=m_new[:, None] & m_d, other=0.0)
+    return b_k + b_new.to(tl.float32)
 
 
 @triton.jit
@@ -186,37 +183,22 @@ def fold_page(
     o_dv = tl.arange(0, BLOCK_DV)
     s_scale = 1.0
     if CODED:
-        if finished:  # all of the page in one scale, so its largest number first
-            b_top = tl.full((KEYS,), TINY, dtype=tl.float32)
+        if finished:
+            # No transition makes a key longer: the longest of the page bounds its numbers.
+            b_longest = tl.zeros((KEYS,), dtype=tl.float32)
             for i in range(PAGE // KEYS):
                 i_token = i_page * PAGE + i * KEYS + o_key
-                b_k = moved_keys(
-                    p_keys,
-                    p_codes,
-                    p_scale,
-                    p_k,
-                    p_w,
-                    p_beta,
-                    i_token,
-                    i_slot + i * KEYS + o_key,
-                    s_folded,
-                    ROOM,
-                    R,
-                    D,
-                    C,
-                    BLOCK_D,
-                    CODED,
-                )
-                b_top = tl.maximum(b_top, tl.max(tl.abs(b_k), axis=1))
-            s_scale = tl.exp2(tl.ceil(tl.log2(tl.max(b_top))) - 14.0)
+                i_place = i_slot + i * KEYS + o_key
+                b_k = held_keys(p_keys, p_codes, p_scale, p_k, i_token, i_place, s_folded, ROOM, D, C, BLOCK_D, CODED)
+                b_longest = tl.maximum(b_longest, tl.sum(b_k * b_k, axis=1))
+            s_scale = page_scale(tl.sqrt(tl.max(b_longest)))
             tl.store(p_key_scale + i_slot // PAGE, s_scale)
     for i in range(PAGE // KEYS):
         i_token = i_page * PAGE + i * KEYS + o_key
         i_place = i_slot + i * KEYS + o_key
         i_open = i_token - s_folded
-        b_k = moved_keys(
-            p_keys, p_codes, p_scale, p_k, p_w, p_beta, i_token, i_place, s_folded, ROOM, R, D, C, BLOCK_D, CODED
-        )
+        b_k = held_keys(p_keys, p_codes, p_scale, p_k, i_token, i_place, s_folded, ROOM, D, C, BLOCK_D, CODED)
+        b_k = move_rows(b_k, i_open, p_w, p_beta, s_folded, ROOM, R, D)
         mask = (i_open < FOLD)[:, None] & (o_d < D)[None, :]
         o_in = i_place[:, None] * D + o_d[None, :]
         if CODED:
@@ -233,6 +215,18 @@ def fold_page(
         i_ring = tl.where(m_new, i_token, 0) % ROOM
         b_v = tl.load(p_v + i_ring[:, None] * DV + o_dv[None, :], mask=m_v, other=0.0)
         tl.store(p_values + i_place[:, None] * DV + o_dv[None, :], b_v, mask=m_v)
+
+
+@triton.jit
+def power_of_two(b_x):
+    """The least power of two that is not smaller, but for rounding; that of TINY for less."""
+    return tl.exp2(tl.ceil(tl.log2(tl.maximum(b_x, TINY))))
+
+
+@triton.jit
+def page_scale(s_largest):
+    """What the float16 keys of a page are times, of which none is larger: encode_pages() of state.py."""
+    return power_of_two(s_largest) * 6.103515625e-05  # 2^-14
 
 
 @triton.jit

@@ -23,6 +23,8 @@ MIN_BLOCK = 16
 INTERPRETED = 1
 # Programs a multiprocessor that share the pages to be folded.
 FOLDERS = 2
+# Warps, and registers a thread at most, of fold_chunk_kernel, by the widest row.
+FOLD_LAUNCHES: dict[int, tuple[int, int | None]] = {64: (4, 168), 128: (8, None)}
 # Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
 # more, at most: eight programs share a multiprocessor, and only folds, once in 16 steps, spill.
 FOLD_TILE, APPEND_REGISTERS = 2048, 64
@@ -284,6 +286,7 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
     """
     k, v, w, beta = (x.contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta))
     batch, count, heads, dim = k.shape
+    warps, registers = next(launch for width, launch in FOLD_LAUNCHES.items() if _block(dim) <= width)
     segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
     fold_chunk_kernel[(batch * heads * segments,)](
         p_k=k,
@@ -303,6 +306,7 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
         # What is kept is for all tokens to come, and numbers are of order 1: two parts of 11 bits.
         HALF=tl.float16,
         **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
-        num_warps=4 if _block(dim) <= 64 else 8,
+        num_warps=warps,
+        maxnreg=registers,
         num_stages=1,
     )
