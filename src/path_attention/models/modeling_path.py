@@ -229,7 +229,8 @@ class PaTHModel(PaTHPreTrainedModel):
             raise ValueError(
                 f"attention_mask: got shape {shape}; wanted ({len(x)}, tokens of the cache and the new ones)"
             )
-        states, shared = [x], dict[str, Any]()
+        states = [x]
+        shared: dict[str, Any] = {}
         for index, layer in enumerate(self._decoder_layers()):
             x = layer(x, attention_mask, cu_seqlens, LayerCache(cache, index, shared))
             states.append(x)
