@@ -421,13 +421,19 @@ def benchmark_operator(
 
 
 def benchmark_decode(
-    shapes: Annotated[str, typer.Option(help="BATCHxLENGTHxHEADSxDIM, HEADS or QUERY/KEY, separated by commas.")] = (
-        "1x4096x8x64,4x4096x8x64,1x16384x8x64,4x4096x8/2x64"
-    ),
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="BATCHxLENGTHxHEADSxDIM, HEADS or QUERY/KEY, separated by commas; else those of the docs."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; else float32 on cpu and bfloat16 on cuda.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each; the median is reported.")] = 10,
-    model: Annotated[str, typer.Option(help="Whole models: small, 760m, or none.")] = "small",
+    model: Annotated[str, typer.Option(help="Whole models: small, 760m, none; else small on cpu, 760m on cuda.")] = (
+        "default"
+    ),
+    prompt: Annotated[int, typer.Option(help="Tokens before those that the models make.")] = 512,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw the ratios into.")] = None,
 ) -> None:
@@ -437,8 +443,8 @@ def benchmark_decode(
     from path_attention.benchmark.decode import run_decode_benchmark
 
     whole = None if model == "none" else model
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "repeats": repeats, "model": whole}
-    run_decode_benchmark(shapes=shapes.split(","), **options, out=out, plot=plot)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "repeats": repeats, "model": whole, "prompt": prompt}
+    run_decode_benchmark(shapes=None if shapes is None else shapes.split(","), **options, out=out, plot=plot)
 
 
 def _checked(command: Callable[..., None]) -> Callable[..., None]:

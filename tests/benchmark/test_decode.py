@@ -46,5 +46,6 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert row["step_ratio"] > 0
     assert row["prefill"]["path"]["repeats"] == 2
     assert [x["batch"] for x in found["models"]] == [1, 16]
+    assert all(x["path"] > 0 and x["others"] == ["rope"] for x in found["models"])
     assert plot.stat().st_size > 0
     assert "2x150x4/2x16" in capsys.readouterr().out

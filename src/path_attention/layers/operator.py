@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from path_attention.autocast import autocast_dtype
 from path_attention.layers.attention import Attention
-from path_attention.layers.padding import Padding
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
 from path_attention.ops import path_attention, path_attention_weights
 
@@ -55,20 +55,17 @@ class OperatorAttention(Attention):
         self, hidden_states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, cache: Any
     ) -> Tensor:
         batch, length = hidden_states.shape[:2]
-        padding = None
-        # Whoever compiles a step gives every sequence a token: looking at the mask would make the host wait.
-        if attention_mask is not None and not (length == 1 and torch.compiler.is_compiling()):
-            padding = Padding.from_mask(attention_mask[:, attention_mask.shape[1] - length :], hidden_states)
+        padding = cache.padding(attention_mask, hidden_states)
         if padding is not None:
             hidden_states, cu_seqlens = padding.unpad(hidden_states), padding.cu_seqlens
         convolution = None
         if self.w_conv is not None:
             sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-            convolution = cache.convolution(sequences, self.w_conv, at_least_float32(hidden_states))
+            # Its inputs come from a linear layer, in the dtype of these; under autocast in one that float32 holds.
+            like = hidden_states if autocast_dtype(hidden_states.device) is None else at_least_float32(hidden_states)
+            convolution = cache.convolution(sequences, self.w_conv, like)
         inputs = self.project(hidden_states, cu_seqlens, convolution)
         out = cache.attend(inputs, cu_seqlens, attention_mask, length)
-        if convolution is not None:
-            convolution.take_in()  # only now: the cache may have refused the tokens
         return out if padding is None else padding.pad(out)
 
 

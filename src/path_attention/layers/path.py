@@ -109,17 +109,27 @@ class PaTHAttention(OperatorAttention):
         cu_seqlens it has a row for each packed sequence.
         """
         q, k, v = self._project(hidden_states)
+        w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
+        beta = self.beta_proj(hidden_states)
+        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
         shape = (self.num_reflections, self.num_kv_heads)
-        w = self._w(hidden_states, cu_seqlens, convolution).unflatten(2, (*shape, self.head_dim))
-        beta = 2 * at_least_float32(self.beta_proj(hidden_states)).sigmoid().unflatten(2, shape)
-        g = None
-        if self.gate_proj is not None:
-            g = self.gate_scale * F.logsigmoid(at_least_float32(self.gate_proj(hidden_states)))
+        if convolution is not None and cu_seqlens is None and self._is_kernels(w, convolution):
+            assert self.w_conv is not None
+            w, beta, g = convolution.step(self.w_conv, w, beta, gate, self.head_dim, NORM_EPS)
+            g = None if g is None else self.gate_scale * g
+            return PaTHInputs(q, k, v, w.unflatten(2, (*shape, self.head_dim)), beta.unflatten(2, shape), g)
+        w = self._w(w, cu_seqlens, convolution).unflatten(2, (*shape, self.head_dim))
+        beta = 2 * at_least_float32(beta).sigmoid().unflatten(2, shape)
+        g = None if gate is None else self.gate_scale * F.logsigmoid(at_least_float32(gate))
         return PaTHInputs(q, k, v, w, beta, g)
 
-    def _w(self, hidden_states: Tensor, cu_seqlens: Tensor | None, convolution: ConvolutionState | None) -> Tensor:
-        """(B, L, R * H * D) float32 at least, every D of them a unit vector (shorter with w_norm_eps)."""
-        w = self.w_proj(hidden_states) if self.w_rank is None else self.w_up_proj(self.w_down_proj(hidden_states))
+    def _is_kernels(self, w: Tensor, convolution: ConvolutionState) -> bool:
+        """Whether one kernel makes the transitions of one more token: what torch.compile cannot put together itself."""
+        wanted = w.shape[1] == 1 and not self.w_norm_eps and not (torch.is_grad_enabled() and w.requires_grad)
+        return wanted and not torch.compiler.is_compiling() and convolution.has_kernel(w)
+
+    def _w(self, w: Tensor, cu_seqlens: Tensor | None, convolution: ConvolutionState | None) -> Tensor:
+        """What the projection gave -> (B, L, R * H * D) float32 at least, each D a unit vector (shorter with w_norm_eps)."""
         with without_autocast(w.device):
             w = at_least_float32(w)
             if self.w_conv is not None and convolution is not None:

@@ -1,11 +1,21 @@
 """A causal depthwise convolution over a few tokens, that stops at the boundaries of packed sequences."""
 
 import math
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from path_attention.checks import check_integer
+
+# Devices that a step's kernel runs on. Triton's interpreter would be another: it is for tests to say so.
+KERNEL_DEVICES = frozenset({"cuda"})
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 class ShortConvolution(nn.Module):
@@ -50,13 +60,14 @@ class ShortConvolution(nn.Module):
         (1, sum of lengths, channels).
         """
         back = self.width - 1
+        before = state.last(back).to(x.dtype)
         parts = [x] if lengths is None else list(x.split(lengths, 1))
         state.offered = parts
         out = []
         for row, part in enumerate(parts):
-            before = state.rows if lengths is None else state.rows[row : row + 1]
+            own = before if lengths is None else before[row : row + 1]
             seen = torch.full((part.shape[1] + back,), back, device=x.device)
-            out.append(self(torch.cat([before[:, before.shape[1] - back :], part], 1), seen)[:, back:])
+            out.append(self(torch.cat([own, part], 1), seen)[:, back:])
         return torch.cat(out, 1)
 
     def extra_repr(self) -> str:
@@ -65,6 +76,8 @@ class ShortConvolution(nn.Module):
 
 class ConvolutionState:
     """The last inputs of a short convolution: what it needs to go on, and what it may be taken back by.
+
+    Rows stand in a ring: that of token t of a sequence at place t mod window.
 
     Args:
         batch: sequences, B.
@@ -75,25 +88,54 @@ class ConvolutionState:
 
     def __init__(self, batch: int, channels: int, window: int, like: Tensor) -> None:
         self.rows = like.new_zeros(batch, window, channels)  # zeros are what comes before the first token
+        self.length = torch.zeros(
+            batch, dtype=torch.int32, device=like.device
+        )  # tokens of each; whoever counts sets it
         self.offered: list[Tensor] = []  # one tensor of all sequences, or one for each
 
+    @property
+    def window(self) -> int:
+        return self.rows.shape[1]
+
+    def last(self, count: int) -> Tensor:
+        """(B, count, channels): of the last tokens of each sequence."""
+        token = self.length[:, None] - count + torch.arange(count, device=self.rows.device)
+        return self.rows[torch.arange(len(self.rows), device=self.rows.device)[:, None], token % self.window]
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether :meth:`step` is a kernel for inputs like x."""
+        return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and _has_triton()
+
+    def step(
+        self, convolution: ShortConvolution, x: Tensor, beta: Tensor, gate: Tensor | None, head_dim: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w (B, 1, channels), each head_dim of them a unit vector, beta and gates of one more token a sequence from
+        their projections, by one kernel. x is held at once: should the cache refuse the token, its place is free still.
+        """
+        from path_attention.ops.kernels import transition
+
+        self.offered = []
+        return transition.step(x, beta, gate, convolution.weight, self.rows, self.length, head_dim, eps)
+
     def take_in(self) -> None:
-        """Hold the rows that were offered last."""
+        """Hold the rows that were offered last; ``length`` counts them already."""
         for row, x in enumerate(self.offered):
             part = slice(row, row + 1) if len(self.offered) > 1 else slice(None)  # one of all sequences is the batch
-            if x.shape[1]:
-                self.rows[part] = torch.cat([self.rows[part], x.detach()], 1)[:, x.shape[1] :]
+            kept = x.detach()[:, max(0, x.shape[1] - self.window) :]
+            token = self.length[part, None] - kept.shape[1] + torch.arange(kept.shape[1], device=x.device)
+            sequence = torch.arange(len(self.rows), device=x.device)[part, None]
+            self.rows[sequence, token % self.window] = kept.to(self.rows.dtype)
         self.offered = []
 
-    def crop(self, counts: list[int]) -> None:
-        """Forget the last so many rows of each sequence; rows that are gone from the window come back as zeros."""
-        for row, count in enumerate(counts):
-            if count:
-                rows = self.rows[row]
-                self.rows[row] = torch.cat([torch.zeros_like(rows[:count]), rows[: len(rows) - count]])
+    def forget(self, sequence: int) -> None:
+        """All rows of one sequence."""
+        self.rows[sequence] = 0
 
     def widen(self, window: int) -> None:
-        """Keep more rows from now on."""
-        more = window - self.rows.shape[1]
-        if more > 0:
-            self.rows = nn.functional.pad(self.rows, (0, 0, more, 0))
+        """Keep more rows from now on. ``length`` must be that of the rows."""
+        if window <= self.window:
+            return
+        rows = self.rows.new_zeros(len(self.rows), window, self.rows.shape[2])
+        token = self.length[:, None] - self.window + torch.arange(self.window, device=self.rows.device)
+        rows[torch.arange(len(rows), device=rows.device)[:, None], token % window] = self.last(self.window)
+        self.rows = rows

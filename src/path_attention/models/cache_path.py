@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticLayer
 
 from path_attention.cache import CacheError, PathCache
+from path_attention.layers.padding import Padding
 from path_attention.layers.path import PaTHInputs
 from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
-from path_attention.ops.dyadic import LEAF
+from path_attention.ops.history.state import open_room
 
 
 class _PathLayer(CacheLayerMixin):
@@ -81,6 +82,7 @@ class _PathLayer(CacheLayerMixin):
                 )
         first = self.path.is_empty
         out = self.path.attend(*inputs, cu_seqlens=cu_seqlens)
+        self._take_in()
         self._count(length)
         self._note_padding(cu_seqlens is not None, attention_mask, length)
         if first:
@@ -101,16 +103,24 @@ class _PathLayer(CacheLayerMixin):
         """After the first tokens."""
 
     def convolution(self, batch: int, module: ShortConvolution, like: Tensor) -> ConvolutionState:
-        """The state of the layer's convolution over w, made at the first call."""
-        window = module.width - 1 + LEAF + self.path.keep
-        if self.convolution_state is None:
-            self.convolution_state = ConvolutionState(batch, module.weight.shape[0], window, like)
-        elif batch != len(self.convolution_state.rows):
-            held = len(self.convolution_state.rows)
-            raise CacheError(f"hidden_states: got a batch of {batch}; wanted {held}, that of the cache")
+        """The state of the layer's convolution over w, made at the first call. It can go back as far as the cache."""
+        window = module.width - 1 + open_room(self.path.keep)
+        state = self.convolution_state
+        if state is None:
+            state = self.convolution_state = ConvolutionState(batch, module.weight.shape[0], window, like)
+        elif batch != len(state.rows):
+            raise CacheError(f"hidden_states: got a batch of {batch}; wanted {len(state.rows)}, that of the cache")
+        if not self.path.is_empty:
+            state.length = self.path.device_lengths
         if self.record_past:
-            self.convolution_state.widen(window + like.shape[1])
-        return self.convolution_state
+            state.widen(window + like.shape[1])
+        return state
+
+    def _take_in(self) -> None:
+        """Let the convolution hold its new rows: only now, for the cache may have refused the tokens."""
+        if self.convolution_state is not None:
+            self.convolution_state.length = self.path.device_lengths
+            self.convolution_state.take_in()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return int(self.get_seq_length()) + query_length, 0
@@ -137,13 +147,15 @@ class _PathLayer(CacheLayerMixin):
         counts = [count] * self.path.batch_size
         if self.real is not None and count:
             counts = self.real[:, self.seen - count :].sum(1).tolist()
-        if self.convolution_state is not None and max(counts, default=0) > self.convolution_state.rows.shape[1] - LEAF:
-            kept = self.convolution_state.rows.shape[1] - LEAF
-            if count != self.seen:
-                raise CacheError(f"tokens_to_remove: got {-count}; wanted at most {kept}, or all: the convolution of w")
+        state = self.convolution_state
+        if state is not None and count != self.seen:
+            for removed, kept in zip(counts, self.path.open_lengths, strict=True):
+                if removed > kept:
+                    wanted = f"at most {kept}, or all: the convolution of w looks no further back"
+                    raise CacheError(f"tokens_to_remove: got {-count}; wanted {wanted}")
         self.path.crop(counts)
-        if self.convolution_state is not None:
-            self.convolution_state.crop([min(x, self.convolution_state.rows.shape[1]) for x in counts])
+        if state is not None and count == self.seen:
+            state.rows.zero_()
         self.seen -= count
         if self.real is not None:
             self.real = self.real[:, : self.seen]
@@ -172,7 +184,7 @@ class _PathLayer(CacheLayerMixin):
         """Forget one sequence of a packed cache."""
         self.path.clear(sequence)
         if self.convolution_state is not None:
-            self.convolution_state.rows[sequence] = 0
+            self.convolution_state.forget(sequence)
 
     def reset(self) -> None:
         self.path.reset()
@@ -274,10 +286,27 @@ class StaticPathCacheLayer(_PathLayer, StaticLayer):  # type: ignore[misc, overr
 
 
 class LayerCache:
-    """One layer of a transformers cache, as a token mixer uses it."""
+    """One layer of a transformers cache, as a token mixer uses it.
 
-    def __init__(self, cache: Cache, index: int) -> None:
-        self.cache, self.index = cache, index
+    Args:
+        cache: of all layers.
+        index: the layer.
+        shared: what all layers of one call find out once.
+    """
+
+    def __init__(self, cache: Cache, index: int, shared: dict[str, Any]) -> None:
+        self.cache, self.index, self.shared = cache, index, shared
+
+    def padding(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Padding | None:
+        """Where the real ones of the new tokens are, None where all are; mask (B, those before + L)."""
+        length = hidden_states.shape[1]
+        # Whoever compiles a step gives every sequence a token: looking at the mask would make the host wait.
+        if attention_mask is None or (length == 1 and torch.compiler.is_compiling()):
+            return None
+        if "padding" not in self.shared:
+            new = attention_mask[:, attention_mask.shape[1] - length :]
+            self.shared["padding"] = Padding.from_mask(new, hidden_states)
+        return self.shared["padding"]
 
     @property
     def length(self) -> Any:

@@ -235,8 +235,9 @@ class PaTHModel(PaTHPreTrainedModel):
                 f"attention_mask: got shape {shape}; wanted ({len(x)}, tokens of the cache and the new ones)"
             )
         states = [x]
+        shared: dict[str, Any] = {}
         for index, layer in enumerate(self._decoder_layers()):
-            x = layer(x, attention_mask, cu_seqlens, LayerCache(cache, index))
+            x = layer(x, attention_mask, cu_seqlens, LayerCache(cache, index, shared))
             states.append(x)
         x = states[-1] = self.norm(x)
         hidden_states = tuple(states) if output_hidden_states else None

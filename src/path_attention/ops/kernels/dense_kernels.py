@@ -583,7 +583,7 @@ def dense_backward_keys_kernel(
         for i_group in range(GROUP):
             p_column = _head_rows(p_gate_column + i_head * GROUP + i_group, i_row, H * GROUP, KEYS)
             tl.store(p_column, tl.zeros((KEYS,), tl.float32), mask=m_own)
-    if LEAVES == 2:  # noqa: SIM102 (LEAVES is known when the kernel is compiled, the rest is not)
+    if LEAVES == 2:
         if i_index + 1 < s_count:
             b_d_v = _key_level(
                 b_d_v, m_own, o < LEAF, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,

@@ -1,0 +1,38 @@
+"""Whether Triton kernels serve a cache, and why not."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from path_attention.ops.history.state import MAX_DIM, MAX_FOLD_DIM, State
+
+# Devices that kernels run on. Triton's interpreter would be another: it is for tests to say so.
+DEVICES = frozenset({"cuda"})
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def kernels_serve(state: State) -> bool:
+    """Whether short calls and attention to the folded tokens run in Triton kernels."""
+    return state.k.device.type in DEVICES and unsupported_reason(state) is None
+
+
+def fold_kernel_serves(state: State) -> bool:
+    """Whether many tokens are folded by a kernel: half precision, one reflection a token, matrices that fit an SM."""
+    narrow = max(state.k.shape[3], state.v.shape[3]) <= MAX_FOLD_DIM
+    return kernels_serve(state) and state.coded and state.reflections == 1 and narrow
+
+
+def unsupported_reason(state: State) -> str | None:
+    """Why Triton kernels do not serve a cache on a GPU, or None."""
+    if not _has_triton():
+        return "triton is not installed"
+    if state.w.dtype == torch.float64:
+        return "the cache is float64"
+    if max(state.k.shape[3], state.v.shape[3]) > MAX_DIM:
+        return f"head_dim {state.k.shape[3]} and value_dim {state.v.shape[3]} are not both at most {MAX_DIM}"
+    return None

@@ -1,0 +1,312 @@
+"""Launchers of a cache's step: attend_kernel and append_kernel.
+
+Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for all lengths.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from path_attention.ops.history.state import PAGE, SHORT, State, Tokens
+from path_attention.ops.kernels.append_kernels import append_kernel, join_kernel
+from path_attention.ops.kernels.decode_kernels import attend_kernel
+from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
+
+_HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+# Narrowest tile of a matrix unit.
+MIN_BLOCK = 16
+# Multiprocessors that interpreted kernels are launched for.
+INTERPRETED = 1
+# Programs a multiprocessor that share the pages to be folded.
+FOLDERS = 2
+# Warps, and registers a thread at most, of fold_chunk_kernel, by the widest row.
+FOLD_LAUNCHES: dict[int, tuple[int, int | None]] = {64: (4, 168), 128: (8, None)}
+# Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
+# more, at most: eight programs share a multiprocessor, and only folds, once in 16 steps, spill.
+FOLD_TILE, APPEND_REGISTERS = 2048, 64
+# Numbers of partial results of a long call's queries that are held at once: 256 MB.
+PARTIAL = 2**26
+# What no sequence reaches, where memory grows.
+UNBOUNDED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How attend_kernel is launched."""
+
+    num_warps: int
+    stages: int  # of the loop over pages: one for the entry of the table, one to work on, the others on their way
+    registers: int | None  # a thread at most; what a program does before its loop needs more, and may spill
+    programs: int  # a multiprocessor, that histories are cut into pieces for: some run at once, the rest evens out
+
+
+# By the widest row. 128 registers let four programs of four warps share a multiprocessor.
+LAUNCHES = {
+    64: Launch(num_warps=4, stages=5, registers=128, programs=8),
+    128: Launch(num_warps=8, stages=4, registers=128, programs=8),
+    256: Launch(num_warps=8, stages=3, registers=None, programs=4),
+}
+# Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
+# beside wider rows, or those of float32, which are read for their digits and not for speed.
+LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4)
+MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
+FLOAT32_STAGES = 2
+
+
+def _launch(state: State, rows: int) -> tuple[int, Launch]:
+    """Rows of a tile, and the launch, for so many query rows of a head."""
+    wide = max(_block(state.k.shape[3]), _block(state.v.shape[3]))
+    is_many = state.coded and wide <= MAX_ROWS_WIDTH
+    block_rows = min(MAX_ROWS if is_many else MIN_BLOCK, _block(rows))
+    launch = next(launch for width, launch in LAUNCHES.items() if wide <= width)
+    if block_rows == MAX_ROWS:
+        launch = LAUNCH_ROWS
+    return block_rows, launch if state.coded else replace(launch, stages=FLOAT32_STAGES)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _block(dim: int) -> int:
+    return max(MIN_BLOCK, triton.next_power_of_2(dim))
+
+
+STEP_OPTIONS = "GROUP R D DV C ROOM BLOCK_D BLOCK_DV BLOCK_B CODED GATED"
+
+
+def _options(state: State, query_heads: int, names: str) -> dict[str, object]:
+    """Compile-time arguments by name."""
+    heads, dim, value_dim = state.k.shape[1], state.k.shape[3], state.v.shape[3]
+    known = {
+        "GROUP": query_heads // heads,
+        "R": state.reflections,
+        "D": dim,
+        "DV": value_dim,
+        "C": state.chunk,
+        "ROOM": state.room,
+        "BLOCK_D": _block(dim),
+        "BLOCK_DV": _block(value_dim),
+        "BLOCK_B": _block(len(state.length)),
+        "CODED": state.coded,
+        "GATED": state.gated,
+    }
+    return {name: known[name] for name in names.split()}
+
+
+def _fields(state: State, names: str) -> dict[str, Tensor]:
+    return {f"p_{name}": getattr(state, name) for name in names.split()}
+
+
+def _codes(state: State) -> Tensor:
+    return state.keys.view(torch.int16) if state.coded else state.keys
+
+
+_ATTENDED = (
+    "keys key_scale values gates products gate_totals pages chunks length folded covered suffix suffix_gate product "
+    "gate_total scale k v w beta g"
+)
+_APPENDED = (
+    "keys key_scale values gates products gate_totals pages chunks length folded product gate_total scale k v w beta g"
+)
+
+
+def _attend(
+    state: State,
+    q: Tensor,
+    query_heads: int,
+    count: int,
+    new: dict[str, Tensor | None],
+    before: Tensor | None,
+    scale: float,
+    capacity: int,
+    *,
+    moved: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """out and log_sum_exp of all pieces, (H, pieces, rows, DV) and (H, pieces, rows), and the pieces asked for."""
+    batch, heads, _, dim = state.k.shape
+    value_dim = state.v.shape[3]
+    rows = count * query_heads // heads
+    block_rows, launch = _launch(state, rows)
+    tiles = triton.cdiv(rows, block_rows)
+    items = max(1, launch.programs * _multiprocessors(state.k.device) // (heads * tiles))
+    pieces = items + 2 * batch
+    out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
+    log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
+    attend_kernel[((pieces - batch * moved) * heads * tiles,)](
+        p_q=q,
+        **new,
+        **_fields(state, _ATTENDED),
+        p_codes=_codes(state),
+        p_before=before,
+        p_out=out,
+        p_log_sum_exp=log_sum_exp,
+        scale=scale,
+        capacity=capacity,
+        B=batch,
+        H=heads,
+        s_new=count,
+        s_items=items,
+        s_slots=state.keys.shape[1],
+        s_page_columns=state.pages.shape[1],
+        s_chunk_columns=state.chunks.shape[1],
+        s_groups=state.suffix.shape[1],
+        ROWS=block_rows,
+        MOVED=moved,
+        # A moved query counts for one step: 16 bits are eight more than bfloat16 has.
+        HALF=_HALF[state.k.dtype],
+        STAGES=launch.stages,
+        WIDTH=min(64, _block(dim)),
+        **_options(state, query_heads, STEP_OPTIONS),
+        num_warps=launch.num_warps,
+        maxnreg=launch.registers,
+        num_stages=1,
+    )
+    return out, log_sum_exp, items
+
+
+def step(
+    state: State,
+    tokens: Tokens,
+    bounds: Tensor | None,
+    longest: int,
+    keep: int,
+    *,
+    capacity: int | None = None,
+    fold_due: bool = True,
+) -> Tensor:
+    """Add at most SHORT tokens to every sequence and attend: (b, T, HQ, DV), the shape of q with value_dim.
+
+    Args:
+        tokens: (B, T, ...), or packed into one row (1, tokens, ...) by ``bounds``.
+        bounds: (B + 1,) int32 on the device, or None.
+        longest: most tokens of a sequence.
+        keep: tokens that stay open.
+        capacity: tokens a sequence at most. One that has no room for its new tokens stays as it is, its results are
+            NaN, and it is marked in State.full.
+        fold_due: False if the caller knows that no sequence folds.
+    """
+    assert longest <= SHORT
+    q, query_heads = tokens.q.contiguous(), tokens.q.shape[2]
+    batch, heads = state.k.shape[:2]
+    new: dict[str, Tensor | None] = {
+        "p_new_k": tokens.k.contiguous(),
+        "p_new_v": tokens.v.contiguous(),
+        "p_new_w": tokens.w.contiguous(),
+        "p_new_beta": tokens.beta.contiguous(),
+        "p_new_g": None if tokens.g is None else tokens.g.contiguous(),
+        "p_bounds": bounds,
+    }
+    before = torch.empty(2, batch, dtype=torch.int32, device=q.device)
+    capacity = UNBOUNDED if capacity is None else capacity
+    found = _attend(state, q, query_heads, longest, new, before, tokens.scale, capacity, moved=False)
+    result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
+    count = q.shape[0] * q.shape[1]
+    workers = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device)) if fold_due else 0
+    append_kernel[(workers + batch + count * query_heads,)](
+        p_out=found[0],
+        p_log_sum_exp=found[1],
+        p_before=before,
+        p_result=result,
+        p_full=state.full,
+        p_bounds=bounds,
+        **_fields(state, _APPENDED),
+        p_codes=_codes(state),
+        keep=keep,
+        capacity=capacity,
+        B=batch,
+        H=heads,
+        s_new=longest,
+        s_items=found[2],
+        s_workers=workers,
+        s_slots=state.keys.shape[1],
+        s_page_columns=state.pages.shape[1],
+        s_chunk_columns=state.chunks.shape[1],
+        KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
+        **_options(state, query_heads, STEP_OPTIONS),
+        num_warps=4,
+        maxnreg=APPEND_REGISTERS,
+        num_stages=1,
+    )
+    return result
+
+
+def attend_history(state: State, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out (B, HQ, T, DV) and log_sum_exp (B, HQ, T), float32, of attention to the folded tokens.
+
+    x (B, H, T * G, D) float32: queries at the fold's edge, times scale; gate (B, H, T * G): the sum of g from there to
+    each. Row t * G + n is token t of the head's query head n.
+    """
+    batch, heads, rows, _ = x.shape
+    group = state.g.shape[1] // heads if state.gated else 1
+    size = max(1, PARTIAL // (heads * group * state.v.shape[3] * (2 * batch + LAUNCH_ROWS.programs))) * group
+    gates = [None] * (-(-rows // size)) if gate is None else gate.split(size, 2)
+    found = [_attend_rows(state, part, g, group) for part, g in zip(x.split(size, 2), gates, strict=True)]
+    return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
+
+
+def _attend_rows(state: State, x: Tensor, gate: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, _ = x.shape
+    query_heads, count = heads * group, rows // group
+    x = x.contiguous()
+    empty: dict[str, Tensor | None] = {f"p_new_{name}": x for name in ("k", "v", "w", "beta")}
+    empty |= {"p_new_g": None if gate is None else gate.contiguous(), "p_bounds": None}
+    out, lse, items = _attend(state, x, query_heads, count, empty, None, 1.0, UNBOUNDED, moved=True)
+    result = torch.empty(batch, query_heads, count, state.v.shape[3], dtype=torch.float32, device=x.device)
+    result_lse = torch.empty(batch, query_heads, count, dtype=torch.float32, device=x.device)
+    join_kernel[(result_lse.numel(),)](
+        p_out=out,
+        p_log_sum_exp=lse,
+        p_result=result,
+        p_result_lse=result_lse,
+        p_folded=state.folded,
+        B=batch,
+        H=heads,
+        s_new=count,
+        s_items=items,
+        GROUP=group,
+        DV=state.v.shape[3],
+        BLOCK_DV=_block(state.v.shape[3]),
+        BLOCK_B=_block(batch),
+        num_warps=4,
+    )
+    return result, result_lse
+
+
+def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens: Tokens) -> None:
+    """Fold the first ``due`` of tokens (b, T, ...) that come behind the ``folded`` ones of sequences ``rows``, but for
+    their gates. One reflection a token, keys in half precision.
+    """
+    k, v, w, beta = (x.contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta))
+    batch, count, heads, dim = k.shape
+    warps, registers = next(launch for width, launch in FOLD_LAUNCHES.items() if _block(dim) <= width)
+    segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
+    fold_chunk_kernel[(batch * heads * segments,)](
+        p_k=k,
+        p_v=v,
+        p_w=w,
+        p_beta=beta,
+        p_rows=None if rows is None else rows.to(torch.int32),
+        **_fields(state, "keys key_scale values products pages chunks product scale"),
+        p_codes=_codes(state),
+        s_tokens=count,
+        s_folded=folded,
+        s_due=due,
+        H=heads,
+        s_slots=state.keys.shape[1],
+        s_page_columns=state.pages.shape[1],
+        s_chunk_columns=state.chunks.shape[1],
+        # What is kept is for all tokens to come, and numbers are of order 1: two parts of 11 bits.
+        HALF=tl.float16,
+        **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
+        num_warps=warps,
+        maxnreg=registers,
+        num_stages=1,
+    )
