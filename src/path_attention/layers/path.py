@@ -129,7 +129,7 @@ class PaTHAttention(OperatorAttention):
         return wanted and not torch.compiler.is_compiling() and convolution.has_kernel(w)
 
     def _w(self, w: Tensor, cu_seqlens: Tensor | None, convolution: ConvolutionState | None) -> Tensor:
-        """What the projection gave -> (B, L, R * H * D) float32 at least, each D a unit vector (shorter with w_norm_eps)."""
+        """What the projection gave -> (B, L, R * H * D) float32 at least, unit vectors (shorter with w_norm_eps)."""
         with without_autocast(w.device):
             w = at_least_float32(w)
             if self.w_conv is not None and convolution is not None:

@@ -180,5 +180,7 @@ def output_rows_kernel(
         tl.store(p_log_sum_exp_rows + o_rows, b_log_sum_exp, mask=m_head)
         tl.store(p_delta_rows + o_rows, b_delta, mask=m_head)
         if (i_index % 2 == 0) & (i_index + 1 == s_count):
-            tl.store(p_log_sum_exp_rows + o_rows + ROWS, b_log_sum_exp * 0 + float("inf"), mask=m_head)
-            tl.store(p_delta_rows + o_rows + ROWS, b_delta * 0, mask=m_head)
+            tl.store(
+                p_log_sum_exp_rows + o_rows + ROWS, tl.full((ROWS, BLOCK_HEADS), float("inf"), tl.float32), mask=m_head
+            )
+            tl.store(p_delta_rows + o_rows + ROWS, tl.zeros((ROWS, BLOCK_HEADS), tl.float32), mask=m_head)
