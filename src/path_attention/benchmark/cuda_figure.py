@@ -39,11 +39,7 @@ def series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         heads = str(row["heads"]) if row["heads"] == row["query_heads"] else f"{row['query_heads']}/{row['heads']}"
         found[f"{row['batch'] * row['length']:,} tokens, {heads} heads x {row['dim']}"].append(row)
         found[f"batch {row['batch']}, {heads} heads x {row['dim']}"].append(row)
-    return {
-        title: sorted(part, key=lambda row: row["length"])
-        for title, part in found.items()
-        if len(part) >= 3
-    }
+    return {title: sorted(part, key=lambda row: row["length"]) for title, part in found.items() if len(part) >= 3}
 
 
 def draw(result: dict[str, Any], path: Path) -> bool:
