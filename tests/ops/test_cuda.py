@@ -151,7 +151,7 @@ def gradients(inputs: list[Tensor | None], **options: object) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, given, torch.ones_like(out))]
 
 
-@pytest.mark.parametrize("backend", [None, "triton", "sdpa"])
+@pytest.mark.parametrize("backend", [None, "triton"])
 def test_deterministic_where_asked(backend: str | None) -> None:
     """Bit by bit, ten runs; 64 sequences on as many heads keep every multiprocessor busy."""
     inputs = make((16, 1024, 8, 4, 64), torch.bfloat16)
@@ -160,6 +160,20 @@ def test_deterministic_where_asked(backend: str | None) -> None:
         first = gradients(inputs, backend=backend)
         for _ in range(10):
             assert all(torch.equal(x, y) for x, y in zip(first, gradients(inputs, backend=backend), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["hopper", "sdpa"])
+def test_no_fixed_order_is_refused_where_one_is_asked_for(backend: str) -> None:
+    inputs = make((1, 1024, 2, 2, 64), torch.bfloat16)
+    if (reason := unsupported_reason(backend, *inputs)) is not None:
+        pytest.skip(reason)
+    torch.use_deterministic_algorithms(True)
+    try:
+        path_attention(*inputs, backend=backend)  # in order as far as it goes
+        with pytest.raises(RuntimeError, match="no fixed order"):
+            gradients(inputs, backend=backend)
     finally:
         torch.use_deterministic_algorithms(False)
 
