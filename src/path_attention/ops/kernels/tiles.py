@@ -54,6 +54,20 @@ def dot_split(b_a, b_a_rest, b_b, b_b_rest, WORK: tl.constexpr):
 
 
 @triton.jit
+def dot_float32(b_a, b_b, HALF: tl.constexpr):
+    """a b for float32 tiles as :func:`dot_split` of their parts in HALF; in float32 without HALF.
+
+    For the cache, where rows stay in float32 between products.
+    """
+    if HALF is None:
+        return tl.dot(b_a, b_b, input_precision="ieee")
+    else:
+        b_a_half = b_a.to(HALF)
+        b_b_half = b_b.to(HALF)
+        return dot_split(b_a_half, rest(b_a, b_a_half, HALF), b_b_half, rest(b_b, b_b_half, HALF), HALF)
+
+
+@triton.jit
 def power_of_two(b_x):
     """(p, 1 / p) for the largest power of two p that max |x| reaches, among float32's normal numbers; p is 0 for zeros.
 
