@@ -45,6 +45,10 @@ TORCH_ONLY = [
     {"shape": (1, 512, 2, 2, 256)},
     {"shape": (1, 300, 2, 2, 256), "reflections": 2, "gate": True},
 ]
+# A gradient of w goes through some six products of rounded operands where those of softmax attention go through two or
+# three. Beside bfloat16 inputs ours are rounded to three more bits, beside float16 ones to as many, whose errors
+# add up as the square root of their number, on top of the inputs' own.
+GRADIENT_FACTOR = {torch.bfloat16: 2, torch.float16: 3}
 BETAS = {"uniform": (0.0, 2.0), "near 2": (1.9, 2.0), "2": (2.0, 2.0)}
 
 
@@ -98,7 +102,7 @@ def check(inputs: list[Tensor | None], cu_seqlens: Tensor | None = None, backend
     for x, y in zip(inputs, exact, strict=True):
         if x is not None and y.grad is not None and float(y.grad.norm()) > 0:
             assert x.grad.dtype == x.dtype
-            assert error(x.grad, y.grad) <= 2 * of_gradients
+            assert error(x.grad, y.grad) <= GRADIENT_FACTOR[out.dtype] * of_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
