@@ -3,10 +3,10 @@
 ``emulated_gluon()`` puts this module's classes in the place of Gluon while the kernels' modules are imported, so that
 the kernels' own source and their own launchers run. Time is taken as badly as the hardware allows: a copy to shared
 memory lands when it is issued, a matrix product reads shared memory when it is waited for, a copy from shared memory
-reads when store_wait comes, and threads sleep at random. So these show before a GPU hangs or computes nonsense: a stage
-that is released too early, a wrong phase, a deadlock, more arrivals than a barrier expects, an accumulator that is used
-in flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, and a missing fence before the
-copy engine or a product reads what a thread stored.
+reads when store_wait comes, and a thread that lets others go on comes after them. So these show before a GPU hangs or
+computes nonsense: a stage that is released too early, a wrong phase, a deadlock, more arrivals than a barrier expects,
+an accumulator that is used in flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, and a
+missing fence before the copy engine or a product reads what a thread stored.
 
 Not modelled: layouts and swizzles, registers, 32-bit overflow, barriers among the threads of one partition.
 """
@@ -29,7 +29,8 @@ import torch
 
 # Seconds after which a wait is a deadlock: a program takes some milliseconds.
 TIMEOUT = 20.0
-# Before a product is waited for and after an arrival a thread sleeps with this probability for so many seconds.
+# A thread sleeps after an arrival that lets others go on, so that they do before it does anything more; and before a
+# product is waited for with this probability. Seconds: some ten times what the others need to wake up.
 SLEEP_PROBABILITY, SLEEP_SECONDS = 0.1, 1e-3
 # Launch options, which the functions do not take.
 _OPTIONS = {"num_warps", "num_stages", "maxnreg", "num_ctas"}
@@ -101,7 +102,10 @@ class _Barrier:
         with self.changed:
             self.bytes += expected_bytes
             self.pending -= count
+            before = self.phase
             self._complete()
+        if self.phase != before:
+            time.sleep(SLEEP_SECONDS)
 
     def receive(self, number: int) -> None:
         with self.changed:
@@ -162,7 +166,6 @@ class mbarrier:
     def arrive(barrier: Any, *, count: int = 1, pred: Any = True) -> None:
         if pred:
             _one(barrier).arrive(count)
-            _sleep_at_random()
 
     @staticmethod
     def expect(barrier: Any, number: int, pred: Any = True) -> None:
