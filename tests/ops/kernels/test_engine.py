@@ -17,8 +17,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from path_attention.ops.engines import cuda
 
-# One leaf (no levels), two and three levels, grouped queries, a batch: (batch, length, query heads, key heads, dim).
-WHOLE_TREES = [(2, 64, 1, 1, 16), (2, 256, 2, 2, 16), (1, 512, 4, 2, 16)]
+# One leaf (no levels), one to three levels, grouped queries, a batch: (batch, length, query heads, key heads, dim).
+WHOLE_TREES = [(2, 64, 1, 1, 16), (2, 128, 1, 1, 16), (2, 256, 2, 2, 16), (1, 512, 4, 2, 16)]
 # What only the fused kernel takes.
 REST = {
     "odd lengths": {"shape": (2, 333, 2, 1, 16)},
