@@ -153,6 +153,19 @@ def test_the_figure(machine: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "operator.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_operands_that_do_not_fit(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_operator, "make_arguments", too_much)
+    row = benchmark()["rows"][0]
+    assert row["contenders"]["path_triton"] == {"left_out": "operands: OutOfMemoryError: CUDA out of memory"}
+    assert machine["timed"] == []
+    assert "path_triton - operands: OutOfMemoryError" in capsys.readouterr().out
+
+
 # --- the clock -------------------------------------------------------------------------------------------------------
 
 

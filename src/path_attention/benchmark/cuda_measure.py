@@ -116,22 +116,25 @@ def time_in_turn(functions: Mapping[str, Function], repeats: int) -> dict[str, C
     prepared = {name: attempt(name, partial(_prepare, function, pool)) for name, function in functions.items()}
     ready = {name: x for name, x in prepared.items() if isinstance(x, _Prepared)}
     taken: dict[str, list[float]] = {name: [] for name in ready}
+    found: dict[str, CudaTimes | Exception] = {}
     for repeat in range(repeats):
         for name, x in ready.items():
-            if repeat < FEWEST_REPEATS or (repeat + 1) * x.calls * x.first_ms <= 1e3 * SECONDS_EACH:
-                ms = attempt(name, partial(_milliseconds, x.function, x.calls))
-                if isinstance(ms, Exception):
-                    raise ms  # it ran before
+            is_due = repeat < FEWEST_REPEATS or (repeat + 1) * x.calls * x.first_ms <= 1e3 * SECONDS_EACH
+            if name in found or not is_due:
+                continue
+            ms = attempt(name, partial(_milliseconds, x.function, x.calls))
+            if isinstance(ms, Exception):
+                found[name] = ms
+            else:
                 taken[name].append(ms)
-    found: dict[str, CudaTimes | Exception] = {}
     for name, prepared_or_error in prepared.items():
         if isinstance(prepared_or_error, Exception):
             found[name] = prepared_or_error
-        else:
+        elif name not in found:
             ms_of = taken[name]
             spread = statistics.median(ms_of), min(ms_of), max(ms_of)
             found[name] = CudaTimes(*spread, len(ms_of), prepared_or_error.calls, prepared_or_error.timed_by)
-    return found
+    return {name: found[name] for name in functions}
 
 
 def _prepare(function: Function, pool: Any) -> _Prepared:

@@ -6,10 +6,12 @@ Then peak memory, and the times of all in turn. Finished shapes are in the file 
 behind them.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ FIGURE_SHAPES = tuple(f"32x{n}x32x64" for n in (512, 1024, 2048, 4096, 8192))
 QUICK_SHAPES = ("16x1024x32x64", "8x2048x32x64", "2x8192x32x64", "2x8192x16x128", "1x32768x32x64")
 # FlexAttention is compiled for every shape, some ten seconds each: where no shapes are asked for, at one a head dim.
 FLEX_SHAPES = ("2x8192x32x64", "2x8192x16x128")
-QUICK_WITHOUT = ("flex", "fla")
+QUICK_WITHOUT = ("flex", "fla", "path_sdpa")
 REPEATS, QUICK_REPEATS = 7, 3
 # How many times the error of cuDNN's attention on the same q, k and v a result may have. Rounding makes it 1 to 3 times
 # (fla's PaTH is at the upper end); a wrong term is off by a hundred times and more.
@@ -85,7 +87,8 @@ def run_cuda_operator_benchmark(
     names = tuple(left_out) or (QUICK_WITHOUT if quick else ())
     contenders = without(names)
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
-    fresh = describe(device, commit) | {"options": {"repeats": repeats, "without": list(names)}}
+    packages = ["triton", *(["fla"] if any(x.name.startswith("fla_") for x in contenders) else [])]
+    fresh = describe(device, commit, packages) | {"options": {"repeats": repeats, "without": list(names)}}
     path = None if out is None else Path(out)
     result = resume(fresh, path)
     done = {row["shape"] for row in result["rows"]}
@@ -114,18 +117,21 @@ def run_cuda_operator_benchmark(
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def describe(device: str, commit: str | None) -> dict[str, Any]:
+def describe(device: str, commit: str | None, packages: Sequence[str]) -> dict[str, Any]:
     """What the numbers mean nothing without, and no rows yet."""
     result: dict[str, Any] = {"benchmark": "cuda_operator", **environment()}
     result["commit"] = commit or result["commit"]
     result["gpu"] = torch.cuda.get_device_name(device)
     result["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    for name in ("triton", "fla"):
-        try:
-            result["versions"][name] = str(__import__(name).__version__)
-        except ImportError:
-            result["versions"][name] = None
+    result["versions"] |= {name: _version(name) for name in packages if find_spec(name) is not None}
     return result | {"dtype": str(DTYPE).removeprefix("torch."), "rows": [], "broken": {}}
+
+
+def _version(package: str) -> str:
+    try:
+        return str(importlib.import_module(package).__version__)
+    except Exception as error:  # of another project's import, which its contenders then report too
+        return one_line(error)
 
 
 def resume(fresh: dict[str, Any], path: Path | None) -> dict[str, Any]:
@@ -175,12 +181,15 @@ def measure_shape(
     Raises:
         DeviceLost: see there.
     """
-    given = make_arguments(shape, DTYPE, device)
+    row: dict[str, Any] = {"shape": str(shape), **asdict(shape), "auto": {}, "wrong": []}
+    given = attempt("operands", partial(make_arguments, shape, DTYPE, device))
+    if isinstance(given, Exception):
+        return row | {"contenders": {x.name: {"left_out": f"operands: {one_line(given)}"} for x in contenders}}
     d_out = torch.randn_like(given.q)
     reasons = {x.name: broken.get(x.name) or _reason(x, shape, given, everywhere) for x in contenders}
     found: dict[str, dict[str, Any]] = {name: {"left_out": reason} for name, reason in reasons.items() if reason}
     running = [x for x in contenders if not reasons[x.name]]
-    right, wrong = _check(running, given, d_out, found)
+    right, row["wrong"] = _check(running, given, d_out, found)
     for x in list(right):
         memory = attempt(x.name, partial(cuda_measure.peak_extra_bytes, partial(run, x, given, d_out)))
         if isinstance(memory, Exception):
@@ -190,8 +199,7 @@ def measure_shape(
             found[x.name]["peak_extra_bytes"] = memory
     _time(right, given, d_out, repeats, found)
     _ratios(found)
-    row: dict[str, Any] = {"shape": str(shape), **asdict(shape), "auto": _auto(given), "wrong": wrong}
-    return row | {"contenders": {x.name: found[x.name] for x in contenders}}
+    return row | {"auto": _auto(given), "contenders": {x.name: found[x.name] for x in contenders}}
 
 
 def _reason(contender: CudaContender, shape: Shape, given: Arguments, everywhere: bool) -> str | None:
