@@ -40,7 +40,7 @@ class Case:
 
 def random_case(rng: random.Random, dim: int, group: int) -> Case:
     """Three leaves and more, so that the kernels for Hopper have levels to do; lengths of every remainder."""
-    heads = rng.choice([1, 2, 3, 8])
+    heads = rng.choice([2, 3, 6])  # Triton compiles anew for 1 and for multiples of 16
     most = MOST_ROWS // (heads * group)
     length = rng.randint(129, min(most, 4096))
     batch = rng.randint(1, max(1, min(4, most // length)))
