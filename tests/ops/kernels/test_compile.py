@@ -28,7 +28,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "leaf_kernels.leaf_forward_kernel": 540,
         "leaf_kernels.leaf_backward_kernel": 2860,
         "dense_kernels.dense_backward_keys_kernel": 510,
-        "hopper.leaf.leaf_forward_kernel": 320,  # the price of three programs a multiprocessor
+        "hopper.leaf.leaf_forward_kernel": 180,  # the price of three programs a multiprocessor
         "hopper.leaf.leaf_backward_kernel": 140,
         "hopper.dense_backward.dense_backward_kernel": 1000,
     },
@@ -44,11 +44,6 @@ SPILLS: dict[int, dict[str, int]] = {
         "hopper.dense_backward.dense_backward_kernel": 690,
     },
 }
-# Kernels of which ptxas serialises the products in some variant (C7511). One that no longer is so leaves the list.
-SERIALISED: dict[int, set[str]] = {
-    64: {"hopper.leaf.leaf_forward_kernel"},  # the variant without attention, of the backward pass
-    128: {"hopper.leaf.leaf_forward_kernel"},  # likewise
-}
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
@@ -63,12 +58,9 @@ def compiled(*calls: dict[str, Any]) -> list[dict[str, Any]]:
 
 def check(found: list[dict[str, Any]], dim: int) -> None:
     for x in found:
+        assert not x["warnings"], x
         assert x["shared_bytes"] <= MOST_SHARED, x
         assert x["spilled_bytes"] <= SPILLS[dim].get(x["kernel"], 0), x
-
-
-def serialised(found: list[dict[str, Any]]) -> set[str]:
-    return {x["kernel"] for x in found if x["warnings"]}
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -77,7 +69,6 @@ def test_portable_kernels(dim: int) -> None:
     names = {x["kernel"].partition(".")[0] for x in found}
     assert {"leaf_kernels", "tree_kernels", "transport_kernels", "dense_kernels", "merge_kernels"} <= names
     check(found, dim)
-    assert not serialised(found)
 
 
 @pytest.mark.skipif(
@@ -91,4 +82,3 @@ def test_kernels_for_hopper(dim: int) -> None:
     assert {f"hopper.{x}_kernel" for x in ("dense_forward.dense_forward", "dense_backward.dense_backward")} <= names
     assert {f"hopper.leaf.{x}_kernel" for x in ("leaf_forward", "leaf_backward")} <= names
     check(found, dim)
-    assert serialised(found) == SERIALISED[dim]
