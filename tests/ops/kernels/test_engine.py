@@ -39,6 +39,7 @@ def errors(
     dtype: torch.dtype = torch.float32,
     least_beta: float = 0.0,
     loss_scale: float = 1.0,
+    reflections: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Output and every gradient, and what they should be. w, beta and g are float32 always."""
     batch, length, query_heads, heads, dim = shape
@@ -48,8 +49,8 @@ def errors(
         return torch.randn(batch, length, *size, generator=generator)
 
     q, k, v = (x.to(dtype) for x in (normal(query_heads, dim), normal(heads, dim), normal(heads, value_dim or dim)))
-    w = torch.nn.functional.normalize(normal(1, heads, dim), dim=-1)
-    beta = least_beta + (2 - least_beta) * torch.rand(batch, length, 1, heads, generator=generator)
+    w = torch.nn.functional.normalize(normal(reflections, heads, dim), dim=-1)
+    beta = least_beta + (2 - least_beta) * torch.rand(batch, length, reflections, heads, generator=generator)
     g = torch.nn.functional.logsigmoid(normal(query_heads)) if gate else None
     cu_seqlens = None if ends is None else torch.tensor(ends)
     inputs = (q, k, v, w, beta, g)
