@@ -33,6 +33,8 @@ TREE_LEVELS = 3
 # which takes two tiles of shared memory, a tensor-float-32 part and the rest.
 WHOLE_DIM = 128
 WHOLE_DIM_FLOAT32 = 64
+# Columns or rows of a wide float32 factor in one product: both parts of 32 x 256 of them are 64 KB of shared memory.
+PIECE = 32
 
 # How the leaves are computed: by our kernels, portable or for Hopper, or in torch's batched products.
 LeavesBy = Literal["triton", "hopper", "torch"]
@@ -101,6 +103,11 @@ class Inputs:
             "num_stages": 1,
             "num_warps": 8 if wide and (dim > MIN_BLOCK or self.work_dtype == torch.float32) else 4,
         }
+
+    def matrix_options(self, *, wide: bool = False) -> dict[str, object]:
+        """The same of the tree's and the transports' kernels."""
+        wide_float32 = self.work_dtype == torch.float32 and self.q.shape[2] > WHOLE_DIM_FLOAT32
+        return {**self.options(wide=wide), "PIECE": PIECE if wide_float32 else None}
 
     @property
     def value_options(self) -> dict[str, int]:
@@ -198,7 +205,7 @@ def _leaves(
             H=heads,
             LEVELS=min(TREE_LEVELS, table.num_levels - 1 - first_level),
             **table.arguments,
-            **inputs.options(wide=True),
+            **inputs.matrix_options(wide=True),
         )
     return nodes, q_left, k_right, gate_nodes
 
@@ -266,7 +273,7 @@ def _levels(
         "H": heads,
         "num_levels": levels,
         **table.arguments,
-        **inputs.options(),
+        **inputs.matrix_options(),
     }
     query_transport_kernel[(table.num_leaves * query_heads,)](
         p_q_left=q_left,
@@ -338,7 +345,7 @@ def levels_backward(
         "p_node": leaves.nodes,
         "H": heads,
         **table.arguments,
-        **inputs.options(wide=True),
+        **inputs.matrix_options(wide=True),
     }
     query_transport_backward_kernel[(table.num_leaves * query_heads,)](
         p_query_rows=levels.query_rows,
