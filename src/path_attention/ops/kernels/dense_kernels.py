@@ -18,7 +18,7 @@ descriptor (t_) where the launcher could make one, else by pointers (p_): descri
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import LOG2_E, dot, place, within
+from path_attention.ops.kernels.tiles import LOG2_E, place, within
 
 LEAF = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 
@@ -30,6 +30,15 @@ def block_of(dim):
     Triton 3.6 makes wrong code of a product with fewer than 64 columns of values after logits of 64 keys.
     """
     return max(64, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def _dot(b_a, b_b, b_c=None):
+    """a b + c in float32: :func:`path_attention.ops.kernels.tiles.dot`, of operands of half precision as it is."""
+    if b_a.dtype == tl.float32:
+        return tl.dot(b_a, b_b, b_c, input_precision="tf32x3")
+    else:
+        return tl.dot(b_a, b_b, b_c, input_precision="ieee")
 
 
 @triton.jit
@@ -168,15 +177,15 @@ def _attend(
 ):
     """Online softmax over the keys of one sibling. The logits run one tile ahead, under the softmax of the last."""
     b_k = _stream(t_key_rows, p_key_rows, i_key, i_head * D, H * D, D, KEYS)
-    b_s = dot(b_q, tl.trans(b_k))
+    b_s = _dot(b_q, tl.trans(b_k))
     for _ in tl.range(0, s_keys - KEYS, KEYS, num_stages=STAGES):
         b_k = _stream(t_key_rows, p_key_rows, i_key + KEYS, i_head * D, H * D, D, KEYS)
-        b_s_next = dot(b_q, tl.trans(b_k))
+        b_s_next = _dot(b_q, tl.trans(b_k))
         b_s = _scaled(b_s, p_gate_key, i_key, H * GROUP, KEYS)
         b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
         b_acc *= b_decay[:, None]
         b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
-        b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc)
+        b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc)
         b_s = b_s_next
         i_key += KEYS
         i_value += KEYS
@@ -184,7 +193,7 @@ def _attend(
     b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
     b_acc *= b_decay[:, None]
     b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
-    b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc)
+    b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc)
     return b_max, b_sum, b_acc
 
 
@@ -292,14 +301,14 @@ def _query_gradients(
     b_d_q = tl.zeros_like(b_q).to(tl.float32)
     for i in tl.range(0, s_keys, KEYS, num_stages=STAGES):
         b_k = _stream(t_key_rows, p_key_rows, i_key + i, i_head * D, H * D, D, KEYS)
-        b_s = dot(b_q, tl.trans(b_k))
+        b_s = _dot(b_q, tl.trans(b_k))
         b_v = _stream(t_values, p_values, i_value + i, i_head * DV, H * DV, DV, KEYS)
-        b_d_p = dot(b_d_out, tl.trans(b_v))
+        b_d_p = _dot(b_d_out, tl.trans(b_v))
         b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS) + b_shift[:, None])
         b_d_s = b_p * (b_d_p - b_delta[:, None])
         if p_gate_key is not None:
             b_row_sum += tl.sum(b_d_s, axis=1)
-        b_d_q = dot(b_d_s.to(b_k.dtype), b_k, b_d_q)
+        b_d_q = _dot(b_d_s.to(b_k.dtype), b_k, b_d_q)
     return b_d_q, b_row_sum
 
 
@@ -413,7 +422,7 @@ def _key_step(
 ):
     """One tile of _key_gradients: a leaf's slot of queries, whose rows past the sequence's end get no weight."""
     b_q = _stream(t_query_rows, p_query_rows, i_query, i_query_head * D, HQ * D, D, LEAF)
-    b_s = dot(b_k, tl.trans(b_q))
+    b_s = _dot(b_k, tl.trans(b_q))
     if s_rows is None:
         b_shift = tl.load(_head_rows(p_log_sum_exp, i_row, HQ, LEAF)) * -LOG2_E
         b_delta = tl.load(_head_rows(p_delta, i_row, HQ, LEAF))
@@ -429,12 +438,12 @@ def _key_step(
     if b_bias is not None:
         b_s += b_bias[:, None]
     b_p = tl.exp2(b_s)
-    b_d_p = dot(b_v, tl.trans(b_d_out))
-    b_d_v = dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v)
+    b_d_p = _dot(b_v, tl.trans(b_d_out))
+    b_d_v = _dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v)
     b_d_s = b_p * (b_d_p - b_delta[None, :])
     if p_gate_query is not None:
         b_column_sum += tl.sum(b_d_s, axis=1)
-    b_d_k = dot(b_d_s.to(b_q.dtype), b_q, b_d_k)
+    b_d_k = _dot(b_d_s.to(b_q.dtype), b_q, b_d_k)
     return b_d_k, b_d_v, b_column_sum
 
 

@@ -33,8 +33,9 @@ TREE_LEVELS = 3
 # which takes two tiles of shared memory, a tensor-float-32 part and the rest.
 WHOLE_DIM = 128
 WHOLE_DIM_FLOAT32 = 64
-# Columns or rows of a wide float32 factor in one product: both parts of 32 x 256 of them are 64 KB of shared memory.
-PIECE = 32
+# Columns or rows of a wide float32 factor in one product: the narrowest that tl.dot takes. The tiles at hand fill the
+# registers, so that each column more is spilled (32 spill twice as much at D = 256) and takes shared memory.
+PIECE = 16
 
 # How the leaves are computed: by our kernels, portable or for Hopper, or in torch's batched products.
 LeavesBy = Literal["triton", "hopper", "torch"]

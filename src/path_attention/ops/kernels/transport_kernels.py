@@ -137,6 +137,7 @@ def query_transport_kernel(
                     p_q_left, b_moved, i_leaf, s_leaves, HQ * D, p_node, 2 * i_leaf * H + i_head, False, D, BLOCK_D,
                     PIECE
                 )  # fmt: skip
+                b_moved = load_rows(p_q_left, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
                 b_moved = tl.where(m_right[:, None], b_product, b_moved)
             else:
                 b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
@@ -221,6 +222,7 @@ def key_transport_kernel(
             b_product = _moved_in_pieces(
                 p_k_right, b_moved, i_leaf, 2, H * D, p_node, 2 * (i_leaf + 1) * H + i_head, True, D, BLOCK_D, PIECE
             )
+            b_moved = load_rows(p_k_right, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
             b_moved = tl.where(m_left[:, None], b_product, b_moved)
         else:
             b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
@@ -313,10 +315,10 @@ def query_transport_backward_kernel(
         if ((i_index >> level) & 1) == 1:
             i_slot = level * query_slots + i_base + within(i_index, level)
             if (i_index >> (level + 1)) != 0:
-                i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
-                i_left = ((i_index >> level) - 1) << level
-                i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                 if PIECE is not None:
+                    i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
+                    i_left = ((i_index >> level) - 1) << level
+                    i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                     b_d = _moved_in_pieces(
                         p_d_q_left, b_d, i_leaf, s_leaves, HQ * D, p_node, i_node * H + i_head, True, D, BLOCK_D, PIECE
                     )
@@ -327,16 +329,19 @@ def query_transport_backward_kernel(
                 else:
                     b_half, s_power, _inverse = normalised(b_d, WORK)
                     b_x = rounded(load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR), WORK)
+                    i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
                     b_partial = dot(tl.trans(b_x), b_half) * s_power
                     store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                    i_left = ((i_index >> level) - 1) << level
+                    i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
                     b_d = dot(b_half, tl.trans(b_p)) * s_power
             b_d += s_factor * load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
     if s_leaves == 2:
         i_slot = i_base + within(i_index + 1, 0)
         if i_index != 0:
-            i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
             if PIECE is not None:
+                i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
                 b_product = _moved_in_pieces(
                     p_d_q_left, b_d, i_leaf, s_leaves, HQ * D, p_node, 2 * i_leaf * H + i_head, True, D, BLOCK_D, PIECE
                 )
@@ -344,11 +349,13 @@ def query_transport_backward_kernel(
                     p_partials, i_tile, p_query_rows, i_slot * ROWS, p_d_q_left, (i_leaf + 1) * ROWS, HQ * D, ROWS, D,
                     BLOCK_D, PIECE
                 )  # fmt: skip
+                b_d = load_rows(p_d_q_left, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
                 b_d = tl.where(m_right[:, None], b_product, b_d)
             else:
                 b_half, s_power, _inverse = normalised(b_d, WORK)
                 b_x = rounded(load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR), WORK)
                 b_partial = dot(tl.trans(b_x), b_half) * s_power
+                i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
                 store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
                 b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
                 b_d = tl.where(m_right[:, None], dot(b_half, tl.trans(b_p)) * s_power, b_d)
@@ -399,9 +406,9 @@ def key_transport_backward_kernel(
         if ((i_index >> level) & 1) == 0 and i_right < s_count:
             i_slot = level * key_slots + i_base + within(i_index, level)
             if i_right + (1 << level) < s_count:
-                i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
-                i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                 if PIECE is not None:
+                    i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
+                    i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                     b_d = _moved_in_pieces(
                         p_d_k_right, b_d, i_leaf, 2, H * D, p_node, i_node * H + i_head, False, D, BLOCK_D, PIECE
                     )
@@ -412,15 +419,17 @@ def key_transport_backward_kernel(
                 else:
                     b_half, s_power, _inverse = normalised(b_d, WORK)
                     b_x = rounded(load_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR), WORK)
+                    i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
                     b_partial = dot(tl.trans(b_half), b_x) * s_power
                     store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                    i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
                     b_d = dot(b_half, b_p) * s_power
             b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     i_slot = i_base + within(i_index, 0)
     if i_index + 2 < s_count:
-        i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
         if PIECE is not None:
+            i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
             b_product = _moved_in_pieces(
                 p_d_k_right, b_d, i_leaf, 2, H * D, p_node, 2 * (i_leaf + 1) * H + i_head, False, D, BLOCK_D, PIECE
             )
@@ -428,11 +437,13 @@ def key_transport_backward_kernel(
                 p_partials, i_tile, p_d_k_right, i_leaf * ROWS, p_key_rows, i_slot * ROWS, H * D, ROWS, D, BLOCK_D,
                 PIECE
             )  # fmt: skip
+            b_d = load_rows(p_d_k_right, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
             b_d = tl.where(m_left[:, None], b_product, b_d)
         else:
             b_half, s_power, _inverse = normalised(b_d, WORK)
             b_x = rounded(load_where(p_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR), WORK)
             b_partial = dot(tl.trans(b_half), b_x) * s_power
+            i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
             store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
             b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
             b_d = tl.where(m_left[:, None], dot(b_half, b_p) * s_power, b_d)
