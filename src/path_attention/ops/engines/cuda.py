@@ -22,7 +22,8 @@ Siblings = Literal["triton", "hopper", "sdpa"]
 
 # Widest row that the tiles of the attention between siblings are made for.
 MAX_DIM = 256
-# Widest row for which a leaf's tiles fit an SM; leaves with wider ones are computed in torch (docs/kernels.md).
+# Widest row of half precision for which a leaf's tiles fit an SM; leaves with wider ones are computed in torch
+# (docs/kernels.md).
 MAX_LEAF_DIM = 128
 # What the kernels for Hopper are made for, and the versions of Triton that compiled them well: registers, spills and
 # the order of instructions are read for each (docs/kernels.md).
@@ -111,6 +112,7 @@ class _Part(NamedTuple):
         scale: float
     ) -> Inputs:
         """The part's arguments as the kernels take them."""  # fmt: skip
+        in_pieces = q.dtype == torch.float32 or q.shape[3] > linear.WHOLE_DIM
         return Inputs(
             q=_rows(q[self.queries]),
             k=_rows(k[self.keys]),
@@ -120,6 +122,7 @@ class _Part(NamedTuple):
             g=None if g is None else g[self.queries].flatten(0, 1).contiguous(),
             scale=scale,
             leaves=_leaves_by(siblings_by, q, v, w),
+            in_pieces=in_pieces,
         )
 
 
@@ -131,8 +134,10 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
     batch, length, heads, dim = k.shape
     group = q.shape[2] // heads
     leaves = -(-length // LEAF)
-    # Float32 matrices take twice the memory, and the matrices of wide rows grow with the square of the width.
-    most = max(1, PART * MAX_LEAF_DIM**2 // (max(dim, MAX_LEAF_DIM) ** 2 * q.element_size() // 2))
+    # The matrices of rows wider than two tiles of 64 grow with the square of the width, and float32 ones are twice as
+    # large.
+    width = max(1, dim / linear.WHOLE_DIM)
+    most = max(1, int(PART / (width**2 * (2 if width > 1 or q.dtype == torch.float32 else 1))))
     sequences = max(1, min(batch, most // (leaves * heads)))
     part_heads = heads if leaves * heads <= most else max(1, most // leaves)
     sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)

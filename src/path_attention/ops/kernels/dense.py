@@ -41,7 +41,7 @@ class Launch:
     tile: int  # rows that one step of its loop reads
     num_warps: int
     num_stages: int  # tiles in shared memory: the one worked on and those on their way
-    piece: int | None = None  # columns of a product of wide float32 rows at a time
+    piece: int | None = None  # columns of a product of float32 rows at a time
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,11 @@ _LAUNCHES_WITH_GATES = _LAUNCHES | {
         backward_keys=Launch(1, LEAF, 4, 3),
     ),
 }
-# Float32 operands take twice the shared memory twice over, as a tensor-float-32 part and the rest. Chosen by what the
-# compiler says for compute capability 8.0 and 9.0: shared memory that both have, then the fewest spills.
+# Float32 rows always go in pieces: whole tiles of them, each a tensor-float-32 part and the rest, take all registers and
+# spill tens of KB. Chosen by what the compiler says for compute capability 8.0 and 9.0: the fewest spills.
 _LAUNCHES_FLOAT32 = {
-    64: Launches(
-        forward=Launch(1, 64, 4, 1),
-        backward_queries=Launch(1, 64, 4, 1),
-        backward_keys=Launch(1, LEAF, 8, 1),
-    ),
-    256: Launches(
-        forward=Launch(1, 32, 8, 1, piece=32),
-        backward_queries=Launch(1, 32, 8, 1, piece=32),
-        backward_keys=Launch(1, 32, 8, 1, piece=32),
-    ),
+    64: Launches(*[Launch(1, 32, 4, 1, piece=32)] * 3),
+    256: Launches(*[Launch(1, 32, 8, 1, piece=16)] * 3),
 }
 
 

@@ -11,7 +11,7 @@ of Q and K are another set at every level. A program takes LEAVES neighbouring l
 there are two: from level 1 on both have the same siblings and their rows are consecutive. At level 0 the left one of
 the two is the sibling, and the rows that take no part get a bias of minus infinity.
 
-Where PIECE is given rows are float32 and too wide for tiles of all: logits and dO V^T are sums over PIECE columns of both
+Where PIECE is given rows are float32, too much for whole tiles: logits and dO V^T are sums over PIECE columns of both
 factors, read from memory again and again. One leaf a program, and no descriptors.
 
 Exponents are kept in base 2, biases included. leaf_table.py says where rows stand. What a loop reads comes by a tensor

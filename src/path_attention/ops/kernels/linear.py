@@ -29,12 +29,11 @@ MIN_BLOCK = 64
 TREE_LEVELS = 3
 
 
-# Widest row that a program of the tree and the transports holds whole beside its matrix: of float16, and of float32,
-# which takes two tiles of shared memory, a tensor-float-32 part and the rest.
+# Widest row whose float16 matrix a program of the tree and the transports holds whole.
 WHOLE_DIM = 128
-WHOLE_DIM_FLOAT32 = 64
-# Columns or rows of a wide float32 factor in one product: the narrowest that tl.dot takes. The tiles at hand fill the
-# registers, so that each column more is spilled (32 spill twice as much at D = 256) and takes shared memory.
+# Columns or rows of a float32 factor in one product: the narrowest that tl.dot takes. The tiles at hand fill the
+# registers, so that each column more is spilled (32 spill twice as much at D = 256), and takes shared memory twice, as
+# a tensor-float-32 part and the rest.
 PIECE = 16
 
 # How the leaves are computed: by our kernels, portable or for Hopper, or in torch's batched products.
@@ -54,6 +53,8 @@ class Inputs:
     scale: float
     # Our kernels take one reflection a token; those for Hopper take no gates.
     leaves: LeavesBy = "triton"
+    # The tree and the transports read their factors in pieces: what float32 ones ask for on a GPU.
+    in_pieces: bool = False
 
     @property
     def heads(self) -> int:
@@ -93,8 +94,6 @@ class Inputs:
         (leaf_backward 1.73 ms against 2.61; leaf_forward 1.16 against 0.65).
         """
         dim = self.q.shape[2]
-        if self.work_dtype == torch.float32:
-            wide = True  # a product takes two more of its kind, and their operands
         return {
             "GROUP": self.group,
             "D": dim,
@@ -102,13 +101,12 @@ class Inputs:
             "WORK": None if self.work_dtype == torch.float32 else tl.float16,
             # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
             "num_stages": 1,
-            "num_warps": 8 if wide and (dim > MIN_BLOCK or self.work_dtype == torch.float32) else 4,
+            "num_warps": 8 if self.in_pieces or (wide and dim > MIN_BLOCK) else 4,
         }
 
     def matrix_options(self, *, wide: bool = False) -> dict[str, object]:
         """The same of the tree's and the transports' kernels."""
-        wide_float32 = self.work_dtype == torch.float32 and self.q.shape[2] > WHOLE_DIM_FLOAT32
-        return {**self.options(wide=wide), "PIECE": PIECE if wide_float32 else None}
+        return {**self.options(wide=wide), "PIECE": PIECE if self.in_pieces else None}
 
     @property
     def value_options(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ A program takes a pair of leaves, the first at an even index: at level 0 one of 
 from level 1 on both have the same siblings. A moved row stays in float32 registers from level to level; it is rounded
 as an operand of the next product, to 11 bits, and once for the level that uses it. leaf_table.py says where rows stand.
 
-Where PIECE is given matrices are float32 and too large for one tile: a product reads its factors from memory, PIECE
+Where PIECE is given matrices are float32, too much for one tile: a product reads its factors from memory, PIECE
 columns or rows at a time, the moved rows too. They lie where the rows came from, or where the gradients go to.
 """
 

@@ -5,7 +5,7 @@ that a span moves needs the first part only.
 
 A program works through LEVELS levels of one subtree: what a level writes, the next one reads in the same program.
 
-Where PIECE is given matrices are float32 and too large for one tile: made ROWS rows at a time, from PIECE columns or
+Where PIECE is given matrices are float32, too much for one tile: made ROWS rows at a time, from PIECE columns or
 rows of their factors at a time.
 """
 
