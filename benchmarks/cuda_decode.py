@@ -110,7 +110,7 @@ def prefill_once(shape: Shape) -> None:
 
 def fold_once(shape: Shape, launch: tuple[int, int | None]) -> None:
     """Compile one launch of the fold of a prompt."""
-    decode.FOLD_LAUNCHES = {width(shape): launch}
+    decode.FOLD_LAUNCHES = {**decode.FOLD_LAUNCHES, width(shape): launch}
     prefill_once(replace(shape, length=700))
 
 

@@ -80,11 +80,14 @@ def allowed(inputs: dict[str, Tensor], last: int | None = None) -> float:
     if inputs["q"].dtype == torch.float32:
         return FLOAT32_TOLERANCE
     given = [inputs[name].transpose(1, 2) for name in "qkv"]
+    keys = given[1].shape[2]
+    last = last or keys
+    given[0] = given[0][:, :, -last:]
+    visible = torch.ones(last, keys, dtype=torch.bool, device="cuda").tril(keys - last)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return out if last is None else out[:, :, -last:]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=grouped)
 
     return HALF_FACTOR * error(attend(*given), attend(*(x.double() for x in given)))
 

@@ -45,6 +45,12 @@ TORCH_ONLY = [
     {"shape": (1, 512, 2, 2, 256)},
     {"shape": (1, 300, 2, 2, 256), "reflections": 2, "gate": True},
 ]
+# Errors that output and gradients may have, as multiples of softmax attention's in the same dtype. Beside bfloat16
+# inputs the linear stages' operands are rounded to three more bits; beside float16 ones to as many, so that a row
+# passes some four more roundings than softmax attention has, and a gradient of w some eight more, each magnified by
+# the leaf's inverse where beta is near 2 (docs/numerics.md).
+OUTPUT_FACTOR = {torch.bfloat16: 1.5, torch.float16: 3}
+GRADIENT_FACTOR = {torch.bfloat16: 2, torch.float16: 5}
 BETAS = {"uniform": (0.0, 2.0), "near 2": (1.9, 2.0), "2": (2.0, 2.0)}
 
 
@@ -94,11 +100,11 @@ def check(inputs: list[Tensor | None], cu_seqlens: Tensor | None = None, backend
     out.backward(d_out)
     expected.backward(d_out.double())
     of_output, of_gradients = softmax_errors(inputs, d_out)
-    assert error(out.detach(), expected.detach()) <= 1.5 * of_output
+    assert error(out.detach(), expected.detach()) <= OUTPUT_FACTOR[out.dtype] * of_output
     for x, y in zip(inputs, exact, strict=True):
         if x is not None and y.grad is not None and float(y.grad.norm()) > 0:
             assert x.grad.dtype == x.dtype
-            assert error(x.grad, y.grad) <= 2 * of_gradients
+            assert error(x.grad, y.grad) <= GRADIENT_FACTOR[out.dtype] * of_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

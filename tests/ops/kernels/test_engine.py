@@ -17,8 +17,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from path_attention.ops.engines import cuda
 
-# One leaf (no levels), two and three levels, grouped queries, a batch: (batch, length, query heads, key heads, dim).
-WHOLE_TREES = [(2, 64, 1, 1, 16), (2, 256, 2, 2, 16), (1, 512, 4, 2, 16)]
+# One leaf (no levels), one to three levels, grouped queries, a batch: (batch, length, query heads, key heads, dim).
+WHOLE_TREES = [(2, 64, 1, 1, 16), (2, 128, 1, 1, 16), (2, 256, 2, 2, 16), (1, 512, 4, 2, 16)]
 # What only the fused kernel takes.
 REST = {
     "odd lengths": {"shape": (2, 333, 2, 1, 16)},
@@ -100,7 +100,7 @@ def test_fused_kernel_takes_the_rest(case: dict) -> None:
     [
         {"shape": (1, 470, 2, 1, 16), "ends": [0, 0, 65, 66, 300, 300, 470, 470], "gate": True},
         {"shape": (2, 1, 2, 2, 16), "gate": True},
-        {"shape": (2, 330, 2, 1, 80), "value_dim": 24},  # rows wider than a tile
+        {"shape": (1, 330, 2, 1, 80), "value_dim": 24},  # rows wider than a tile
         {"shape": (1, 330, 1, 1, 136), "value_dim": 150, "gate": True},
         {"shape": (2, 300, 2, 1, 18), "reflections": 2, "gate": True},
         {"shape": (1, 200, 4, 2, 16), "reflections": 3, "ends": [0, 70, 70, 200]},

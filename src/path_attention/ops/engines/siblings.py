@@ -120,13 +120,27 @@ def _token_pairs(x: Tensor, level: int) -> Tensor:
     return x.view(-1, 2 * LEAF << level, *x.shape[1:])
 
 
-def _levels(inputs: linear.Inputs, levels: linear.Levels) -> Iterator[_Level]:
-    for level in range(levels.query_rows.shape[0]):
+def _sibling_rows(rows: Tensor, table: LeafTable, level: int) -> Tensor:
+    """(levels, slots, 64, heads, dim) -> (pairs, rows, heads, dim) of a level: half of a whole tree's leaves have rows
+    on either side, and of two leaves the slot beside is empty.
+    """
+    sequences = table.num_leaves // table.leaves
+    of_sequences = rows[level].unflatten(0, (sequences, -1))[:, : table.leaves // 2]
+    return of_sequences.reshape(-1, LEAF << level, *rows.shape[3:])
+
+
+def _without_empty_slots(table: LeafTable) -> dict[str, object]:
+    """The table as merge kernels take it, where rows are those that torch's kernels return."""
+    return {**table.arguments, "table_queries": table.leaves // 2, "table_keys": table.leaves // 2}
+
+
+def _levels(inputs: linear.Inputs, table: LeafTable, levels: linear.Levels) -> Iterator[_Level]:
+    for level in range(table.num_levels):
         rows = LEAF << level
         yield _Level(
             level=level,
-            q=levels.query_rows[level].view(-1, rows, *inputs.q.shape[1:]).transpose(1, 2),
-            k=levels.key_rows[level].view(-1, rows, *inputs.k.shape[1:]).transpose(1, 2),
+            q=_sibling_rows(levels.query_rows, table, level).transpose(1, 2),
+            k=_sibling_rows(levels.key_rows, table, level).transpose(1, 2),
             v=_token_pairs(inputs.v, level)[:, :rows].transpose(1, 2),
             right=slice(rows, 2 * rows),
         )
@@ -136,7 +150,7 @@ def sdpa_forward(
     inputs: linear.Inputs, table: LeafTable, levels: linear.Levels, out: Tensor, log_sum_exp: Tensor
 ) -> None:
     """As :func:`triton_forward`, for whole binary trees: every sequence 64 * 2^n tokens long, no gates."""
-    parts = [torch_dense.select(x.q).forward(x.q, x.k, x.v) for x in _levels(inputs, levels)]
+    parts = [torch_dense.select(x.q).forward(x.q, x.k, x.v) for x in _levels(inputs, table, levels)]
     if not parts:
         return
     query_heads, value_dim = inputs.query_heads, inputs.v.shape[2]
@@ -145,7 +159,7 @@ def sdpa_forward(
         p_log_sum_exp=log_sum_exp,
         parts=tuple(part.transpose(1, 2).contiguous() for part, _ in parts),
         parts_log_sum_exp=tuple(part.contiguous() for _, part in parts),
-        **table.arguments,
+        **_without_empty_slots(table),
         HQ=query_heads,
         FIRST_LEVEL=0,
         NUM_LEVELS=len(parts),
@@ -172,7 +186,7 @@ def sdpa_backward(
         factor=None,
     )
     values = []
-    for x in _levels(inputs, levels):
+    for x in _levels(inputs, table, levels):
         d_q, d_k, d_v = torch_dense.select(x.q).backward(
             _token_pairs(d_out, x.level)[:, x.right].transpose(1, 2),
             x.q,
@@ -181,15 +195,15 @@ def sdpa_backward(
             _token_pairs(out, x.level)[:, x.right].transpose(1, 2),
             _token_pairs(log_sum_exp, x.level)[:, x.right].transpose(1, 2),
         )
-        result.query_rows[x.level].view(d_q.transpose(1, 2).shape).copy_(d_q.transpose(1, 2))
-        result.key_rows[x.level].view(d_k.transpose(1, 2).shape).copy_(d_k.transpose(1, 2))
+        _sibling_rows(result.query_rows, table, x.level).copy_(d_q.transpose(1, 2))
+        _sibling_rows(result.key_rows, table, x.level).copy_(d_k.transpose(1, 2))
         values.append(d_v.transpose(1, 2).contiguous())
     if values:
         heads, value_dim = inputs.heads, inputs.v.shape[2]
         sum_values_kernel[(table.num_leaves * heads,)](
             p_d_values=result.values,
             parts=tuple(values),
-            **table.arguments,
+            **_without_empty_slots(table),
             H=heads,
             FIRST_LEVEL=0,
             NUM_LEVELS=len(values),

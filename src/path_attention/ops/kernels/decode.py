@@ -44,10 +44,11 @@ class Launch:
     programs: int  # a multiprocessor, that histories are cut into pieces for: some run at once, the rest evens out
 
 
-# By the widest row. 128 registers let four programs of four warps share a multiprocessor.
+# By the widest row. The fastest of ten launches and three counts of programs on an H200, over the shapes of
+# `path-attention benchmark decode` (benchmarks/cuda_decode.py --only tune).
 LAUNCHES = {
-    64: Launch(num_warps=4, stages=5, registers=128, programs=8),
-    128: Launch(num_warps=8, stages=4, registers=128, programs=8),
+    64: Launch(num_warps=2, stages=5, registers=None, programs=4),
+    128: Launch(num_warps=4, stages=5, registers=None, programs=4),
     256: Launch(num_warps=8, stages=3, registers=None, programs=4),
 }
 # Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit

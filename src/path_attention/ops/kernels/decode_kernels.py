@@ -11,7 +11,7 @@ Logits are times log2(e) in here, for exp2 is what the hardware has.
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import LOG2_E, dot_split
+from path_attention.ops.kernels.tiles import LOG2_E, dot_float32
 
 PAGE = tl.constexpr(64)  # tokens a page: PAGE of state.py
 SUFFIX = tl.constexpr(4)  # chunks a suffix: SUFFIX of state.py
@@ -78,7 +78,7 @@ def times_matrix(b_x, p_matrix, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: t
         i_row = i_part * WIDTH + o_row
         mask = (i_row < D)[:, None] & (o_d < D)[None, :]
         b_part = tl.load(p_matrix + i_row[:, None] * D + o_d[None, :], mask=mask, other=0.0)
-        b_out += dot_split(columns(b_x, i_part, WIDTH), b_part, HALF)
+        b_out += dot_float32(columns(b_x, i_part, WIDTH), b_part, HALF)
     return b_out
 
 

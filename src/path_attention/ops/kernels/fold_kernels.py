@@ -17,7 +17,7 @@ import triton.language as tl
 
 from path_attention.ops.kernels.append_kernels import FOLD, LARGEST_CODE, TINY, nearest, page_scale, power_of_two
 from path_attention.ops.kernels.decode_kernels import PAGE, code_to_float
-from path_attention.ops.kernels.tiles import dot_split
+from path_attention.ops.kernels.tiles import dot_float32
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def fold_inverse(b_n, HALF: tl.constexpr):
     for doubling in tl.static_range(1, 4):
         o_block = o // (1 << doubling)
         pair = (o_block[:, None] // 2 == o_block[None, :] // 2) & (o_block[:, None] > o_block[None, :])
-        b_x -= dot_split(dot_split(b_x, tl.where(pair, b_n, 0.0), HALF), b_x, HALF)
+        b_x -= dot_float32(dot_float32(b_x, tl.where(pair, b_n, 0.0), HALF), b_x, HALF)
     return b_x
 
 
@@ -150,15 +150,15 @@ def fold_chunk_kernel(
                 i_row = i_first_row + (i_token - s_folded).to(tl.int64) * H
                 b_w = tl.load(p_w + i_row[:, None] * D + o_d[None, :], mask=m_d, other=0.0).to(tl.float32)
                 b_beta = tl.load(p_beta + i_row).to(tl.float32)
-                b_strict = tl.where(strict, b_beta[:, None] * dot_split(b_w, tl.trans(b_w), HALF), 0.0)
+                b_strict = tl.where(strict, b_beta[:, None] * dot_float32(b_w, tl.trans(b_w), HALF), 0.0)
                 b_a = fold_inverse(b_strict, HALF) * b_beta[None, :]
-                b_z = tl.where(strict, dot_split(b_w, tl.trans(b_k), HALF), 0.0)
-                b_k -= dot_split(tl.trans(dot_split(b_a, b_z, HALF)), b_w, HALF)
-                b_wn = dot_split(b_w, b_n, HALF)
-                b_next = b_n - dot_split(tl.trans(b_w), dot_split(tl.trans(b_a), b_wn, HALF), HALF)
+                b_z = tl.where(strict, dot_float32(b_w, tl.trans(b_k), HALF), 0.0)
+                b_k -= dot_float32(tl.trans(dot_float32(b_a, b_z, HALF)), b_w, HALF)
+                b_wn = dot_float32(b_w, b_n, HALF)
+                b_next = b_n - dot_float32(tl.trans(b_w), dot_float32(tl.trans(b_a), b_wn, HALF), HALF)
                 b_v = tl.load(p_v + i_row[:, None] * DV + o_dv[None, :], mask=m_dv, other=0.0)
                 tl.store(p_head_values + i_place[:, None] * DV + o_dv[None, :], b_v, mask=m_dv)
-            b_k = dot_split(b_k, b_n, HALF) * b_unit[:, None]
+            b_k = dot_float32(b_k, b_n, HALF) * b_unit[:, None]
             o_in = i_place[:, None] * D + o_d[None, :]
             if finished:
                 tl.store(p_head_keys + o_in, (b_k / s_scale).to(tl.float16), mask=m_d)
@@ -180,7 +180,7 @@ def fold_chunk_kernel(
             o_in = o_d[None, :] * D + o_col[:, None]
             mask = (o_col < D)[:, None] & m_d
             b_rows = tl.load(p_old + o_in, mask=mask, other=0.0)
-            b_rows = dot_split(b_rows, b_n, HALF)
+            b_rows = dot_float32(b_rows, b_n, HALF)
             tl.debug_barrier()  # all have read what is written now
             tl.store(p_new + o_in, b_rows, mask=mask)
     else:

@@ -239,7 +239,7 @@ def _launch_leaves(
         from path_attention.ops.kernels.hopper import leaf as hopper_leaf  # only some versions of Triton have Gluon
 
         hopper_leaf.leaf_forward_kernel[(leaves * heads,)](
-            **arguments, GROUP=inputs.group, D=dim, **hopper_leaf.options(dim)
+            **arguments, GROUP=inputs.group, D=dim, **hopper_leaf.forward_options(dim)
         )
     else:
         leaf_forward_kernel[(leaves * heads,)](**arguments, **inputs.value_options, **inputs.options())
@@ -448,7 +448,7 @@ def leaves_backward(
 
         dim = inputs.q.shape[2]
         hopper_leaf.leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
-            **arguments, D=dim, **hopper_leaf.options(dim)
+            **arguments, D=dim, **hopper_leaf.backward_options()
         )
     else:
         leaf_backward_kernel[(table.num_leaves * inputs.heads,)](

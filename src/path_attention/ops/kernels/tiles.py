@@ -54,6 +54,25 @@ def dot_split(b_a, b_a_rest, b_b, b_b_rest, WORK: tl.constexpr):
 
 
 @triton.jit
+def dot_float32(b_a, b_b, HALF: tl.constexpr):
+    """a b for float32 tiles, each a part in HALF and a rest, less the product of both rests; in float32 without HALF.
+
+    For the cache, where rows stay in float32 between products.
+    """
+    if HALF is None:
+        return tl.dot(b_a, b_b, input_precision="ieee")
+    else:
+        # Not by dot_split: Triton 3.6 moves its roundings before what they round.
+        b_a_half = b_a.to(HALF)
+        b_b_half = b_b.to(HALF)
+        b_a_rest = (b_a - b_a_half.to(tl.float32)).to(HALF)
+        b_b_rest = (b_b - b_b_half.to(tl.float32)).to(HALF)
+        b_c = tl.dot(b_a_rest, b_b_half)
+        b_c = tl.dot(b_a_half, b_b_rest, b_c)
+        return tl.dot(b_a_half, b_b_half, b_c)
+
+
+@triton.jit
 def power_of_two(b_x):
     """(p, 1 / p) for the largest power of two p that max |x| reaches, among float32's normal numbers; p is 0 for zeros.
 
