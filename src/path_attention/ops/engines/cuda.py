@@ -59,7 +59,7 @@ def unsupported_reason(
     if siblings_by == "hopper":
         return _reason_against_hopper(q, v, g)
     if q.dtype == torch.float32:
-        return "torch's attention kernels may round float32 products to tensor-float-32"
+        return "q is torch.float32, not bfloat16 or float16: the kernels of torch that are fast are for these"
     leaves = length // LEAF
     if g is not None:
         return "torch's attention kernels take no forget gates"
@@ -108,10 +108,17 @@ class _Part(NamedTuple):
     table: LeafTable
 
     def of(
-        self, siblings_by: Siblings, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
-        scale: float
+        self,
+        siblings_by: Siblings,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        scale: float,
     ) -> Inputs:
-        """The part's arguments as the kernels take them."""  # fmt: skip
+        """The part's arguments as the kernels take them."""
         in_pieces = q.dtype == torch.float32 or q.shape[3] > linear.WHOLE_DIM
         return Inputs(
             q=_rows(q[self.queries]),
@@ -134,8 +141,7 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
     batch, length, heads, dim = k.shape
     group = q.shape[2] // heads
     leaves = -(-length // LEAF)
-    # The matrices of rows wider than two tiles of 64 grow with the square of the width, and float32 ones are twice as
-    # large.
+    # Matrices of wide rows grow with the square of the width, and float32 ones are twice as large.
     width = max(1, dim / linear.WHOLE_DIM)
     most = max(1, int(PART / (width**2 * (2 if width > 1 or q.dtype == torch.float32 else 1))))
     sequences = max(1, min(batch, most // (leaves * heads)))
@@ -179,9 +185,7 @@ def _place(result: Tensor, index: tuple[slice, slice, slice], padded: bool) -> T
     place = result[index]
     if place.is_contiguous() and not (padded and place.shape[-1] % COLUMNS):
         return place.flatten(0, 1)
-    return torch.empty_like(
-        _rows(place) if padded else place.flatten(0, 1), memory_format=torch.contiguous_format
-    )
+    return torch.empty_like(_rows(place) if padded else place.flatten(0, 1), memory_format=torch.contiguous_format)
 
 
 def _store(result: Tensor, index: tuple[slice, slice, slice], rows: Tensor) -> None:

@@ -79,8 +79,8 @@ _LAUNCHES_WITH_GATES = _LAUNCHES | {
         backward_keys=Launch(1, LEAF, 4, 3),
     ),
 }
-# Float32 rows always go in pieces: whole tiles of them, each a tensor-float-32 part and the rest, take all registers and
-# spill tens of KB. Chosen by what the compiler says for compute capability 8.0 and 9.0: the fewest spills.
+# Float32 rows always go in pieces: whole tiles of them, each a tensor-float-32 part and the rest, take all registers
+# and spill tens of KB. Chosen by what the compiler says for compute capability 8.0 and 9.0: the fewest spills.
 _LAUNCHES_FLOAT32 = {
     64: Launches(*[Launch(1, 32, 4, 1, piece=32)] * 3),
     256: Launches(*[Launch(1, 32, 8, 1, piece=16)] * 3),
@@ -89,11 +89,8 @@ _LAUNCHES_FLOAT32 = {
 
 def launches(dim: int, value_dim: int, gates: bool, dtype: torch.dtype) -> Launches:
     """The options for rows of these widths."""
-    if dtype == torch.float32:
-        table = _LAUNCHES_FLOAT32
-    else:
-        table = _LAUNCHES_WITH_GATES if gates else _LAUNCHES
-    for width, options in table.items():
+    of_half = _LAUNCHES_WITH_GATES if gates else _LAUNCHES
+    for width, options in (_LAUNCHES_FLOAT32 if dtype == torch.float32 else of_half).items():
         if max(dim, value_dim) <= width:
             return options
     raise ValueError(f"head_dim {dim} and value_dim {value_dim} must be at most {max(_LAUNCHES)}")

@@ -171,8 +171,8 @@ def _online_softmax(b_s, b_bias, b_max, b_sum):
 
 @triton.jit
 def _attend_in_pieces(
-    b_bias, b_max, b_sum, b_acc, p_query_rows, p_key_rows, p_values, p_gate_key, i_query, i_key, i_value, s_keys, i_head,
-    H, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr
+    b_bias, b_max, b_sum, b_acc, p_query_rows, p_key_rows, p_values, p_gate_key, i_query, i_key, i_value, s_keys,
+    i_head, H, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr
 ):  # fmt: skip
     """_attend of the slot of queries at i_query."""
     for i in range(0, s_keys, KEYS):
@@ -291,8 +291,8 @@ def dense_forward_kernel(
         m_right = m_row & (o >= ROWS - LEAF)
         if PIECE is not None:
             b_max, b_sum, b_acc = _attend_in_pieces(
-                _bias(m_right, p_gate_query, i_query, HQ, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows, p_values,
-                p_gate_key, i_query, i_key, i_row - LEAF, LEAF, i_head, H, GROUP, D, DV, KEYS, PIECE
+                _bias(m_right, p_gate_query, i_query, HQ, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
+                p_values, p_gate_key, i_query, i_key, i_row - LEAF, LEAF, i_head, H, GROUP, D, DV, KEYS, PIECE
             )  # fmt: skip
         else:
             b_q = _load(p_query_rows, i_query, m_right, HQ * D, D, ROWS)
@@ -660,15 +660,15 @@ def _key_level(
             b_bias = _bias(m_key, None, i_key, HQ, KEYS)
         if PIECE is not None:
             b_d_k, b_d_v, b_column_sum = _key_gradients_in_pieces(
-                b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), p_key_rows, p_values, p_query_rows, p_gate, p_d_out,
-                p_log_sum_exp + i_query_head, p_delta + i_query_head, i_key, i_own, s_own, i_query, i_row, s_rows,
-                i_head, i_query_head, H, HQ, D, DV, QUERIES, PIECE
+                b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), p_key_rows, p_values, p_query_rows, p_gate,
+                p_d_out, p_log_sum_exp + i_query_head, p_delta + i_query_head, i_key, i_own, s_own, i_query, i_row,
+                s_rows, i_head, i_query_head, H, HQ, D, DV, QUERIES, PIECE
             )  # fmt: skip
         else:
             b_d_k, b_d_v, b_column_sum = _key_gradients(
-                b_k, b_v, b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), t_query_rows, t_d_out, p_query_rows, p_gate,
-                p_d_out, p_log_sum_exp + i_query_head, p_delta + i_query_head, i_query, i_row, s_rows, i_query_head, HQ,
-                D, DV, STAGES
+                b_k, b_v, b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), t_query_rows, t_d_out, p_query_rows,
+                p_gate, p_d_out, p_log_sum_exp + i_query_head, p_delta + i_query_head, i_query, i_row, s_rows,
+                i_query_head, HQ, D, DV, STAGES
             )  # fmt: skip
         if p_gate_column is not None:
             # Only this program writes here; the barrier shows each of its threads what another wrote a level ago.

@@ -124,12 +124,11 @@ def forward(
     for leaves in rows.chunks(inputs):
         leaf = _leaf_inputs(inputs, rows, leaves)
         if out is None or log_sum_exp is None:
-            edges = leaf_edges(leaf, masks)[:3]
+            edges = leaf_edges(leaf, masks)
         else:
-            part, part_log_sum_exp, *edges = leaf_forward(leaf, masks)
-            attended.append(
-                (_to_queries(part, heads).to(out.dtype), _to_queries(part_log_sum_exp, heads).squeeze(-1))
-            )
+            part, part_log_sum_exp, *rest = leaf_forward(leaf, masks)
+            edges = tuple(rest)
+            attended.append((_to_queries(part, heads).to(out.dtype), _to_queries(part_log_sum_exp, heads).squeeze(-1)))
         q_left[leaves] = _to_queries(edges[0], heads).to(q_left.dtype)
         k_right[leaves] = _to_keys(edges[1], heads).to(k_right.dtype)
         at = slice(2 * leaves.start, 2 * leaves.stop, 2)

@@ -244,8 +244,8 @@ def tree_backward_kernel(
                         i_tile = partial_tile(level, i_query_base + within(i_right, level), query_slots)
                         s_tiles = (tl.minimum(s_span, s_count - i_right) + 1) // 2
                         b_d = _add_partials(
-                            b_d, p_query_partials, p_query_partials_power, i_tile, s_tiles, i_head, H, GROUP, D, BLOCK_D,
-                            WORK
+                            b_d, p_query_partials, p_query_partials_power, i_tile, s_tiles, i_head, H, GROUP, D,
+                            BLOCK_D, WORK
                         )  # fmt: skip
                     if parent_used:
                         b_d_parent = load_square(p_d_node, i_parent_node, D, BLOCK_D)
