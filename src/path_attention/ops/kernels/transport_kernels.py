@@ -256,13 +256,11 @@ def _store_pair(
     p_x, p_power, b_x, i_leaf, i_head, s_leaves, s_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr,
     PIECE: tl.constexpr
 ):  # fmt: skip
-    """A pair's gradients of one head to p_x (N, 64, heads, D), which starts at the head, to be multiplied by the power
-    (N, heads) of their leaf.
-    """
+    """A pair's gradients to (N, 64, heads, D), to be multiplied by the power (N, heads) of their leaf."""
     b_x, s_power, _inverse = normalised(b_x, WORK)
     if PIECE is not None:
         tl.debug_barrier()  # every thread has read what lay there before
-    store_rows(p_x, b_x, i_leaf * ROWS, s_leaves * ROWS, s_heads * D, D, BLOCK_D, PAIR)
+    store_rows(p_x + i_head * D, b_x, i_leaf * ROWS, s_leaves * ROWS, s_heads * D, D, BLOCK_D, PAIR)
     if WORK is not None:
         o = tl.arange(0, 2)
         tl.store(p_power + (i_leaf + o) * s_heads + i_head, tl.zeros((2,), tl.float32) + s_power, mask=o < s_leaves)
@@ -307,7 +305,6 @@ def query_transport_backward_kernel(
     m_right = m_pair & (o >= ROWS)
     p_query_rows += i_query_head * D
     p_d_query_rows += i_query_head * D
-    p_d_q_left += i_query_head * D
     s_factor = inverse_of(p_factor)
     b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
     for i in range(1, num_levels):
@@ -316,14 +313,15 @@ def query_transport_backward_kernel(
             i_slot = level * query_slots + i_base + within(i_index, level)
             if (i_index >> (level + 1)) != 0:
                 if PIECE is not None:
+                    p_moved = p_d_q_left + i_query_head * D
                     i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
                     i_left = ((i_index >> level) - 1) << level
                     i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                     b_d = _moved_in_pieces(
-                        p_d_q_left, b_d, i_leaf, s_leaves, HQ * D, p_node, i_node * H + i_head, True, D, BLOCK_D, PIECE
+                        p_moved, b_d, i_leaf, s_leaves, HQ * D, p_node, i_node * H + i_head, True, D, BLOCK_D, PIECE
                     )
                     _store_partial_in_pieces(
-                        p_partials, i_tile, p_query_rows, i_slot * ROWS, p_d_q_left, i_leaf * ROWS, HQ * D,
+                        p_partials, i_tile, p_query_rows, i_slot * ROWS, p_moved, i_leaf * ROWS, HQ * D,
                         s_leaves * ROWS, D, BLOCK_D, PIECE
                     )  # fmt: skip
                 else:
@@ -341,15 +339,16 @@ def query_transport_backward_kernel(
         i_slot = i_base + within(i_index + 1, 0)
         if i_index != 0:
             if PIECE is not None:
+                p_moved = p_d_q_left + i_query_head * D
                 i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
                 b_product = _moved_in_pieces(
-                    p_d_q_left, b_d, i_leaf, s_leaves, HQ * D, p_node, 2 * i_leaf * H + i_head, True, D, BLOCK_D, PIECE
+                    p_moved, b_d, i_leaf, s_leaves, HQ * D, p_node, 2 * i_leaf * H + i_head, True, D, BLOCK_D, PIECE
                 )
                 _store_partial_in_pieces(
-                    p_partials, i_tile, p_query_rows, i_slot * ROWS, p_d_q_left, (i_leaf + 1) * ROWS, HQ * D, ROWS, D,
+                    p_partials, i_tile, p_query_rows, i_slot * ROWS, p_moved, (i_leaf + 1) * ROWS, HQ * D, ROWS, D,
                     BLOCK_D, PIECE
                 )  # fmt: skip
-                b_d = load_rows(p_d_q_left, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
+                b_d = load_rows(p_moved, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
                 b_d = tl.where(m_right[:, None], b_product, b_d)
             else:
                 b_half, s_power, _inverse = normalised(b_d, WORK)
@@ -397,7 +396,6 @@ def key_transport_backward_kernel(
     m_left = tl.arange(0, PAIR) < ROWS
     p_key_rows += i_head * D
     p_d_key_rows += i_head * D
-    p_d_k_right += i_head * D
     s_factor = inverse_of(p_factor)
     b_d = tl.zeros((PAIR, BLOCK_D), tl.float32)
     for i in range(1, num_levels):
@@ -407,13 +405,14 @@ def key_transport_backward_kernel(
             i_slot = level * key_slots + i_base + within(i_index, level)
             if i_right + (1 << level) < s_count:
                 if PIECE is not None:
+                    p_moved = p_d_k_right + i_head * D
                     i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
                     i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                     b_d = _moved_in_pieces(
-                        p_d_k_right, b_d, i_leaf, 2, H * D, p_node, i_node * H + i_head, False, D, BLOCK_D, PIECE
+                        p_moved, b_d, i_leaf, 2, H * D, p_node, i_node * H + i_head, False, D, BLOCK_D, PIECE
                     )
                     _store_partial_in_pieces(
-                        p_partials, i_tile, p_d_k_right, i_leaf * ROWS, p_key_rows, i_slot * ROWS, H * D, PAIR, D,
+                        p_partials, i_tile, p_moved, i_leaf * ROWS, p_key_rows, i_slot * ROWS, H * D, PAIR, D,
                         BLOCK_D, PIECE
                     )  # fmt: skip
                 else:
@@ -429,15 +428,16 @@ def key_transport_backward_kernel(
     i_slot = i_base + within(i_index, 0)
     if i_index + 2 < s_count:
         if PIECE is not None:
+            p_moved = p_d_k_right + i_head * D
             i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
             b_product = _moved_in_pieces(
-                p_d_k_right, b_d, i_leaf, 2, H * D, p_node, 2 * (i_leaf + 1) * H + i_head, False, D, BLOCK_D, PIECE
+                p_moved, b_d, i_leaf, 2, H * D, p_node, 2 * (i_leaf + 1) * H + i_head, False, D, BLOCK_D, PIECE
             )
             _store_partial_in_pieces(
-                p_partials, i_tile, p_d_k_right, i_leaf * ROWS, p_key_rows, i_slot * ROWS, H * D, ROWS, D, BLOCK_D,
+                p_partials, i_tile, p_moved, i_leaf * ROWS, p_key_rows, i_slot * ROWS, H * D, ROWS, D, BLOCK_D,
                 PIECE
             )  # fmt: skip
-            b_d = load_rows(p_d_k_right, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
+            b_d = load_rows(p_moved, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
             b_d = tl.where(m_left[:, None], b_product, b_d)
         else:
             b_half, s_power, _inverse = normalised(b_d, WORK)
