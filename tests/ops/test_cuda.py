@@ -223,10 +223,10 @@ def gradients(inputs: list[Tensor | None], **options: object) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, given, torch.ones_like(out))]
 
 
-@pytest.mark.parametrize("backend", [None, "triton", "sdpa"])
-def test_deterministic_where_asked(backend: str | None) -> None:
+@pytest.mark.parametrize("backend, gate", [(None, False), ("triton", False), ("sdpa", False), ("triton", True)])
+def test_deterministic_where_asked(backend: str | None, gate: bool) -> None:
     """Bit by bit, ten runs; 64 sequences on as many heads keep every multiprocessor busy."""
-    inputs = make((16, 1024, 8, 4, 64), torch.bfloat16)
+    inputs = make((16, 1024, 8, 4, 64), torch.bfloat16, gate=gate)
     torch.use_deterministic_algorithms(True)
     try:
         first = gradients(inputs, backend=backend)

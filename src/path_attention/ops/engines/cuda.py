@@ -15,6 +15,7 @@ from path_attention.ops.kernels import linear, torch_leaves
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table
 from path_attention.ops.kernels.linear import Inputs
 from path_attention.ops.kernels.merge_kernels import delta_kernel, factor_kernel
+from path_attention.ops.sums import running_sum
 
 # How the attention between siblings is computed: by our fused kernels, portable or for Hopper, or by the fastest one of
 # torch, level by level.
@@ -325,7 +326,7 @@ def _gate_gradient(d_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     its gradient is the sum over the rows from s on, less the columns from s on, to the end of its sequence.
     """
     # float64: what precedes a sequence in a packed row must leave no trace of its rounding.
-    total = d_gate.double().cumsum(1)
+    total = running_sum(d_gate.double(), 1)
     from_here = d_gate - total
     if cu_seqlens is None:
         return from_here + total[:, -1:]
