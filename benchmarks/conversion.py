@@ -2,21 +2,21 @@
 both stages on at most a tenth of its tokens, and compared with itself, with a control, and with a model trained from
 scratch on as many tokens.
 
-    python benchmarks/conversion.py --out results              # one GPU, about 6 minutes; the same command goes on
+    python benchmarks/conversion.py --out results              # one GPU, about 12 minutes; the same command goes on
     python benchmarks/conversion.py --size cpu --out results   # 1M parameters, about an hour on two cores
     python benchmarks/conversion.py --size tiny --out FOLDER   # every part of it in miniature, a minute
 
 Parts, each done once (their results are kept in WORK/NAME.json, and training is resumed from checkpoints):
 
     teacher      a byte-level BPE and a Llama with RoPE, written as a transformers checkpoint
+    memory       one step of each stage, and of plain training, with random weights in SmolLM2-1.7B's shape, length 4096
     beginnings   the loss of students before any training, for several ways to begin
     path, fox    students: before training, after stage 1, after stage 2; perplexity by length to 8 times the training's
     scratch      the student's architecture from random weights on the tokens of both stages
     flip_flop, variable_tracking
                  teacher and students after a short continued training on each, written in the teacher's tokens
-    memory       one step of each stage, and of plain training, with random weights in SmolLM2-1.7B's shape, length 4096
 
-Writes OUT/conversion.json and OUT/conversion.png, or OUT/cpu_conversion.json and so on.
+Writes OUT/conversion.json and OUT/conversion.png after every part, or OUT/cpu_conversion.json and so on.
 """
 
 import argparse
@@ -148,18 +148,25 @@ class Experiment:
         loaded: dict[str, Any] = json.loads(file.read_text())
         return loaded
 
-    def run(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"teacher": self.once("teacher", self.teacher)}
-        found["beginnings"] = self.once("beginnings", self.beginnings)
-        found["students"] = {name: self.once(name, lambda name=name: self.student(name)) for name in self.students}
-        found["scratch"] = self.once("scratch", self.scratch)
-        for task in TASKS:
-            found[task] = {
-                name: self.once(f"{task}-{name}", lambda task=task, name=name: self.task(task, name))
-                for name in ("teacher", *self.students)
-            }
+    def run(self, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """All parts; ``report`` is given what there is after each of them."""
+        found: dict[str, Any] = {}
+
+        def add(place: dict[str, Any], key: str, name: str, part: Callable[[], dict[str, Any]]) -> None:
+            place[key] = self.once(name, part)
+            report(found)
+
+        add(found, "teacher", "teacher", self.teacher)
         if "memory" in self.sizes:
-            found["memory"] = self.once("memory", self.memory)
+            add(found, "memory", "memory", self.memory)
+        add(found, "beginnings", "beginnings", self.beginnings)
+        for name in self.students:
+            add(found.setdefault("students", {}), name, name, lambda name=name: self.student(name))
+        add(found, "scratch", "scratch", self.scratch)
+        for task in TASKS:
+            for name in ("teacher", *self.students):
+                rates = found.setdefault(task, {})
+                add(rates, name, f"{task}-{name}", lambda task=task, name=name: self.task(task, name))
         return found
 
     # --- data and teacher --------------------------------------------------------------------------------------------
@@ -386,13 +393,24 @@ def stage_losses(found: dict[str, Any]) -> list[tuple[str, str, float]]:
             if when in results and (when != "teacher" or mixer == next(iter(found["students"]))):
                 whose = "rope" if when == "teacher" else mixer
                 rows.append((whose, "teacher" if when == "teacher" else STAGES[when], results[when]["loss"]))
-    scratch = found["scratch"]["by_length"]["perplexity"]
-    rows.append(("none", "from scratch, as many tokens", math.log(next(iter(scratch.values())))))
+    if "scratch" in found:
+        scratch = found["scratch"]["by_length"]["perplexity"]
+        rows.append(("none", "from scratch, as many tokens", math.log(next(iter(scratch.values())))))
     return rows
 
 
+def _error_rates(found: dict[str, Any], name: str) -> dict[tuple[str, str], float]:
+    """Percent of wrong answers of one model, by task and split: those of tasks that it has learned."""
+    return {
+        (task, split): 100 * measured["value"]
+        for task in TASKS
+        if name in found.get(task, {})
+        for split, measured in found[task][name]["measurements"].items()
+    }
+
+
 def figure(found: dict[str, Any]) -> Figure:
-    """Losses at the training length by stage; perplexity by length; state tracking."""
+    """Losses at the training length by stage; perplexity by length; state tracking. Of the parts that are done."""
     made = Figure(figsize=(15, 4.4), layout="constrained")
     stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.5, 1.1, 1.3))
     rows = stage_losses(found)
@@ -407,10 +425,9 @@ def figure(found: dict[str, Any]) -> Figure:
     stages.invert_yaxis()
     stages.set_xlabel("loss on held-out text (nats a token)")
     first = next(iter(found["students"].values()))
-    curves = {
-        "teacher, RoPE": ("rope", first["by_length"]["teacher"]),
-        "from scratch": ("none", found["scratch"]["by_length"]),
-    }
+    curves = {"teacher, RoPE": ("rope", first["by_length"]["teacher"])}
+    if "scratch" in found:
+        curves["from scratch"] = ("none", found["scratch"]["by_length"])
     curves |= {f"student, {NAMES[m]}": (m, r["by_length"]["student"]) for m, r in found["students"].items()}
     for label, (mixer, curve) in curves.items():
         points = {int(n): x for n, x in curve["perplexity"].items()}
@@ -421,14 +438,13 @@ def figure(found: dict[str, Any]) -> Figure:
     lengths.set_xlabel("tokens read")
     lengths.set_ylabel("perplexity")
     lengths.legend(frameon=False, fontsize=8)
-    columns = [(task, split) for task in TASKS for split in found[task]["teacher"]["measurements"]]
-    models = list(found[TASKS[0]])
-    for n, name in enumerate(models):
+    rates = {name: _error_rates(found, name) for name in ("teacher", *found["students"])}
+    columns = list(dict.fromkeys(column for of_model in rates.values() for column in of_model))
+    for n, (name, of_model) in enumerate(rates.items()):
         whose = "rope" if name == "teacher" else name
-        rates = [100 * found[task][name]["measurements"][split]["value"] for task, split in columns]
-        places = [k + 0.8 * (n + 0.5) / len(models) - 0.4 for k in range(len(columns))]
-        reads.bar(places, rates, 0.8 / len(models), color=COLOURS[whose], label=NAMES[whose])
-        for place, rate in zip(places, rates, strict=True):
+        places = [k + 0.8 * (n + 0.5) / len(rates) - 0.4 for k, column in enumerate(columns) if column in of_model]
+        reads.bar(places, list(of_model.values()), 0.8 / len(rates), color=COLOURS[whose], label=NAMES[whose])
+        for place, rate in zip(places, of_model.values(), strict=True):
             reads.text(place, rate, f"{rate:.3g}", ha="center", va="bottom", fontsize=6)
     names = [f"{task.replace('_', ' ')},\n{split.replace('_', ' ')}" for task, split in columns]
     reads.set_xticks(range(len(columns)), names, fontsize=7, rotation=30)
@@ -454,14 +470,18 @@ def main() -> None:
     work = arguments.work or Path(f"runs/conversion-{arguments.size}")
     students = tuple(arguments.students.split(","))
     experiment = Experiment(work, arguments.size, students, Console(highlight=False))
-    found = experiment.run()
     arguments.out.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/conversion.py --size {arguments.size} --students {arguments.students} --out results"
-    result = {"benchmark": "conversion", **environment(), **machine(experiment.device), "command": command}
     name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
-    result |= {"sizes": experiment.sizes, **found}
-    write_whole(arguments.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    figure(found).savefig(arguments.out / f"{name}.png", dpi=130)
+
+    def report(found: dict[str, Any]) -> None:
+        result = {"benchmark": "conversion", **environment(), **machine(experiment.device), "command": command}
+        result |= {"sizes": {**experiment.sizes, "path": "the folder of Python packages"}, **found}
+        write_whole(arguments.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        if "students" in found:
+            figure(found).savefig(arguments.out / f"{name}.png", dpi=130)
+
+    found = experiment.run(report)
     for whose, when, loss in stage_losses(found):
         print(f"{whose:9} {when:32} loss {loss:.4f} perplexity {math.exp(loss):.3f}")
     print(f"{time.monotonic() - start:.0f} s; written to {arguments.out}")

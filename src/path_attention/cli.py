@@ -31,7 +31,7 @@ _EXTRA = dict.fromkeys(
     ("accelerate", "filelock", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "typer", "yaml"), "train"
 ) | {"datasets": "data", "pyarrow": "data", "lm_eval": "eval"}
 # RuntimeErrors whose message is all there is to say; by name, for importing them would import half of transformers.
-_FAILURES = ("CacheIncomplete", "TrainingDiverged", "Unfinished", "WrongResult")
+_FAILURES = ("CacheIncomplete", "DeviceLost", "TrainingDiverged", "Unfinished", "WrongResult")
 _RUNS = Path("runs")
 
 
@@ -404,20 +404,79 @@ def _language_model(
 
 
 def benchmark_operator(
-    lengths: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "1024,4096,16384",
-    repeats: Annotated[int, typer.Option(help="Timed repetitions of each; the median is reported.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    lengths: Annotated[
+        str | None, typer.Option(help="On the CPU: sequence lengths, separated by commas.  [1024,4096,16384]")
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="On a GPU: BATCHxLENGTHxHEADSxDIM, HEADS or QUERY/KEY, by commas; else those of the docs."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="On a GPU: under a minute, fewer shapes, no flex and no fla.")
+    ] = False,
+    without: Annotated[str, typer.Option(help="On a GPU: leave out some, by commas: flex, fla, path_sdpa ...")] = "",
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed repetitions of each; the median is reported.  [10; on a GPU 7]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write the numbers to; on a GPU with a figure, and continued.")
+    ] = None,
+    commit: Annotated[str | None, typer.Option(help="On a GPU: of the sources, where git does not tell.")] = None,
 ) -> None:
-    """Time and memory of the operator on this machine against torch's attention."""
+    """Time, memory and error of the operator on this machine beside other attentions."""
+    if repeats is not None and repeats < 1:
+        raise ValueError(f"--repeats: wanted a number above 0, got {repeats}")
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {device!r}; wanted cpu or cuda")
+    elsewhere = {"--lengths": lengths} if kind == "cuda" else {"--shapes": shapes, "--quick": quick}
+    elsewhere |= {} if kind == "cuda" else {"--without": without, "--commit": commit}
+    for option, given in elsewhere.items():
+        if given:
+            raise ValueError(f"{option}: not with --device {device}")
+    if kind == "cpu":
+        _benchmark_operator_on_cpu(lengths or "1024,4096,16384", repeats or 10, out)
+        return
+    _benchmark_operator_on_gpu(device, shapes, quick, without, repeats, out, commit)
+
+
+def _benchmark_operator_on_cpu(lengths: str, repeats: int, out: Path | None) -> None:
     try:
         parsed = tuple(int(length) for length in lengths.split(","))
     except ValueError:
         raise ValueError(f"--lengths: wanted whole numbers separated by commas, got {lengths!r}") from None
-    if repeats < 1 or min(parsed) < 1:
-        raise ValueError(f"--lengths and --repeats: wanted numbers above 0, got {lengths} and {repeats}")
+    if min(parsed) < 1:
+        raise ValueError(f"--lengths: wanted numbers above 0, got {lengths}")
     from path_attention.benchmark import run_operator_benchmark
 
     run_operator_benchmark(lengths=parsed, repeats=repeats, out=out)
+
+
+def _benchmark_operator_on_gpu(
+    device: str,
+    shapes: str | None,
+    quick: bool,
+    without: str,
+    repeats: int | None,
+    out: Path | None,
+    commit: str | None,
+) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device: got {device}, which this machine does not have")
+    from path_attention.benchmark.cuda_operator import run_cuda_operator_benchmark
+
+    run_cuda_operator_benchmark(
+        shapes=None if shapes is None else shapes.split(","),
+        quick=quick,
+        left_out=[name for name in without.split(",") if name],
+        repeats=repeats,
+        device=device,
+        out=out,
+        commit=commit,
+    )
 
 
 def benchmark_decode(

@@ -7,7 +7,6 @@ are CUDA graphs. A cache whose steps differ from the definition is not timed at 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from path_attention.benchmark.contenders import Setting, make_operands
 from path_attention.benchmark.measure import environment
 from path_attention.benchmark.operator import ERROR_FACTOR, WrongResult
+from path_attention.benchmark.shapes import Shape
 from path_attention.cache import PathCache
 from path_attention.ops import path_attention_reference
 
@@ -46,38 +46,6 @@ MODELS: dict[str, dict[str, int]] = {
     "760m": {},
 }
 BATCHES = (1, 16)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """batch x tokens in the cache x query/key heads x head_dim, as in the table and on the command line."""
-
-    batch: int
-    length: int
-    query_heads: int
-    heads: int
-    dim: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """From "16x8192x32x64", or "16x8192x32/8x64" for grouped queries.
-
-        Raises:
-            ValueError: text of another form.
-        """
-        try:
-            batch, length, heads, dim = text.split("x")
-            query_heads, _, key_heads = heads.partition("/")
-            shape = cls(int(batch), int(length), int(query_heads), int(key_heads or query_heads), int(dim))
-        except ValueError:
-            raise ValueError(f"--shapes: wanted BATCHxLENGTHxHEADSxDIM, got {text!r}") from None
-        if min(asdict(shape).values()) < 1 or shape.query_heads % shape.heads:
-            raise ValueError(f"--shapes: wanted numbers above 0, and key heads that divide query heads, got {text!r}")
-        return shape
-
-    def __str__(self) -> str:
-        heads = str(self.heads) if self.heads == self.query_heads else f"{self.query_heads}/{self.heads}"
-        return f"{self.batch}x{self.length}x{heads}x{self.dim}"
 
 
 def check_steps(device: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:

@@ -5,17 +5,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from path_attention.benchmark.measure import Times, time_interleaved
+from path_attention.benchmark.shapes import Shape, operands
 from path_attention.cache import PathCache
 from path_attention.ops import path_attention
-
-if TYPE_CHECKING:
-    from path_attention.benchmark.decode import Shape
 
 # Time spent at most on repeats of one contender, and on a GPU on those of a prefill.
 SECONDS_EACH = 30.0
@@ -28,22 +26,8 @@ TOKENS = {"cpu": 32, "cuda": 64}
 WARM_STEPS = 4
 
 
-def operands(shape: "Shape", length: int, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
-    """q, k, v, w and beta of so many tokens, made where they are needed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = (shape.batch, length)
-
-    def normal(heads: int) -> Tensor:
-        return torch.randn(*rows, heads, shape.dim, generator=generator, device=device, dtype=torch.float32)
-
-    q, k, v = (normal(n).to(dtype) for n in (shape.query_heads, shape.heads, shape.heads))
-    w = torch.nn.functional.normalize(normal(shape.heads), dim=-1)
-    beta = 2 * torch.rand(*rows, shape.heads, generator=generator, device=device)
-    return [q, k, v, w, beta]
-
-
 @torch.no_grad()
-def time_shape(shape: "Shape", dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
+def time_shape(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
     """Times of step and prefill beside torch's attention, their ratios, and bytes of both caches."""
     on_gpu = device.startswith("cuda")
     given = operands(shape, shape.length, dtype, device)
@@ -80,7 +64,7 @@ def time_shape(shape: "Shape", dtype: torch.dtype, device: str, repeats: int) ->
     return row
 
 
-def _fixed_cache(shape: "Shape", given: list[Tensor], repeats: int) -> PathCache:
+def _fixed_cache(shape: Shape, given: list[Tensor], repeats: int) -> PathCache:
     """A cache of fixed memory with so many tokens that the timed steps have shape.length of them on average."""
     steps = (repeats + 1) * STEPS
     start = max(1, shape.length - steps // 2)

@@ -1,5 +1,6 @@
 """Which code computes a call: the backends by name, why one cannot serve, and the choice where the caller leaves it."""
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -13,6 +14,9 @@ from torch import Tensor
 Backend = Literal["torch", "triton", "hopper", "sdpa"]
 BACKENDS: tuple[Backend, ...] = ("torch", "triton", "hopper", "sdpa")
 AUTO = "auto"
+# Their gradients are sums in no fixed order: hopper adds up those of queries and values in memory, and so do some of
+# torch's kernels.
+UNORDERED: tuple[Backend, ...] = ("hopper", "sdpa")
 
 
 @cache
@@ -47,14 +51,16 @@ def choose(
 ) -> Backend:
     """The backend that computes one direction of a call; ``backend`` is one of them, or AUTO.
 
-    torch's attention kernels and ours for Hopper add up gradients in no fixed order: under
-    torch.use_deterministic_algorithms the backward pass between siblings is always the portable one.
+    Under torch.use_deterministic_algorithms AUTO takes a backward pass that gives the same bits on every run.
+
+    Raises:
+        RuntimeError: where such are asked for, a backend named that has none, and not just a warning wanted.
     """
     deterministic = is_backward and torch.are_deterministic_algorithms_enabled()
-    if backend in ("hopper", "sdpa") and deterministic:
-        return "triton"
     for name in BACKENDS:
         if backend == name:
+            if deterministic and name in UNORDERED:
+                _refuse_unordered(name)
             return name
     if reason_against("triton", q, v, w, g, cu_seqlens) is not None:
         return "torch"
@@ -65,6 +71,17 @@ def choose(
     if reason_against("sdpa", q, v, w, g, cu_seqlens) is not None:
         return "triton"
     return _faster(q)
+
+
+def _refuse_unordered(name: Backend) -> None:
+    """Raises, or warns where torch is set to warn only: what torch does in operators of its own."""
+    text = (
+        f"path_attention: the backward pass of backend {name!r} adds up gradients in no fixed order, but "
+        "torch.use_deterministic_algorithms is on; backend 'triton', or none, gives the same bits on every run"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(text)
+    warnings.warn(text, stacklevel=2)
 
 
 def _faster(q: Tensor) -> Backend:

@@ -52,7 +52,8 @@ def path_attention(
         backend: what computes it. "torch" runs anywhere; "triton" is our CUDA kernels; "sdpa" is those with torch's
             attention kernel (cuDNN or FlashAttention) between spans. None takes the fastest that can serve the call;
             :func:`unsupported_reason` says why one cannot. Under torch.use_deterministic_algorithms gradients are equal
-            bit by bit from run to run: "sdpa" and None then leave the backward pass to "triton".
+            bit by bit from run to run: None then takes "triton" for the backward pass, and that of "hopper" and "sdpa"
+            raises RuntimeError, or warns where torch only warns.
 
     Returns:
         (B, L, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g, each gradient in the dtype of

@@ -1,0 +1,100 @@
+"""The process that test_compile.py starts: every kernel of a call is compiled for Hopper and none is launched; no GPU.
+
+    python -m tests.ops.kernels.ahead_of_time '{"backend": "hopper", "dim": 64}' ...
+
+An argument is a call as run_engine takes it. The engine runs as it is on tensors that nobody computes, so that
+signatures, constants and launch options are those of real launches. stdout has a JSON list, an object for each compiled
+variant of a kernel.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+# Sixteen leaves: four levels, and every kernel has something to do.
+LENGTH = 1024
+CHANNELS = 2048
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+# C7510 to C7519: ptxas made products wait for one another.
+_WARNING = re.compile(r"C75\d\d|[Pp]otential [Pp]erformance [Ll]oss|warning")
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_instead_of_launching(found: list[dict[str, Any]]) -> None:
+    """Replace launches from here on by compilations, whose results go to ``found``; a variant counts once."""
+    triton.runtime.driver.set_active(Hopper())  # type: ignore[arg-type]
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # one from Triton's cache has no log
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if log.getvalue():  # else it is compiled already
+            module = self.fn.__module__.partition("kernels.")[2]
+            found.append(describe(f"{module}.{self.fn.__name__}", kernel, log.getvalue()))
+
+    JITFunction.run = compile_only
+
+
+def describe(name: str, kernel: Any, log: str) -> dict[str, Any]:
+    spills = _SPILLS.search(log)
+    assert spills, f"{name}: ptxas tells nothing of spills: {log}"
+    warnings = [line.strip() for line in log.splitlines() if _WARNING.search(line)]
+    return {
+        "kernel": name,
+        "spilled_bytes": int(spills[1]) + int(spills[2]),
+        "shared_bytes": kernel.metadata.shared,
+        "warnings": warnings,
+    }
+
+
+def run_engine(
+    backend: str,
+    dim: int,
+    group: int = 1,
+    gated: bool = False,
+    packed: bool = False,
+    dtype: str = "bfloat16",
+    reflections: int = 1,
+) -> None:
+    """A forward and a backward pass of the CUDA engine."""
+    from path_attention.ops.engines import cuda
+
+    heads = CHANNELS // dim // group
+    q = torch.zeros(1, LENGTH, heads * group, dim, dtype=getattr(torch, dtype))
+    k = torch.zeros(1, LENGTH, heads, dim, dtype=q.dtype)
+    w, beta = torch.zeros(1, LENGTH, reflections, heads, dim), torch.zeros(1, LENGTH, reflections, heads)
+    g = torch.zeros(1, LENGTH, heads * group) if gated else None
+    ends = torch.tensor([0, LENGTH]) if packed else None
+    out, log_sum_exp = cuda.forward(backend, q, k, k, w, beta, g, ends, 1.0)  # type: ignore[arg-type]
+    cuda.backward(backend, out, q, k, k, w, beta, g, out, log_sum_exp, ends, 1.0)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    compiled: list[dict[str, Any]] = []
+    compile_instead_of_launching(compiled)
+    for call in sys.argv[1:]:
+        run_engine(**json.loads(call))
+    print(json.dumps(compiled))

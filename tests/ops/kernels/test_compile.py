@@ -1,0 +1,84 @@
+"""What ptxas makes of every kernel of the CUDA engine for Hopper, without a GPU: registers that go to memory, shared
+memory, and matrix products that it makes wait for one another.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from path_attention.ops.engines.cuda import TRITON_VERSIONS
+
+pytestmark = pytest.mark.slow
+
+# Shared memory of one program on sm_90, in bytes.
+MOST_SHARED = 227 * 1024
+# Bytes of registers stored to memory and loaded back that are accepted, all instructions counted once: the most that
+# Triton 3.6 and 3.9 need today, and 10%. A kernel that is not here spills nothing. A number that grows has a reason, or
+# the change that made it grow is not taken.
+SPILLS: dict[int, dict[str, int]] = {
+    64: {
+        "leaf_kernels.leaf_forward_kernel": 540,
+        "leaf_kernels.leaf_backward_kernel": 2860,
+        "dense_kernels.dense_backward_keys_kernel": 510,
+        "hopper.leaf.leaf_forward_kernel": 180,  # the price of three programs a multiprocessor
+        "hopper.leaf.leaf_backward_kernel": 140,
+        "hopper.dense_backward.dense_backward_kernel": 1000,
+    },
+    128: {
+        "leaf_kernels.leaf_forward_kernel": 2790,
+        "leaf_kernels.leaf_backward_kernel": 5620,
+        "transport_kernels.query_transport_kernel": 430,
+        "transport_kernels.key_transport_kernel": 300,
+        "transport_kernels.query_transport_backward_kernel": 140,
+        "transport_kernels.key_transport_backward_kernel": 90,
+        "dense_kernels.dense_backward_keys_kernel": 1920,
+        "hopper.leaf.leaf_backward_kernel": 2200,
+        "hopper.dense_backward.dense_backward_kernel": 690,
+    },
+}
+VERSION = ".".join(triton.__version__.split(".")[:2])
+
+
+def compiled(*calls: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a process of its own: in this one Triton's kernels may be for its interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ops.kernels.ahead_of_time", *map(json.dumps, calls)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def check(found: list[dict[str, Any]], dim: int) -> None:
+    for x in found:
+        assert not x["warnings"], x
+        assert x["shared_bytes"] <= MOST_SHARED, x
+        assert x["spilled_bytes"] <= SPILLS[dim].get(x["kernel"], 0), x
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_portable_kernels(dim: int) -> None:
+    found = compiled({"backend": "triton", "dim": dim})
+    names = {x["kernel"].partition(".")[0] for x in found}
+    assert {"leaf_kernels", "tree_kernels", "transport_kernels", "dense_kernels", "merge_kernels"} <= names
+    check(found, dim)
+
+
+@pytest.mark.skipif(
+    VERSION not in TRITON_VERSIONS,
+    reason=f"Triton {VERSION}: the kernels for Hopper are made for {', '.join(TRITON_VERSIONS)}",
+)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_kernels_for_hopper(dim: int) -> None:
+    found = compiled({"backend": "hopper", "dim": dim})
+    names = {x["kernel"] for x in found}
+    assert {f"hopper.{x}_kernel" for x in ("dense_forward.dense_forward", "dense_backward.dense_backward")} <= names
+    assert {f"hopper.leaf.{x}_kernel" for x in ("leaf_forward", "leaf_backward")} <= names
+    check(found, dim)

@@ -1,0 +1,62 @@
+"""The whole CUDA engine with the kernels for Hopper: those in gluon_emulator.py, the others in Triton's interpreter.
+
+Both know float16, not bfloat16, for operands. Fresh memory is NaN throughout.
+"""
+
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs Triton's interpreter: on a GPU, test_cuda.py runs the engine", allow_module_level=True)
+
+from path_attention.ops.engines import siblings
+from tests.ops.kernels.gluon_emulator import emulated_gluon
+from tests.ops.kernels.test_engine import errors
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The modules of kernels/hopper/ on top of the emulator."""
+    # Beside float16 inputs the portable kernels keep gradients in float32, which these do not write.
+    monkeypatch.setattr(siblings, "_row_gradient_dtype", lambda inputs: torch.float16)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    with emulated_gluon("path_attention.ops.kernels.hopper") as modules:
+        yield modules
+    torch.use_deterministic_algorithms(False)
+
+
+# (batch, length, query heads, key heads, dim): six leaves, an odd number with a last one of 10 tokens in a batch, fewer
+# than the kernels between siblings have levels for, one more than a power of two.
+CASES = {
+    "whole leaves": {"shape": (1, 384, 1, 1, 64)},
+    "odd number of leaves": {"shape": (2, 266, 2, 2, 64)},
+    "two leaves": {"shape": (1, 100, 1, 1, 64)},
+    "one more than eight": {"shape": (1, 513, 1, 1, 64)},
+    "grouped": {"shape": (1, 330, 4, 2, 64)},
+    "128": {"shape": (1, 330, 1, 1, 128)},
+    "128, grouped": {"shape": (1, 266, 2, 1, 128)},
+    # Sequences of no, five, one, seven and one leaf: last leaves that are partly empty and alone in their pair.
+    "packed": {"shape": (1, 730, 1, 1, 64), "ends": [0, 0, 300, 301, 700, 730, 730]},
+    "packed, grouped": {"shape": (1, 460, 2, 1, 64), "ends": [0, 130, 460]},
+    "packed, 128": {"shape": (1, 460, 1, 1, 128), "ends": [0, 135, 460]},
+    "beta is 2": {"shape": (1, 330, 1, 1, 64), "least_beta": 2.0},
+    "small gradients": {"shape": (1, 330, 1, 1, 64), "loss_scale": 2.0**-10},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_engine_equals_the_definition(hopper: dict[str, ModuleType], case: dict) -> None:
+    """As near as the portable kernels: less than rounding the results to bfloat16 would cost, 1.7e-3."""
+    for x, y in errors("hopper", dtype=torch.float16, **case):
+        assert (x.double() - y).norm() <= 1.7e-3 * y.norm()
+    _, length, query_heads, heads, _ = case["shape"]
+    between = length > 128
+    assert hopper["leaf"].leaf_forward_kernel.launches == 2  # once more in the backward pass
+    assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
+    assert hopper["dense_forward"].dense_forward_kernel.launches == between
+    assert hopper["dense_backward"].dense_backward_kernel.launches == between
