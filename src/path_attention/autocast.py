@@ -1,6 +1,7 @@
-"""Autocast, asked in a way that devices without one, such as meta, can answer."""
+"""Autocast, asked in a way that devices without one, such as meta, can answer; and tensor-float-32 likewise."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,3 +22,29 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A stretch of code that autocast leaves alone."""
     return torch.autocast(device.type, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+@contextmanager
+def without_tf32(device: torch.device) -> Iterator[None]:
+    """A stretch of code whose float32 products are not rounded to tensor-float-32, whatever the caller allowed.
+
+    torch has two interfaces to that, which must not be mixed: what was set through one goes back through it.
+    """
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda" or matmul.fp32_precision != "tf32":
+        yield
+        return
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through the newer interface
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = "tf32"
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

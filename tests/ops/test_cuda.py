@@ -7,11 +7,18 @@ its rows and rounds them once more, which costs up to 1.5 times that error in th
 twice in the gradients.
 """
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
 from path_attention import path_attention, unsupported_reason
+from path_attention.ops.autograd import _warn_of_slow_engine
+
+# torch refuses its matrix products, which leaves of several reflections and of float32 are made of, under
+# use_deterministic_algorithms unless cuBLAS was told so before its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -39,18 +46,35 @@ TRITON_ONLY = [
     {"shape": (1, 700, 4, 2, 64), "ends": [0, 5, 5, 300, 700]},
     {"shape": (1, 3000, 2, 2, 128), "ends": [0, 1, 1100, 1100, 1101, 2100, 3000, 3000], "gate": True},
 ]
-# What runs in the torch backend.
-TORCH_ONLY = [
-    {"shape": (1, 300, 2, 2, 40), "value_dim": 24, "reflections": 2},
-    {"shape": (1, 512, 2, 2, 256)},
-    {"shape": (1, 300, 2, 2, 256), "reflections": 2, "gate": True},
+# Leaves in torch's batched products: several reflections a token, rows past 128 columns, and both. Few shapes beyond
+# those above, for each is ten kernels to compile.
+LEAVES_IN_TORCH = [
+    {"shape": (1, 600, 4, 2, 64), "reflections": 2, "gate": True},
+    {"shape": (3, 1000, 2, 2, 64), "reflections": 3},
+    {"shape": (1, 700, 4, 2, 64), "reflections": 2, "ends": [0, 5, 5, 300, 700]},
+    {"shape": (1, 700, 4, 2, 256), "gate": True},
+    {"shape": (2, 600, 4, 2, 256), "reflections": 2, "gate": True},
+    {"shape": (1, 500, 2, 2, 192), "value_dim": 160, "ends": [0, 130, 500]},
 ]
+# In float32, which has pieces of tiles in place of tiles.
+FLOAT32 = [
+    {"shape": (2, 1000, 4, 2, 64), "gate": True},
+    {"shape": (1, 700, 4, 2, 64), "reflections": 2, "gate": True},
+    {"shape": (1, 700, 2, 2, 96), "value_dim": 160, "ends": [0, 5, 5, 300, 700]},
+    {"shape": (1, 700, 4, 2, 256), "gate": True},
+]
+# What runs in the torch backend.
+TORCH_ONLY = [{"shape": (1, 300, 2, 2, 264)}, {"shape": (1, 300, 2, 2, 64), "value_dim": 272, "gate": True}]
 # Errors that output and gradients may have, as multiples of softmax attention's in the same dtype. Beside bfloat16
 # inputs the linear stages' operands are rounded to three more bits; beside float16 ones to as many, so that a row
 # passes some four more roundings than softmax attention has, and a gradient of w some eight more, each magnified by
 # the leaf's inverse where beta is near 2 (docs/numerics.md).
 OUTPUT_FACTOR = {torch.bfloat16: 1.5, torch.float16: 3}
 GRADIENT_FACTOR = {torch.bfloat16: 2, torch.float16: 5}
+# Error in float32 as a multiple of the torch backend's: a product of three tensor-float-32 parts leaves out some 2^-22
+# of itself where rounding leaves 2^-24, and matrix units cut off what a sum does not hold where others round, so that
+# errors of one sign add up: twice as much again, and twice for the longer row of sums.
+FLOAT32_FACTOR = 16
 BETAS = {"uniform": (0.0, 2.0), "near 2": (1.9, 2.0), "2": (2.0, 2.0)}
 
 
@@ -115,10 +139,10 @@ def test_whole_trees(shape: tuple[int, ...], backend: str, beta: str, dtype: tor
     check(make(shape, dtype, beta), backend=backend)
 
 
-def case_inputs(case: dict) -> tuple[list[Tensor | None], Tensor | None]:
+def case_inputs(case: dict, dtype: torch.dtype = torch.bfloat16) -> tuple[list[Tensor | None], Tensor | None]:
     case = dict(case)
     ends = case.pop("ends", None)
-    return make(case.pop("shape"), torch.bfloat16, **case), None if ends is None else torch.tensor(ends)
+    return make(case.pop("shape"), dtype, **case), None if ends is None else torch.tensor(ends)
 
 
 @pytest.mark.parametrize("bounds", ["cpu", "cuda"])
@@ -133,6 +157,46 @@ def test_fused_kernel_alone(case: dict, bounds: str) -> None:
     check(inputs, cu_seqlens)
 
 
+@pytest.mark.parametrize("case", LEAVES_IN_TORCH, ids=str)
+def test_leaves_in_torch(case: dict) -> None:
+    inputs, cu_seqlens = case_inputs(case)
+    check(inputs, cu_seqlens, "triton")
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa"])  # None: on Hopper its own kernels between siblings
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_leaves_in_torch_before_other_siblings(backend: str | None, dtype: torch.dtype) -> None:
+    check(make((2, 1024, 2, 2, 64), dtype, reflections=2), backend=backend)
+
+
+@pytest.mark.parametrize("beta", ["uniform", "2"])
+@pytest.mark.parametrize("case", FLOAT32, ids=str)
+def test_float32(case: dict, beta: str) -> None:
+    inputs, cu_seqlens = case_inputs({**case, "beta": beta}, torch.float32)
+    assert unsupported_reason("triton", *inputs, cu_seqlens=cu_seqlens) is None
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    expected = gradients(exact, cu_seqlens=cu_seqlens, backend="torch")
+    of_torch = gradients(inputs, cu_seqlens=cu_seqlens, backend="torch")
+    allowed = FLOAT32_FACTOR * max(error(x, y) for x, y in zip(of_torch, expected, strict=True))
+    assert allowed < 2**-13  # a single tensor-float-32 product would not pass
+    for x, y in zip(gradients(inputs, cu_seqlens=cu_seqlens), expected, strict=True):
+        assert x.dtype == torch.float32
+        assert error(x, y) <= allowed
+
+
+def test_float32_stays_so_where_tf32_is_allowed() -> None:
+    """Bit by bit: nothing is left to cuBLAS's modes."""
+    inputs = make((1, 700, 4, 2, 64), torch.float32, reflections=2, gate=True)
+    wanted = gradients(inputs)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert all(torch.equal(x, y) for x, y in zip(gradients(inputs), wanted, strict=True))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("case", TORCH_ONLY, ids=str)
 def test_the_rest_runs_in_the_torch_backend(case: dict) -> None:
     inputs, cu_seqlens = case_inputs(case)
@@ -140,7 +204,9 @@ def test_the_rest_runs_in_the_torch_backend(case: dict) -> None:
     assert reason is not None
     with pytest.raises(ValueError, match="backend: got 'triton'"):
         path_attention(*inputs, backend="triton")
-    check(inputs, cu_seqlens)
+    _warn_of_slow_engine.cache_clear()
+    with pytest.warns(UserWarning, match=r"at most 256\. The torch backend serves this call"):
+        check(inputs, cu_seqlens)
 
 
 def test_one_token_gives_its_value() -> None:
@@ -157,15 +223,27 @@ def gradients(inputs: list[Tensor | None], **options: object) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, given, torch.ones_like(out))]
 
 
-@pytest.mark.parametrize("backend", [None, "triton"])
-def test_deterministic_where_asked(backend: str | None) -> None:
+@pytest.mark.parametrize("backend, gate", [(None, False), ("triton", False), (None, True)])
+def test_deterministic_where_asked(backend: str | None, gate: bool) -> None:
     """Bit by bit, ten runs; 64 sequences on as many heads keep every multiprocessor busy."""
-    inputs = make((16, 1024, 8, 4, 64), torch.bfloat16)
+    inputs = make((16, 1024, 8, 4, 64), torch.bfloat16, gate=gate)
     torch.use_deterministic_algorithms(True)
     try:
         first = gradients(inputs, backend=backend)
         for _ in range(10):
             assert all(torch.equal(x, y) for x, y in zip(first, gradients(inputs, backend=backend), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype, reflections", [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_leaves_in_torch_are_deterministic_where_asked(dtype: torch.dtype, reflections: int) -> None:
+    inputs = make((4, 1000, 8, 4, 64), dtype, reflections=reflections, gate=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients(inputs)
+        for _ in range(3):
+            assert all(torch.equal(x, y) for x, y in zip(first, gradients(inputs), strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -184,10 +262,19 @@ def test_no_fixed_order_is_refused_where_one_is_asked_for(backend: str) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_host_never_waits(packed: bool) -> None:
-    inputs = make((1, 1024, 2, 2, 64), torch.bfloat16, gate=packed)
-    cu_seqlens = torch.tensor([0, 300, 1024], device="cuda", dtype=torch.int32) if packed else None
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        ({"shape": (1, 1024, 2, 2, 64)}, torch.bfloat16),
+        ({"shape": (1, 1024, 2, 2, 64), "gate": True, "ends": [0, 300, 1024]}, torch.bfloat16),
+        ({"shape": (1, 700, 4, 2, 64), "reflections": 2, "ends": [0, 5, 5, 300, 700]}, torch.bfloat16),
+        ({"shape": (1, 700, 4, 2, 64), "gate": True}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_host_never_waits(case: dict, dtype: torch.dtype) -> None:
+    inputs, cu_seqlens = case_inputs(case, dtype)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to("cuda", torch.int32)
     gradients(inputs, cu_seqlens=cu_seqlens)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -196,10 +283,10 @@ def test_the_host_never_waits(packed: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", ["triton", "sdpa"])
-def test_cuda_graph(backend: str) -> None:
-    """Captured once, replayed on other values."""
-    inputs = make((1, 1024, 4, 2, 64), torch.bfloat16)
+@pytest.mark.parametrize("backend, reflections", [("triton", 1), ("sdpa", 1), ("triton", 2)])
+def test_cuda_graph(backend: str, reflections: int) -> None:
+    """Captured once, replayed on other values; of several reflections, matrix products of torch's among the kernels."""
+    inputs = make((1, 1024, 4, 2, 64), torch.bfloat16, reflections=reflections)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -226,10 +313,17 @@ def test_more_programs_than_a_grid_dimension() -> None:
     assert error(out[-1:].detach(), expected) < 4e-3
 
 
-@pytest.mark.parametrize("case", [{"shape": (1, 1024, 4, 2, 64)}, *TRITON_ONLY], ids=str)
-def test_nothing_unwritten_is_read(case: dict) -> None:
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        *[(case, torch.bfloat16) for case in ({"shape": (1, 1024, 4, 2, 64)}, *TRITON_ONLY, *LEAVES_IN_TORCH)],
+        *[(case, torch.float32) for case in FLOAT32],
+    ],
+    ids=str,
+)
+def test_nothing_unwritten_is_read(case: dict, dtype: torch.dtype) -> None:
     """Fresh memory filled with NaN leaves no trace."""
-    inputs, cu_seqlens = case_inputs(case)
+    inputs, cu_seqlens = case_inputs(case, dtype)
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from path_attention.autocast import without_autocast
+from path_attention.autocast import without_autocast, without_tf32
 from path_attention.ops import dyadic
 from path_attention.ops.arguments import sequence_bounds
 from path_attention.ops.backends import AUTO, Backend, choose, reason_against
@@ -23,12 +23,14 @@ Result = TypeVar("Result")
 
 
 def out_of_autocast(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Autocast reaches into operators and would round the float32 products of leaves and transitions to half."""
+    """Autocast reaches into operators and would round the float32 products of leaves and transitions to half, and
+    tensor-float-32, where it is allowed, to 11 bits.
+    """
 
     @wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with without_autocast(first.device):
+        with without_autocast(first.device), without_tf32(first.device):
             return function(*args, **kwargs)
 
     return run

@@ -40,6 +40,7 @@ from path_attention.ops.leaf import (
     sum_from_here,
 )
 from path_attention.ops.spans import SiblingPairs, SpanPlan
+from path_attention.ops.sums import running_sum
 
 # Tokens a leaf. 64: on CPUs the leaf stage costs O(L B (B + D)) and the dense kernels lose little at spans of 64.
 LEAF = 64
@@ -132,7 +133,7 @@ class _Tree:
             product=edges.product.view(problem.heads, problem.plan.num_leaves, *edges.product.shape[1:]),
         )
         if problem.gate is not None:
-            tree.gate_q = problem.gate.cumsum(-2)
+            tree.gate_q = running_sum(problem.gate, -2)
             tree.gate_span = tree.gate_q[..., -1:, :].clone()
             # Not the span's sum less gate_q: small gates would be lost beside a large one.
             tree.gate_k = sum_from_here(torch.nn.functional.pad(problem.gate[..., 1:, :], (0, 0, 0, 1)))
@@ -379,7 +380,7 @@ def _descend(
         # those of all keys before its token. Row sums less column sums, added up to the sequence's end, would say the
         # same, with the rounding of everything on the way.
         columns_sum = columns.column_sums(d_keys).permute(1, 3, 0, 2)[..., None]  # (H, G, pairs, keys, 1)
-        pairs.left.add(d_gate, torch.nn.functional.pad(columns_sum[..., :-1, :], (0, 0, 1, 0)).cumsum(-2))
+        pairs.left.add(d_gate, running_sum(torch.nn.functional.pad(columns_sum[..., :-1, :], (0, 0, 1, 0)), -2))
         pairs.right.add(d_gate, sum_from_here(columns.row_sums(d_rows)))
     d_rows = unfold_queries(d_rows[..., : columns.dim], columns.group).to(d_q.dtype)
     _move_back(move, d_rows, d_keys[..., : columns.dim].transpose(0, 1).to(d_k.dtype), d_q, d_k, d_product)

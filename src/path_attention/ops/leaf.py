@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from path_attention.ops.sums import running_sum
+
 
 @dataclass(frozen=True)
 class LeafMasks:
@@ -99,12 +101,12 @@ def _gates_between(g: Tensor) -> Tensor:
 
     Each is summed by itself: the difference of two running sums that share a large gate would have lost the small ones.
     """
-    return g[..., None].expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2)
+    return running_sum(g[..., None].expand(*g.shape, g.shape[-1]).tril(-1), -2)
 
 
 def sum_from_here(x: Tensor) -> Tensor:
     """Sums of the rows (dimension -2) from each to the last."""
-    return x.flip(-2).cumsum(-2).flip(-2)
+    return running_sum(x.flip(-2), -2).flip(-2)
 
 
 def _weights(

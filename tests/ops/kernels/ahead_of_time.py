@@ -70,14 +70,22 @@ def describe(name: str, kernel: Any, log: str) -> dict[str, Any]:
     }
 
 
-def run_engine(backend: str, dim: int, group: int = 1, gated: bool = False, packed: bool = False) -> None:
+def run_engine(
+    backend: str,
+    dim: int,
+    group: int = 1,
+    gated: bool = False,
+    packed: bool = False,
+    dtype: str = "bfloat16",
+    reflections: int = 1,
+) -> None:
     """A forward and a backward pass of the CUDA engine."""
     from path_attention.ops.engines import cuda
 
     heads = CHANNELS // dim // group
-    q = torch.zeros(1, LENGTH, heads * group, dim, dtype=torch.bfloat16)
-    k = torch.zeros(1, LENGTH, heads, dim, dtype=torch.bfloat16)
-    w, beta = torch.zeros(1, LENGTH, 1, heads, dim), torch.zeros(1, LENGTH, 1, heads)
+    q = torch.zeros(1, LENGTH, heads * group, dim, dtype=getattr(torch, dtype))
+    k = torch.zeros(1, LENGTH, heads, dim, dtype=q.dtype)
+    w, beta = torch.zeros(1, LENGTH, reflections, heads, dim), torch.zeros(1, LENGTH, reflections, heads)
     g = torch.zeros(1, LENGTH, heads * group) if gated else None
     ends = torch.tensor([0, LENGTH]) if packed else None
     out, log_sum_exp = cuda.forward(backend, q, k, k, w, beta, g, ends, 1.0)  # type: ignore[arg-type]

@@ -43,7 +43,17 @@ SPILLS: dict[int, dict[str, int]] = {
         "hopper.leaf.leaf_backward_kernel": 2200,
         "hopper.dense_backward.dense_backward_kernel": 690,
     },
+    256: {
+        "transport_kernels.query_transport_kernel": 5000,
+        "transport_kernels.key_transport_kernel": 4840,
+        "transport_kernels.query_transport_backward_kernel": 8860,
+        "transport_kernels.key_transport_backward_kernel": 8860,
+        "dense_kernels.dense_forward_kernel": 800,
+        "dense_kernels.dense_backward_queries_kernel": 980,
+        "dense_kernels.dense_backward_keys_kernel": 5280,
+    },
 }
+SPILLS_FLOAT32 = {64: {"dense_kernels.dense_backward_keys_kernel": 670}, 256: SPILLS[256]}
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
@@ -56,11 +66,11 @@ def compiled(*calls: dict[str, Any]) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def check(found: list[dict[str, Any]], dim: int) -> None:
+def check(found: list[dict[str, Any]], accepted: dict[str, int]) -> None:
     for x in found:
         assert not x["warnings"], x
         assert x["shared_bytes"] <= MOST_SHARED, x
-        assert x["spilled_bytes"] <= SPILLS[dim].get(x["kernel"], 0), x
+        assert x["spilled_bytes"] <= accepted.get(x["kernel"], 0), x
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -68,7 +78,20 @@ def test_portable_kernels(dim: int) -> None:
     found = compiled({"backend": "triton", "dim": dim})
     names = {x["kernel"].partition(".")[0] for x in found}
     assert {"leaf_kernels", "tree_kernels", "transport_kernels", "dense_kernels", "merge_kernels"} <= names
-    check(found, dim)
+    check(found, SPILLS[dim])
+
+
+def test_wide_rows() -> None:
+    found = compiled({"backend": "triton", "dim": 256, "gated": True, "packed": True, "group": 2})
+    assert not any(x["kernel"].startswith("leaf_kernels") for x in found)
+    check(found, SPILLS[256])
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_float32(dim: int) -> None:
+    check(
+        compiled({"backend": "triton", "dim": dim, "dtype": "float32", "gated": True, "group": 2}), SPILLS_FLOAT32[dim]
+    )
 
 
 @pytest.mark.skipif(
@@ -81,4 +104,4 @@ def test_kernels_for_hopper(dim: int) -> None:
     names = {x["kernel"] for x in found}
     assert {f"hopper.{x}_kernel" for x in ("dense_forward.dense_forward", "dense_backward.dense_backward")} <= names
     assert {f"hopper.leaf.{x}_kernel" for x in ("leaf_forward", "leaf_backward")} <= names
-    check(found, dim)
+    check(found, SPILLS[dim])

@@ -39,6 +39,7 @@ def errors(
     dtype: torch.dtype = torch.float32,
     least_beta: float = 0.0,
     loss_scale: float = 1.0,
+    reflections: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Output and every gradient, and what they should be. w, beta and g are float32 always."""
     batch, length, query_heads, heads, dim = shape
@@ -48,8 +49,8 @@ def errors(
         return torch.randn(batch, length, *size, generator=generator)
 
     q, k, v = (x.to(dtype) for x in (normal(query_heads, dim), normal(heads, dim), normal(heads, value_dim or dim)))
-    w = torch.nn.functional.normalize(normal(1, heads, dim), dim=-1)
-    beta = least_beta + (2 - least_beta) * torch.rand(batch, length, 1, heads, generator=generator)
+    w = torch.nn.functional.normalize(normal(reflections, heads, dim), dim=-1)
+    beta = least_beta + (2 - least_beta) * torch.rand(batch, length, reflections, heads, generator=generator)
     g = torch.nn.functional.logsigmoid(normal(query_heads)) if gate else None
     cu_seqlens = None if ends is None else torch.tensor(ends)
     inputs = (q, k, v, w, beta, g)
@@ -75,14 +76,39 @@ def check(siblings_by: cuda.Siblings, shape: tuple[int, ...], **case: object) ->
         assert (x.double() - y).norm() <= 3e-6 * y.norm() + 1e-6
 
 
+@pytest.fixture
+def leaves_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of half precision's leaves in float32, which shows their errors better."""
+    monkeypatch.setattr(cuda, "_leaves_by", lambda *_: "triton")
+
+
+@pytest.mark.usefixtures("leaves_by_triton")
 @pytest.mark.parametrize("siblings_by", ["triton", "sdpa"])
 @pytest.mark.parametrize("shape", WHOLE_TREES, ids=str)
 def test_engine_equals_the_definition(siblings_by: cuda.Siblings, shape: tuple[int, ...]) -> None:
     check(siblings_by, shape)
 
 
+@pytest.mark.usefixtures("leaves_by_triton")
 @pytest.mark.parametrize("case", REST.values(), ids=REST.keys())
 def test_fused_kernel_takes_the_rest(case: dict) -> None:
+    check("triton", **case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"shape": (1, 470, 2, 1, 16), "ends": [0, 0, 65, 66, 300, 300, 470, 470], "gate": True},
+        {"shape": (2, 1, 2, 2, 16), "gate": True},
+        {"shape": (1, 330, 2, 1, 80), "value_dim": 24},  # rows wider than a tile
+        {"shape": (1, 330, 1, 1, 136), "value_dim": 150, "gate": True},
+        {"shape": (2, 300, 2, 1, 18), "reflections": 2, "gate": True},
+        {"shape": (1, 200, 4, 2, 16), "reflections": 3, "ends": [0, 70, 70, 200]},
+        {"shape": (1, 140, 1, 1, 16), "reflections": 2, "least_beta": 2.0},
+    ],
+    ids=str,
+)
+def test_float32_and_several_reflections_equal_the_definition(case: dict) -> None:
     check("triton", **case)
 
 
@@ -93,6 +119,8 @@ def test_fused_kernel_takes_the_rest(case: dict) -> None:
         {"shape": (1, 400, 2, 2, 32), "value_dim": 16, "ends": [0, 65, 300, 400]},
         {"shape": (1, 300, 4, 1, 64), "least_beta": 2.0},
         {"shape": (1, 300, 1, 1, 16), "loss_scale": 2.0**-10},  # the gradients of a scaled loss may have any size
+        {"shape": (1, 300, 4, 2, 16), "reflections": 2, "gate": True, "loss_scale": 2.0**10},
+        {"shape": (1, 300, 2, 1, 144), "value_dim": 16, "gate": True, "loss_scale": 2.0**-10},
     ],
     ids=str,
 )

@@ -11,17 +11,21 @@ import triton
 from torch import Tensor
 
 from path_attention.ops.engines import dense, siblings
-from path_attention.ops.kernels import linear
+from path_attention.ops.kernels import linear, torch_leaves
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table
 from path_attention.ops.kernels.linear import Inputs
 from path_attention.ops.kernels.merge_kernels import delta_kernel, factor_kernel
+from path_attention.ops.sums import running_sum
 
 # How the attention between siblings is computed: by our fused kernels, portable or for Hopper, or by the fastest one of
 # torch, level by level.
 Siblings = Literal["triton", "hopper", "sdpa"]
 
-# Widest row for which a leaf's tiles fit an SM; wider ones would spill (docs/kernels.md).
-MAX_DIM = 128
+# Widest row that the tiles of the attention between siblings are made for.
+MAX_DIM = 256
+# Widest row of half precision for which a leaf's tiles fit an SM; leaves with wider ones are computed in torch
+# (docs/kernels.md).
+MAX_LEAF_DIM = 128
 # What the kernels for Hopper are made for, and the versions of Triton that compiled them well: registers, spills and
 # the order of instructions are read for each (docs/kernels.md).
 HOPPER = (9, 0)
@@ -47,16 +51,16 @@ def unsupported_reason(
     length, dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
     if not q.is_cuda:
         return f"q is on {q.device}, not on CUDA"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"q is {q.dtype}, not bfloat16 or float16"
-    if w.shape[2] != 1:
-        return f"{w.shape[2]} reflections a token, not 1"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"q is {q.dtype}, not bfloat16, float16 or float32"
     if max(dim, value_dim) > MAX_DIM:
         return f"head_dim {dim} and value_dim {value_dim} are not both at most {MAX_DIM}"
     if siblings_by == "triton":
         return None
     if siblings_by == "hopper":
         return _reason_against_hopper(q, v, g)
+    if q.dtype == torch.float32:
+        return "q is torch.float32, not bfloat16 or float16: the kernels of torch that are fast are for these"
     leaves = length // LEAF
     if g is not None:
         return "torch's attention kernels take no forget gates"
@@ -85,6 +89,18 @@ def _reason_against_hopper(q: Tensor, v: Tensor, g: Tensor | None) -> str | None
     return None
 
 
+def _leaves_by(siblings_by: Siblings, q: Tensor, v: Tensor, w: Tensor) -> linear.LeavesBy:
+    """How a call's leaves are computed. w is (B, L, R, H, D)."""
+    if w.shape[2] > 1 or q.dtype == torch.float32 or max(q.shape[3], v.shape[3]) > MAX_LEAF_DIM:
+        return "torch"
+    return "hopper" if siblings_by == "hopper" else "triton"
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(B, L, R, H, ...) -> (B, L, H, ...), or with several reflections (B, L, H, R, ...): a view."""
+    return x.squeeze(2) if x.shape[2] == 1 else x.transpose(2, 3)
+
+
 class _Part(NamedTuple):
     """Sequences and heads that go through the stages together: indices into (B, L, HQ, ...) and (B, L, H, ...)."""
 
@@ -93,18 +109,28 @@ class _Part(NamedTuple):
     table: LeafTable
 
     def of(
-        self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, scale: float, hopper: bool
+        self,
+        siblings_by: Siblings,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        scale: float,
     ) -> Inputs:
         """The part's arguments as the kernels take them."""
+        in_pieces = q.dtype == torch.float32 or q.shape[3] > linear.WHOLE_DIM
         return Inputs(
             q=_rows(q[self.queries]),
             k=_rows(k[self.keys]),
             v=_rows(v[self.keys]),
-            w=_rows(w.squeeze(2)[self.keys]),
-            beta=beta.squeeze(2)[self.keys].flatten(0, 1).contiguous(),
+            w=_rows(_by_head(w)[self.keys]).flatten(2),
+            beta=_by_head(beta)[self.keys].flatten(0, 1).contiguous(),
             g=None if g is None else g[self.queries].flatten(0, 1).contiguous(),
             scale=scale,
-            hopper=hopper,
+            leaves=_leaves_by(siblings_by, q, v, w),
+            in_pieces=in_pieces,
         )
 
 
@@ -113,11 +139,14 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
 
     What the stages hold besides inputs and results is by far the most of their memory: it is held for one part.
     """
-    batch, length, heads = k.shape[:3]
+    batch, length, heads, dim = k.shape
     group = q.shape[2] // heads
     leaves = -(-length // LEAF)
-    sequences = max(1, min(batch, PART // (leaves * heads)))
-    part_heads = heads if leaves * heads <= PART else max(1, PART // leaves)
+    # Matrices of wide rows grow with the square of the width, and float32 ones are twice as large.
+    width = max(1, dim / linear.WHOLE_DIM)
+    most = max(1, int(PART / (width**2 * (2 if width > 1 or q.dtype == torch.float32 else 1))))
+    sequences = max(1, min(batch, most // (leaves * heads)))
+    part_heads = heads if leaves * heads <= most else max(1, most // leaves)
     sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
     table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
     for first in range(0, batch, sequences):
@@ -136,7 +165,7 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
 
 def _row_dtype(siblings_by: Siblings, inputs: Inputs) -> torch.dtype:
     """Of the rows at the levels' edges: our kernels take them in float16 beside bfloat16 values, torch's want one."""
-    return inputs.q.dtype if siblings_by == "sdpa" else inputs.work_dtype
+    return inputs.q.dtype if siblings_by == "sdpa" else inputs.row_dtype
 
 
 def _even(total: int, most: int) -> int:
@@ -145,26 +174,26 @@ def _even(total: int, most: int) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, L, heads, dim) -> (B * L, heads, dim padded to a multiple of COLUMNS), contiguous."""
+    """(B, L, heads, ..., dim) -> (B * L, heads, ..., dim padded to a multiple of COLUMNS), contiguous."""
     return torch.nn.functional.pad(x.flatten(0, 1), (0, -x.shape[-1] % COLUMNS)).contiguous()
 
 
-def _place(result: Tensor, index: tuple[slice, slice, slice]) -> Tensor:
-    """Where a kernel writes a part's rows of result (B, L, heads, ...): there, or else rows for :func:`_store`."""
+def _place(result: Tensor, index: tuple[slice, slice, slice], padded: bool) -> Tensor:
+    """Where a kernel writes a part's rows of result (B, L, heads, ...): there, or else rows for :func:`_store`.
+
+    padded: the last dimension is made a multiple of COLUMNS.
+    """
     place = result[index]
-    if place.is_contiguous() and (place.dim() == 3 or place.shape[3] % COLUMNS == 0):
+    if place.is_contiguous() and not (padded and place.shape[-1] % COLUMNS):
         return place.flatten(0, 1)
-    return torch.empty_like(
-        _rows(place) if place.dim() == 4 else place.flatten(0, 1), memory_format=torch.contiguous_format
-    )
+    return torch.empty_like(_rows(place) if padded else place.flatten(0, 1), memory_format=torch.contiguous_format)
 
 
 def _store(result: Tensor, index: tuple[slice, slice, slice], rows: Tensor) -> None:
     """Bring a part's rows from where the kernels wrote them to result (B, L, heads, ...), without the padding."""
     place = result[index]
     if rows.data_ptr() != place.data_ptr():
-        columns = rows[..., : place.shape[3]] if place.dim() == 4 else rows
-        place.copy_(columns.reshape(place.shape))
+        place.copy_(rows[..., : place.shape[-1]].reshape(place.shape))
 
 
 def forward(
@@ -178,13 +207,14 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, 1, H, D), beta (B, L, 1, H)."""
+    """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, R, H, D), beta (B, L, R, H)."""
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
     for part in _parts(q, k, cu_seqlens):
-        inputs = part.of(q, k, v, w, beta, g, scale, siblings_by == "hopper")
-        out, log_sum_exp = _place(result, part.queries), _place(result_log_sum_exp, part.queries)
+        inputs = part.of(siblings_by, q, k, v, w, beta, g, scale)
+        out = _place(result, part.queries, padded=True)
+        log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
         levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs))
         attend(inputs, part.table, levels, out, log_sum_exp)
         _store(result, part.queries, out)
@@ -210,11 +240,12 @@ def backward(
     """Gradients of q, k, v, w, beta and g, in their dtypes."""
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, w, beta)]
     d_gate = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    places = (*results[:3], results[3].squeeze(2), results[4].squeeze(2))
+    places = (*results[:3], _by_head(results[3]), _by_head(results[4]))
+    padded = (True, True, True, True, False)
     for part in _parts(q, k, cu_seqlens):
-        inputs = part.of(q, k, v, w, beta, g, scale, siblings_by == "hopper")
+        inputs = part.of(siblings_by, q, k, v, w, beta, g, scale)
         index = (part.queries, *[part.keys] * 4)
-        found = [_place(x, where) for x, where in zip(places, index, strict=True)]
+        found = [_place(*x) for x in zip(places, index, padded, strict=True)]
         part_d_gate = _part_backward(
             siblings_by,
             inputs,
@@ -255,7 +286,11 @@ def _part_backward(
     edges = linear.levels_backward(inputs, table, levels, leaves, gradients)
     d_values, factor, d_gate = gradients.values, gradients.factor, gradients.gate
     del levels, gradients  # the largest buffers: their memory serves the leaves' gradients
-    linear.leaves_backward(inputs, table, leaves, edges, d_values, factor, d_gate, log_sum_exp, delta, d_out, result)
+    of_dense = (d_values, factor, d_gate)
+    if inputs.leaves == "torch":
+        torch_leaves.backward(inputs, table, edges, *of_dense, log_sum_exp, out, d_out, result)
+    else:
+        linear.leaves_backward(inputs, table, leaves, edges, *of_dense, log_sum_exp, delta, d_out, result)
     return d_gate
 
 
@@ -264,7 +299,7 @@ def _delta(out: Tensor, d_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor |
     half precision, (1,), None for float32 inputs.
     """
     delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
-    is_half = inputs.work_dtype != torch.float32
+    is_half = inputs.row_dtype != torch.float32
     largest = torch.zeros(2, dtype=torch.int32, device=out.device) if is_half else None
     delta_kernel[(triton.cdiv(delta.numel(), DELTA_ROWS),)](
         p_out=out,
@@ -291,7 +326,7 @@ def _gate_gradient(d_gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     its gradient is the sum over the rows from s on, less the columns from s on, to the end of its sequence.
     """
     # float64: what precedes a sequence in a packed row must leave no trace of its rounding.
-    total = d_gate.double().cumsum(1)
+    total = running_sum(d_gate.double(), 1)
     from_here = d_gate - total
     if cu_seqlens is None:
         return from_here + total[:, -1:]

@@ -41,6 +41,7 @@ class Launch:
     tile: int  # rows that one step of its loop reads
     num_warps: int
     num_stages: int  # tiles in shared memory: the one worked on and those on their way
+    piece: int | None = None  # columns of a product of float32 rows at a time
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,18 @@ _LAUNCHES_WITH_GATES = _LAUNCHES | {
         backward_keys=Launch(1, LEAF, 4, 3),
     ),
 }
+# Float32 rows always go in pieces: whole tiles of them, each a tensor-float-32 part and the rest, take all registers
+# and spill tens of KB. Chosen by what the compiler says for compute capability 8.0 and 9.0: the fewest spills.
+_LAUNCHES_FLOAT32 = {
+    64: Launches(*[Launch(1, 32, 4, 1, piece=32)] * 3),
+    256: Launches(*[Launch(1, 32, 8, 1, piece=16)] * 3),
+}
 
 
-def launches(dim: int, value_dim: int, gates: bool) -> Launches:
+def launches(dim: int, value_dim: int, gates: bool, dtype: torch.dtype) -> Launches:
     """The options for rows of these widths."""
-    for width, options in (_LAUNCHES_WITH_GATES if gates else _LAUNCHES).items():
+    of_half = _LAUNCHES_WITH_GATES if gates else _LAUNCHES
+    for width, options in (_LAUNCHES_FLOAT32 if dtype == torch.float32 else of_half).items():
         if max(dim, value_dim) <= width:
             return options
     raise ValueError(f"head_dim {dim} and value_dim {value_dim} must be at most {max(_LAUNCHES)}")
@@ -95,14 +103,16 @@ def heads_of_a_section(table: LeafTable, group: int, dim: int, value_dim: int, e
     return group * (1 << max(0, int(heads).bit_length() - 1))
 
 
-def _descriptor(x: Tensor, dims: int, rows: int) -> TensorDescriptor | None:
-    """A descriptor of x (..., heads, dim) in tiles of ``rows`` rows of one head, or None where there can be none."""
+def _descriptor(x: Tensor, dims: int, launch: Launch) -> TensorDescriptor | None:
+    """A descriptor of x (..., heads, dim) in tiles of rows of one head, or None where there can or need be none."""
+    if launch.piece is not None:
+        return None
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < DESCRIPTOR_CAPABILITY:
         return None
     columns = x.shape[-2] * x.shape[-1]
     if columns * x.element_size() % DESCRIPTOR_ALIGNMENT or x.data_ptr() % DESCRIPTOR_ALIGNMENT:
         return None
-    return TensorDescriptor.from_tensor(x.view(-1, columns), [rows, block_of(dims)])
+    return TensorDescriptor.from_tensor(x.view(-1, columns), [launch.tile, block_of(dims)])
 
 
 def _arguments(
@@ -155,16 +165,17 @@ def dense_forward(
     if table.num_levels == 0:
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
-    launch = launches(dim, value_dim, gate_key is not None).forward
+    launch = launches(dim, value_dim, gate_key is not None, values.dtype).forward
     dense_forward_kernel[(table.num_leaves * query_heads,)](
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
-        t_key_rows=_descriptor(key_rows, dim, launch.tile),
-        t_values=_descriptor(values, value_dim, launch.tile),
+        t_key_rows=_descriptor(key_rows, dim, launch),
+        t_values=_descriptor(values, value_dim, launch),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
         LEAVES=launch.leaves,
         KEYS=launch.tile,
         STAGES=launch.num_stages,
+        PIECE=launch.piece,
         SECTION=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
         num_warps=launch.num_warps,
         num_stages=1,
@@ -194,11 +205,11 @@ def dense_backward_queries(
             gate_row.zero_()
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
-    launch = launches(dim, value_dim, gate_key is not None).backward_queries
+    launch = launches(dim, value_dim, gate_key is not None, values.dtype).backward_queries
     dense_backward_queries_kernel[(table.num_leaves * query_heads,)](
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
-        t_key_rows=_descriptor(key_rows, dim, launch.tile),
-        t_values=_descriptor(values, value_dim, launch.tile),
+        t_key_rows=_descriptor(key_rows, dim, launch),
+        t_values=_descriptor(values, value_dim, launch),
         p_d_out=d_out,
         p_log_sum_exp=log_sum_exp,
         p_delta=delta,
@@ -207,6 +218,7 @@ def dense_backward_queries(
         LEAVES=launch.leaves,
         KEYS=launch.tile,
         STAGES=launch.num_stages,
+        PIECE=launch.piece,
         SECTION=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
         num_warps=launch.num_warps,
         num_stages=1,
@@ -238,11 +250,11 @@ def dense_backward_keys(
         return
     query_heads, heads = query_rows.shape[3], key_rows.shape[3]
     dim, value_dim = query_rows.shape[4], values.shape[2]
-    launch = launches(dim, value_dim, gate_key is not None).backward_keys
+    launch = launches(dim, value_dim, gate_key is not None, values.dtype).backward_keys
     dense_backward_keys_kernel[(table.num_leaves * heads,)](
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
-        t_query_rows=_descriptor(query_rows, dim, launch.tile),
-        t_d_out=_descriptor(d_out, value_dim, launch.tile),
+        t_query_rows=_descriptor(query_rows, dim, launch),
+        t_d_out=_descriptor(d_out, value_dim, launch),
         p_d_out=d_out,
         p_log_sum_exp=log_sum_exp,
         p_delta=delta,
@@ -250,7 +262,9 @@ def dense_backward_keys(
         p_d_values=d_values,
         p_gate_column=gate_column,
         LEAVES=launch.leaves,
+        QUERIES=launch.tile,
         STAGES=launch.num_stages,
+        PIECE=launch.piece,
         SECTION=heads_of_a_section(table, 1, dim, value_dim, values.element_size() * query_heads // heads),
         num_warps=launch.num_warps,
         num_stages=1,

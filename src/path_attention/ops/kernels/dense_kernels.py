@@ -11,6 +11,9 @@ of Q and K are another set at every level. A program takes LEAVES neighbouring l
 there are two: from level 1 on both have the same siblings and their rows are consecutive. At level 0 the left one of
 the two is the sibling, and the rows that take no part get a bias of minus infinity.
 
+Where PIECE is given rows are float32, too much for whole tiles: logits and dO V^T are sums over PIECE columns of both
+factors, read from memory again and again. One leaf a program, and no descriptors.
+
 Exponents are kept in base 2, biases included. leaf_table.py says where rows stand. What a loop reads comes by a tensor
 descriptor (t_) where the launcher could make one, else by pointers (p_): descriptors need no addresses in registers.
 """
@@ -18,7 +21,7 @@ descriptor (t_) where the launcher could make one, else by pointers (p_): descri
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import LOG2_E, place, within
+from path_attention.ops.kernels.tiles import LOG2_E, load_piece, place, within
 
 LEAF = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 
@@ -30,6 +33,15 @@ def block_of(dim):
     Triton 3.6 makes wrong code of a product with fewer than 64 columns of values after logits of 64 keys.
     """
     return max(64, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def _dot(b_a, b_b, b_c=None):
+    """a b + c in float32: :func:`path_attention.ops.kernels.tiles.dot`, of operands of half precision as it is."""
+    if b_a.dtype == tl.float32:
+        return tl.dot(b_a, b_b, b_c, input_precision="tf32x3")
+    else:
+        return tl.dot(b_a, b_b, b_c, input_precision="ieee")
 
 
 @triton.jit
@@ -108,6 +120,20 @@ def _stream(t_x, p_x, i_row, i_column, row_stride, DIM: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def _product_in_pieces(
+    p_x, i_x, s_x, x_stride, p_y, i_y, s_y, y_stride, DIM: tl.constexpr, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr,
+    PIECE: tl.constexpr
+):  # fmt: skip
+    """x y^T of rows in memory, s_x and s_y of them, in float32."""
+    b_sum = tl.zeros((X_ROWS, Y_ROWS), tl.float32)
+    for i in range(0, DIM, PIECE):
+        b_x = load_piece(p_x, i_x, s_x, x_stride, i, DIM, PIECE, X_ROWS)
+        b_y = load_piece(p_y, i_y, s_y, y_stride, i, DIM, PIECE, Y_ROWS)
+        b_sum = _dot(b_x, tl.trans(b_y), b_sum)
+    return b_sum
+
+
+@triton.jit
 def _head_rows(p_x, i_row, row_stride, ROWS: tl.constexpr):
     """Pointers to one number for each of ROWS rows."""
     return p_x + tl.cast(i_row, tl.int64) * row_stride + tl.arange(0, ROWS) * row_stride
@@ -144,6 +170,24 @@ def _online_softmax(b_s, b_bias, b_max, b_sum):
 
 
 @triton.jit
+def _attend_in_pieces(
+    b_bias, b_max, b_sum, b_acc, p_query_rows, p_key_rows, p_values, p_gate_key, i_query, i_key, i_value, s_keys,
+    i_head, H, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr
+):  # fmt: skip
+    """_attend of the slot of queries at i_query."""
+    for i in range(0, s_keys, KEYS):
+        b_s = _product_in_pieces(
+            p_query_rows, i_query, LEAF, H * GROUP * D, p_key_rows + i_head * D, i_key + i, KEYS, H * D, D, LEAF, KEYS,
+            PIECE
+        )  # fmt: skip
+        b_s = _scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS)
+        b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
+        b_v = _stream(None, p_values, i_value + i, i_head * DV, H * DV, DV, KEYS)
+        b_acc = _dot(b_p, b_v, b_acc * b_decay[:, None])
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
 def _attend(
     b_q,
     b_bias,
@@ -168,15 +212,15 @@ def _attend(
 ):
     """Online softmax over the keys of one sibling. The logits run one tile ahead, under the softmax of the last."""
     b_k = _stream(t_key_rows, p_key_rows, i_key, i_head * D, H * D, D, KEYS)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    b_s = _dot(b_q, tl.trans(b_k))
     for _ in tl.range(0, s_keys - KEYS, KEYS, num_stages=STAGES):
         b_k = _stream(t_key_rows, p_key_rows, i_key + KEYS, i_head * D, H * D, D, KEYS)
-        b_s_next = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s_next = _dot(b_q, tl.trans(b_k))
         b_s = _scaled(b_s, p_gate_key, i_key, H * GROUP, KEYS)
         b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
         b_acc *= b_decay[:, None]
         b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc)
         b_s = b_s_next
         i_key += KEYS
         i_value += KEYS
@@ -184,7 +228,7 @@ def _attend(
     b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
     b_acc *= b_decay[:, None]
     b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+    b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc)
     return b_max, b_sum, b_acc
 
 
@@ -216,6 +260,7 @@ def dense_forward_kernel(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     SECTION: tl.constexpr,
+    PIECE: tl.constexpr = None,
 ):
     """Rows of LEAVES leaves and one query head: the leaves' own softmax goes on over all their left siblings."""
     ROWS: tl.constexpr = LEAVES * LEAF
@@ -244,23 +289,36 @@ def dense_forward_kernel(
         i_query = (i_query_base + within(i_last, 0) - (LEAVES - 1)) * LEAF
         i_key = (i_key_base + within(i_last - 1, 0)) * LEAF
         m_right = m_row & (o >= ROWS - LEAF)
-        b_q = _load(p_query_rows, i_query, m_right, HQ * D, D, ROWS)
-        b_bias = _bias(m_right, p_gate_query, i_query, HQ, ROWS)
-        b_max, b_sum, b_acc = _attend(
-            b_q, b_bias, b_max, b_sum, b_acc, None, None, p_key_rows, p_values, p_gate_key, i_key,
-            i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
-        )  # fmt: skip
+        if PIECE is not None:
+            b_max, b_sum, b_acc = _attend_in_pieces(
+                _bias(m_right, p_gate_query, i_query, HQ, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
+                p_values, p_gate_key, i_query, i_key, i_row - LEAF, LEAF, i_head, H, GROUP, D, DV, KEYS, PIECE
+            )  # fmt: skip
+        else:
+            b_q = _load(p_query_rows, i_query, m_right, HQ * D, D, ROWS)
+            b_bias = _bias(m_right, p_gate_query, i_query, HQ, ROWS)
+            b_max, b_sum, b_acc = _attend(
+                b_q, b_bias, b_max, b_sum, b_acc, None, None, p_key_rows, p_values, p_gate_key, i_key,
+                i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
+            )  # fmt: skip
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_first = ((i_index >> level) - 1) << level
             i_query = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
             i_key = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
-            b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
-            b_bias = _bias(m_row, p_gate_query, i_query, HQ, ROWS)
-            b_max, b_sum, b_acc = _attend(
-                b_q, b_bias, b_max, b_sum, b_acc, t_key_rows, t_values, p_key_rows, p_values, p_gate_key, i_key,
-                i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
-            )  # fmt: skip
+            if PIECE is not None:
+                b_max, b_sum, b_acc = _attend_in_pieces(
+                    _bias(m_row, p_gate_query, i_query, HQ, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
+                    p_values, p_gate_key, i_query, i_key, i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H,
+                    GROUP, D, DV, KEYS, PIECE
+                )  # fmt: skip
+            else:
+                b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
+                b_bias = _bias(m_row, p_gate_query, i_query, HQ, ROWS)
+                b_max, b_sum, b_acc = _attend(
+                    b_q, b_bias, b_max, b_sum, b_acc, t_key_rows, t_values, p_key_rows, p_values, p_gate_key, i_key,
+                    i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
+                )  # fmt: skip
     _store(p_out, b_acc / b_sum[:, None], i_row, m_row, HQ * DV, DV, ROWS)
     tl.store(p_lse, (b_max + tl.log2(b_sum)) / LOG2_E, mask=m_row)
 
@@ -292,14 +350,39 @@ def _query_gradients(
     b_d_q = tl.zeros_like(b_q).to(tl.float32)
     for i in tl.range(0, s_keys, KEYS, num_stages=STAGES):
         b_k = _stream(t_key_rows, p_key_rows, i_key + i, i_head * D, H * D, D, KEYS)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s = _dot(b_q, tl.trans(b_k))
         b_v = _stream(t_values, p_values, i_value + i, i_head * DV, H * DV, DV, KEYS)
-        b_d_p = tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee")
+        b_d_p = _dot(b_d_out, tl.trans(b_v))
         b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS) + b_shift[:, None])
         b_d_s = b_p * (b_d_p - b_delta[:, None])
         if p_gate_key is not None:
             b_row_sum += tl.sum(b_d_s, axis=1)
-        b_d_q = tl.dot(b_d_s.to(b_k.dtype), b_k, b_d_q, input_precision="ieee")
+        b_d_q = _dot(b_d_s.to(b_k.dtype), b_k, b_d_q)
+    return b_d_q, b_row_sum
+
+
+@triton.jit
+def _query_gradients_in_pieces(
+    b_shift, b_delta, b_row_sum, p_query_rows, p_d_out, p_key_rows, p_values, p_gate_key, i_query, i_row, s_rows, i_key,
+    i_value, s_keys, i_head, H, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr,
+    PIECE: tl.constexpr
+):  # fmt: skip
+    """_query_gradients of the slot of queries at i_query, whose s_rows tokens start at i_row."""
+    b_d_q = tl.zeros((LEAF, block_of(D)), tl.float32)
+    for i in range(0, s_keys, KEYS):
+        b_s = _product_in_pieces(
+            p_query_rows, i_query, LEAF, H * GROUP * D, p_key_rows + i_head * D, i_key + i, KEYS, H * D, D, LEAF, KEYS,
+            PIECE
+        )  # fmt: skip
+        b_d_p = _product_in_pieces(
+            p_d_out, i_row, s_rows, H * GROUP * DV, p_values + i_head * DV, i_value + i, KEYS, H * DV, DV, LEAF, KEYS,
+            PIECE
+        )  # fmt: skip
+        b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS) + b_shift[:, None])
+        b_d_s = b_p * (b_d_p - b_delta[:, None])
+        if p_gate_key is not None:
+            b_row_sum += tl.sum(b_d_s, axis=1)
+        b_d_q = _dot(b_d_s, _stream(None, p_key_rows, i_key + i, i_head * D, H * D, D, KEYS), b_d_q)
     return b_d_q, b_row_sum
 
 
@@ -334,6 +417,7 @@ def dense_backward_queries_kernel(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     SECTION: tl.constexpr,
+    PIECE: tl.constexpr = None,
 ):
     """Gradients of the queries of LEAVES leaves and one query head, at every level that they stand at."""
     ROWS: tl.constexpr = LEAVES * LEAF
@@ -363,26 +447,40 @@ def dense_backward_queries_kernel(
         i_query = (i_query_base + within(i_last, 0) - (LEAVES - 1)) * LEAF
         i_key = (i_key_base + within(i_last - 1, 0)) * LEAF
         m_right = o >= ROWS - LEAF
-        b_q = _load(p_query_rows, i_query, m_row & m_right, HQ * D, D, ROWS)
-        b_shift = _bias(m_row & m_right, p_gate_query, i_query, HQ, ROWS) - b_lse
-        b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)
-        b_d_q, b_row_sum = _query_gradients(
-            b_q, b_d_out, b_shift, b_delta, b_row_sum, None, None, p_key_rows, p_values, p_gate_key, i_key,
-            i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
-        )  # fmt: skip
+        if PIECE is not None:
+            b_d_q, b_row_sum = _query_gradients_in_pieces(
+                _bias(m_row & m_right, p_gate_query, i_query, HQ, ROWS) - b_lse, b_delta, b_row_sum, p_query_rows,
+                p_d_out, p_key_rows, p_values, p_gate_key, i_query, i_row, s_rows, i_key, i_row - LEAF, LEAF, i_head, H,
+                GROUP, D, DV, KEYS, PIECE
+            )  # fmt: skip
+        else:
+            b_q = _load(p_query_rows, i_query, m_row & m_right, HQ * D, D, ROWS)
+            b_shift = _bias(m_row & m_right, p_gate_query, i_query, HQ, ROWS) - b_lse
+            b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)
+            b_d_q, b_row_sum = _query_gradients(
+                b_q, b_d_out, b_shift, b_delta, b_row_sum, None, None, p_key_rows, p_values, p_gate_key, i_key,
+                i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
+            )  # fmt: skip
         _store(p_d_query_rows, b_d_q, i_query, m_slot & m_right, HQ * D, D, ROWS)
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_first = ((i_index >> level) - 1) << level
             i_query = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
             i_key = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
-            b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
-            b_shift = _bias(m_row, p_gate_query, i_query, HQ, ROWS) - b_lse
-            b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)  # again, not to hold it in registers
-            b_d_q, b_row_sum = _query_gradients(
-                b_q, b_d_out, b_shift, b_delta, b_row_sum, t_key_rows, t_values, p_key_rows, p_values, p_gate_key,
-                i_key, i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
-            )  # fmt: skip
+            if PIECE is not None:
+                b_d_q, b_row_sum = _query_gradients_in_pieces(
+                    _bias(m_row, p_gate_query, i_query, HQ, ROWS) - b_lse, b_delta, b_row_sum, p_query_rows, p_d_out,
+                    p_key_rows, p_values, p_gate_key, i_query, i_row, s_rows, i_key,
+                    i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, PIECE
+                )  # fmt: skip
+            else:
+                b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
+                b_shift = _bias(m_row, p_gate_query, i_query, HQ, ROWS) - b_lse
+                b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)  # again, not to hold it in registers
+                b_d_q, b_row_sum = _query_gradients(
+                    b_q, b_d_out, b_shift, b_delta, b_row_sum, t_key_rows, t_values, p_key_rows, p_values, p_gate_key,
+                    i_key, i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
+                )  # fmt: skip
             _store(p_d_query_rows, b_d_q, i_query, m_slot, HQ * D, D, ROWS)
     if p_gate_row is not None:
         tl.store(_head_rows(p_gate_row + i_query_head, i_row, HQ, ROWS), b_row_sum, mask=m_row)
@@ -413,7 +511,7 @@ def _key_step(
 ):
     """One tile of _key_gradients: a leaf's slot of queries, whose rows past the sequence's end get no weight."""
     b_q = _stream(t_query_rows, p_query_rows, i_query, i_query_head * D, HQ * D, D, LEAF)
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+    b_s = _dot(b_k, tl.trans(b_q))
     if s_rows is None:
         b_shift = tl.load(_head_rows(p_log_sum_exp, i_row, HQ, LEAF)) * -LOG2_E
         b_delta = tl.load(_head_rows(p_delta, i_row, HQ, LEAF))
@@ -429,12 +527,12 @@ def _key_step(
     if b_bias is not None:
         b_s += b_bias[:, None]
     b_p = tl.exp2(b_s)
-    b_d_p = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
-    b_d_v = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v, input_precision="ieee")
+    b_d_p = _dot(b_v, tl.trans(b_d_out))
+    b_d_v = _dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v)
     b_d_s = b_p * (b_d_p - b_delta[None, :])
     if p_gate_query is not None:
         b_column_sum += tl.sum(b_d_s, axis=1)
-    b_d_k = tl.dot(b_d_s.to(b_q.dtype), b_q, b_d_k, input_precision="ieee")
+    b_d_k = _dot(b_d_s.to(b_q.dtype), b_q, b_d_k)
     return b_d_k, b_d_v, b_column_sum
 
 
@@ -478,6 +576,40 @@ def _key_gradients(
 
 
 @triton.jit
+def _key_gradients_in_pieces(
+    b_bias, b_d_k, b_d_v, b_column_sum, p_key_rows, p_values, p_query_rows, p_gate_query, p_d_out, p_log_sum_exp,
+    p_delta, i_key, i_own, s_own, i_query, i_row, s_rows, i_head, i_query_head, H, HQ, D: tl.constexpr,
+    DV: tl.constexpr, QUERIES: tl.constexpr, PIECE: tl.constexpr
+):  # fmt: skip
+    """_key_gradients of the slot of keys at i_key, whose s_own tokens start at i_own."""
+    o = tl.arange(0, QUERIES)
+    for i in range(0, s_rows, QUERIES):
+        m_row = o < s_rows - i
+        b_s = _product_in_pieces(
+            p_key_rows + i_head * D, i_key, LEAF, H * D, p_query_rows + i_query_head * D, i_query + i, QUERIES, HQ * D,
+            D, LEAF, QUERIES, PIECE
+        )  # fmt: skip
+        b_d_p = _product_in_pieces(
+            p_values + i_head * DV, i_own, s_own, H * DV, p_d_out + i_query_head * DV, i_row + i, s_rows - i, HQ * DV,
+            DV, LEAF, QUERIES, PIECE
+        )  # fmt: skip
+        b_shift = tl.load(_head_rows(p_log_sum_exp, i_row + i, HQ, QUERIES), mask=m_row, other=float("inf")) * -LOG2_E
+        b_delta = tl.load(_head_rows(p_delta, i_row + i, HQ, QUERIES), mask=m_row, other=0.0)
+        if p_gate_query is not None:
+            b_shift += tl.load(_head_rows(p_gate_query, i_query + i, HQ, QUERIES)) * LOG2_E
+        b_s = b_s * LOG2_E + b_shift[None, :]
+        if b_bias is not None:
+            b_s += b_bias[:, None]
+        b_p = tl.exp2(b_s)
+        b_d_s = b_p * (b_d_p - b_delta[None, :])
+        if p_gate_query is not None:
+            b_column_sum += tl.sum(b_d_s, axis=1)
+        b_d_v = _dot(b_p, _load(p_d_out + i_query_head * DV, i_row + i, m_row, HQ * DV, DV, QUERIES), b_d_v)
+        b_d_k = _dot(b_d_s, _load(p_query_rows + i_query_head * D, i_query + i, m_row, HQ * D, D, QUERIES), b_d_k)
+    return b_d_k, b_d_v, b_column_sum
+
+
+@triton.jit
 def _key_level(
     b_d_v,
     m_own,  # rows that are keys at any level
@@ -494,7 +626,8 @@ def _key_level(
     p_delta,
     p_d_key_rows,
     p_gate_column,
-    i_own,  # first token of the keys
+    i_own,  # first of s_own tokens of the keys
+    s_own,
     i_key,
     i_query,
     i_row,  # first token of the queries
@@ -507,11 +640,14 @@ def _key_level(
     DV: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """One level of dense_backward_keys_kernel: dK of all query heads of the group is stored, dV goes on to the next."""
     HQ = H * GROUP
-    b_k = _load(p_key_rows + i_head * D, i_key, m_key, H * D, D, KEYS)
-    b_v = _load(p_values + i_head * DV, i_own, m_own, H * DV, DV, KEYS)  # again, not to hold it in registers
+    if PIECE is None:
+        b_k = _load(p_key_rows + i_head * D, i_key, m_key, H * D, D, KEYS)
+        b_v = _load(p_values + i_head * DV, i_own, m_own, H * DV, DV, KEYS)  # again, not to hold it in registers
     b_d_k = tl.zeros((KEYS, block_of(D)), tl.float32)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
@@ -522,11 +658,18 @@ def _key_level(
             p_gate = p_gate_query + i_query_head
         elif MASK_KEYS:
             b_bias = _bias(m_key, None, i_key, HQ, KEYS)
-        b_d_k, b_d_v, b_column_sum = _key_gradients(
-            b_k, b_v, b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), t_query_rows, t_d_out, p_query_rows, p_gate,
-            p_d_out, p_log_sum_exp + i_query_head, p_delta + i_query_head, i_query, i_row, s_rows, i_query_head, HQ,
-            D, DV, STAGES
-        )  # fmt: skip
+        if PIECE is not None:
+            b_d_k, b_d_v, b_column_sum = _key_gradients_in_pieces(
+                b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), p_key_rows, p_values, p_query_rows, p_gate,
+                p_d_out, p_log_sum_exp + i_query_head, p_delta + i_query_head, i_key, i_own, s_own, i_query, i_row,
+                s_rows, i_head, i_query_head, H, HQ, D, DV, QUERIES, PIECE
+            )  # fmt: skip
+        else:
+            b_d_k, b_d_v, b_column_sum = _key_gradients(
+                b_k, b_v, b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), t_query_rows, t_d_out, p_query_rows,
+                p_gate, p_d_out, p_log_sum_exp + i_query_head, p_delta + i_query_head, i_query, i_row, s_rows,
+                i_query_head, HQ, D, DV, STAGES
+            )  # fmt: skip
         if p_gate_column is not None:
             # Only this program writes here; the barrier shows each of its threads what another wrote a level ago.
             tl.debug_barrier()
@@ -567,6 +710,8 @@ def dense_backward_keys_kernel(
     LEAVES: tl.constexpr,
     STAGES: tl.constexpr,
     SECTION: tl.constexpr,
+    QUERIES: tl.constexpr = LEAF,  # of a tile, in pieces
+    PIECE: tl.constexpr = None,
 ):
     """Gradients of the keys of LEAVES leaves and one key head at every level that they stand at, and of the values."""
     KEYS: tl.constexpr = LEAVES * LEAF
@@ -587,10 +732,10 @@ def dense_backward_keys_kernel(
         if i_index + 1 < s_count:
             b_d_v = _key_level(
                 b_d_v, m_own, o < LEAF, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,
-                p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row,
+                p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row, s_own,
                 (i_key_base + within(i_index, 0)) * LEAF, (i_query_base + within(i_index + 1, 0)) * LEAF, i_row + LEAF,
                 _tokens(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys), i_head, H, True,
-                GROUP, D, DV, KEYS, STAGES
+                GROUP, D, DV, KEYS, STAGES, QUERIES, PIECE
             )  # fmt: skip
     for level in range(LEAVES - 1, num_levels):
         i_first = ((i_index >> level) + 1) << level  # of the right sibling, which the sequence's end may cut short
@@ -603,7 +748,8 @@ def dense_backward_keys_kernel(
             i_query = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
             b_d_v = _key_level(
                 b_d_v, m_own, m_own, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,
-                p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row, i_key, i_query,
-                i_row + (i_first - i_index) * LEAF, s_rows, i_head, H, False, GROUP, D, DV, KEYS, STAGES
+                p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row, s_own, i_key,
+                i_query, i_row + (i_first - i_index) * LEAF, s_rows, i_head, H, False, GROUP, D, DV, KEYS, STAGES,
+                QUERIES, PIECE
             )  # fmt: skip
     _store(p_d_values + i_head * DV, b_d_v, i_row, m_own, H * DV, DV, KEYS)

@@ -1,10 +1,11 @@
 """Launchers of the linear-cost stages: what each allocates, and in which order they run.
 
-leaf_forward -> tree -> query_transport and key_transport. What they write is all that the dense attention between
+leaves -> tree -> query_transport and key_transport. What they write is all that the dense attention between
 siblings needs; docs/kernels.md lists the buffers with their sizes.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -28,18 +29,32 @@ MIN_BLOCK = 64
 TREE_LEVELS = 3
 
 
+# Widest row whose float16 matrix a program of the tree and the transports holds whole.
+WHOLE_DIM = 128
+# Columns or rows of a float32 factor in one product: the narrowest that tl.dot takes. The tiles at hand fill the
+# registers, so that each column more is spilled (32 spill twice as much at D = 256), and takes shared memory twice, as
+# a tensor-float-32 part and the rest.
+PIECE = 16
+
+# How the leaves are computed: by our kernels, portable or for Hopper, or in torch's batched products.
+LeavesBy = Literal["triton", "hopper", "torch"]
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The operator's arguments as rows of tokens, contiguous: T = B * L of them. One reflection a token."""
+    """The operator's arguments as rows of tokens, contiguous: T = B * L of them. R reflections a token."""
 
     q: Tensor  # (T, HQ, D)
     k: Tensor  # (T, H, D)
     v: Tensor  # (T, H, DV)
-    w: Tensor  # (T, H, D)
-    beta: Tensor  # (T, H)
+    w: Tensor  # (T, H, D), or (T, H, R * D)
+    beta: Tensor  # (T, H), or (T, H, R)
     g: Tensor | None  # (T, HQ)
     scale: float
-    hopper: bool = False  # the leaves by the kernels for Hopper, which take no gates
+    # Our kernels take one reflection a token; those for Hopper take no gates.
+    leaves: LeavesBy = "triton"
+    # The tree and the transports read their factors in pieces: what float32 ones ask for on a GPU.
+    in_pieces: bool = False
 
     @property
     def heads(self) -> int:
@@ -54,8 +69,21 @@ class Inputs:
         return self.query_heads // self.heads
 
     @property
+    def reflections(self) -> int:
+        return self.w.shape[2] // self.k.shape[2]
+
+    @property
     def work_dtype(self) -> torch.dtype:
-        """What operands of the linear stages' products are rounded to, and what lies between the stages: tiles.py."""
+        """What operands of the linear stages' products are rounded to, and what lies between the stages: tiles.py.
+
+        Wide rows stay float32: a tile's power of two would have to be known before the tile is made, piece by piece.
+        """
+        wide = self.q.shape[2] > WHOLE_DIM
+        return torch.float32 if self.q.dtype == torch.float32 or wide else torch.float16
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of the rows at the levels' edges, for our own attention between siblings."""
         return torch.float32 if self.q.dtype == torch.float32 else torch.float16
 
     def options(self, *, wide: bool = False) -> dict[str, object]:
@@ -73,8 +101,12 @@ class Inputs:
             "WORK": None if self.work_dtype == torch.float32 else tl.float16,
             # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
             "num_stages": 1,
-            "num_warps": 8 if wide and dim > MIN_BLOCK else 4,
+            "num_warps": 8 if self.in_pieces or (wide and dim > MIN_BLOCK) else 4,
         }
+
+    def matrix_options(self, *, wide: bool = False) -> dict[str, object]:
+        """The same of the tree's and the transports' kernels."""
+        return {**self.options(wide=wide), "PIECE": PIECE if self.in_pieces else None}
 
     @property
     def value_options(self) -> dict[str, int]:
@@ -108,10 +140,9 @@ class Levels:
 class Leaves:
     """What the backward pass wants again of the leaves and the tree, in the work dtype."""
 
-    inverse: Tensor  # (N, H, 64, 64): T^-1
-    y: Tensor  # (N, H, 64, 64)
-    u: Tensor  # (N, H, 64, D)
     nodes: Tensor  # (2 N, H, D, D)
+    # T^-1 (N, H, 64, 64), Y (N, H, 64, 64) and U (N, H, 64, D); leaves in torch make them again, a few at a time.
+    factors: tuple[Tensor, Tensor, Tensor] | None
 
 
 def forward(inputs: Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor, row_dtype: torch.dtype) -> Levels:
@@ -125,12 +156,14 @@ def forward(inputs: Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor, 
 
 def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
     """The forward linear stages again, for the backward pass: no attention, but all that it needs of the leaves."""
-    leaves, heads = table.num_leaves, inputs.heads
-    inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
-    u = inputs.empty(leaves, heads, LEAF, inputs.q.shape[2])
-    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, (inverse, y, u))
+    factors = None
+    if inputs.leaves != "torch":
+        leaves, heads = table.num_leaves, inputs.heads
+        inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
+        factors = inverse, y, inputs.empty(leaves, heads, LEAF, inputs.q.shape[2])
+    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, factors)
     levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
-    return levels, Leaves(inverse, y, u, nodes)
+    return levels, Leaves(nodes, factors)
 
 
 def _leaves(
@@ -147,37 +180,21 @@ def _leaves(
     node_rest = torch.empty_like(nodes) if is_half else None
     gate_nodes = None if inputs.g is None else inputs.empty(2 * leaves, query_heads, dtype=torch.float32)
     q_left, k_right = inputs.empty(leaves, LEAF, query_heads, dim), inputs.empty(leaves, LEAF, heads, dim)
-    inverse, y, u = (None, None, None) if factors is None else factors
-    arguments = {
-        "p_q": inputs.q,
-        "p_k": inputs.k,
-        "p_v": inputs.v,
-        "p_w": inputs.w,
-        "p_beta": inputs.beta,
-        "p_g": inputs.g,
-        "p_q_left": q_left,
-        "p_k_right": k_right,
-        "p_node": nodes,
-        "p_node_rest": node_rest,
-        "p_gate_node": gate_nodes,
-        "p_out": out,
-        "p_log_sum_exp": log_sum_exp,
-        "p_inverse": inverse,
-        "p_y": y,
-        "p_u": u,
-        "scale": inputs.scale,
-        "H": heads,
-        "SPLIT_W": is_half and inputs.w.dtype == torch.float32,
-        **table.arguments,
-    }
-    if inputs.hopper:
-        from path_attention.ops.kernels.hopper import leaf as hopper_leaf  # only some versions of Triton have Gluon
+    if inputs.leaves == "torch":
+        from path_attention.ops.kernels import torch_leaves  # which imports this module
 
-        hopper_leaf.leaf_forward_kernel[(leaves * heads,)](
-            **arguments, GROUP=inputs.group, D=dim, **hopper_leaf.forward_options(dim)
-        )
+        torch_leaves.forward(inputs, table, q_left, k_right, nodes, node_rest, gate_nodes, out, log_sum_exp)
     else:
-        leaf_forward_kernel[(leaves * heads,)](**arguments, **inputs.value_options, **inputs.options())
+        results = {
+            "p_q_left": q_left,
+            "p_k_right": k_right,
+            "p_node": nodes,
+            "p_node_rest": node_rest,
+            "p_gate_node": gate_nodes,
+            "p_out": out,
+            "p_log_sum_exp": log_sum_exp,
+        }
+        _launch_leaves(inputs, table, results, factors)
     for first_level in range(0, table.num_levels - 1, TREE_LEVELS):
         tree_kernel[(leaves * heads,)](
             p_node=nodes,
@@ -187,9 +204,45 @@ def _leaves(
             H=heads,
             LEVELS=min(TREE_LEVELS, table.num_levels - 1 - first_level),
             **table.arguments,
-            **inputs.options(wide=True),
+            **inputs.matrix_options(wide=True),
         )
     return nodes, q_left, k_right, gate_nodes
+
+
+def _launch_leaves(
+    inputs: Inputs,
+    table: LeafTable,
+    results: dict[str, Tensor | None],
+    factors: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """Launch the leaves' forward kernel, portable or for Hopper; ``results`` are its arguments of these names."""
+    leaves, heads, dim = table.num_leaves, inputs.heads, inputs.q.shape[2]
+    is_half = inputs.work_dtype != torch.float32
+    inverse, y, u = (None, None, None) if factors is None else factors
+    arguments = {
+        **results,
+        "p_q": inputs.q,
+        "p_k": inputs.k,
+        "p_v": inputs.v,
+        "p_w": inputs.w,
+        "p_beta": inputs.beta,
+        "p_g": inputs.g,
+        "p_inverse": inverse,
+        "p_y": y,
+        "p_u": u,
+        "scale": inputs.scale,
+        "H": heads,
+        "SPLIT_W": is_half and inputs.w.dtype == torch.float32,
+        **table.arguments,
+    }
+    if inputs.leaves == "hopper":
+        from path_attention.ops.kernels.hopper import leaf as hopper_leaf  # only some versions of Triton have Gluon
+
+        hopper_leaf.leaf_forward_kernel[(leaves * heads,)](
+            **arguments, GROUP=inputs.group, D=dim, **hopper_leaf.forward_options(dim)
+        )
+    else:
+        leaf_forward_kernel[(leaves * heads,)](**arguments, **inputs.value_options, **inputs.options())
 
 
 def _levels(
@@ -219,7 +272,7 @@ def _levels(
         "H": heads,
         "num_levels": levels,
         **table.arguments,
-        **inputs.options(),
+        **inputs.matrix_options(),
     }
     query_transport_kernel[(table.num_leaves * query_heads,)](
         p_q_left=q_left,
@@ -291,7 +344,7 @@ def levels_backward(
         "p_node": leaves.nodes,
         "H": heads,
         **table.arguments,
-        **inputs.options(wide=True),
+        **inputs.matrix_options(wide=True),
     }
     query_transport_backward_kernel[(table.num_leaves * query_heads,)](
         p_query_rows=levels.query_rows,
@@ -354,20 +407,22 @@ def leaves_backward(
     d_out: Tensor,
     result: Gradients,
 ) -> None:
-    """Back through the leaves, to ``result``.
+    """Back through the leaves, to ``result``, by the kernels that computed them: leaves.factors are given.
 
     d_values, factor and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
     log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
     """
+    assert leaves.factors is not None
+    inverse, y, u = leaves.factors
     arguments = {
         "p_q": inputs.q,
         "p_k": inputs.k,
         "p_v": inputs.v,
         "p_w": inputs.w,
         "p_beta": inputs.beta,
-        "p_inverse": leaves.inverse,
-        "p_y": leaves.y,
-        "p_u": leaves.u,
+        "p_inverse": inverse,
+        "p_y": y,
+        "p_u": u,
         "p_log_sum_exp": log_sum_exp,
         "p_delta": delta,
         "p_d_out": d_out,
@@ -388,7 +443,7 @@ def leaves_backward(
         "H": inputs.heads,
         **table.arguments,
     }
-    if inputs.hopper and inputs.group == 1:
+    if inputs.leaves == "hopper" and inputs.group == 1:
         from path_attention.ops.kernels.hopper import leaf as hopper_leaf
 
         dim = inputs.q.shape[2]

@@ -205,3 +205,45 @@ def load_power(p_power, i_tile, WORK: tl.constexpr):
         return 1.0
     else:
         return tl.load(p_power + i_tile)
+
+
+@triton.jit
+def load_piece(p_x, i_row, s_rows, row_stride, i_column, D: tl.constexpr, COLUMNS: tl.constexpr, N_ROWS: tl.constexpr):
+    """(N_ROWS, COLUMNS) tile from row i_row and column i_column on in float32, zeros past s_rows and past column D."""
+    o_row = tl.arange(0, N_ROWS)[:, None]
+    o_column = i_column + tl.arange(0, COLUMNS)[None, :]
+    p_first = p_x + tl.cast(i_row, tl.int64) * row_stride
+    return tl.load(
+        p_first + o_row * row_stride + o_column, mask=(o_row < s_rows) & (o_column < D), other=0.0
+    ).to(tl.float32)  # fmt: skip
+
+
+@triton.jit
+def rows_times(
+    p_x, i_row, s_rows, row_stride, p_matrix, i_tile, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, N_ROWS: tl.constexpr
+):  # fmt: skip
+    """x M, or x M^T, of rows x in memory and matrix i_tile of p_matrix (tiles, D, D), PIECE columns of x at a time."""
+    p_matrix += tl.cast(i_tile, tl.int64) * (D * D)
+    b_sum = tl.zeros((N_ROWS, BLOCK_D), tl.float32)
+    for i in range(0, D, PIECE):
+        b_x = load_piece(p_x, i_row, s_rows, row_stride, i, D, PIECE, N_ROWS)
+        if TRANSPOSED:
+            b_sum = dot(b_x, tl.trans(load_piece(p_matrix, 0, D, D, i, D, PIECE, BLOCK_D)), b_sum)
+        else:
+            b_sum = dot(b_x, load_piece(p_matrix, i, D - i, D, 0, D, BLOCK_D, PIECE), b_sum)
+    return b_sum
+
+
+@triton.jit
+def columns_times(
+    p_x, i_x, x_stride, i_column, p_y, i_y, y_stride, s_rows, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, N_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """N_COLUMNS rows of x^T y from column i_column of x on; x and y have s_rows rows in memory, PIECE at a time."""
+    b_sum = tl.zeros((N_COLUMNS, BLOCK_D), tl.float32)
+    for i in range(0, s_rows, PIECE):
+        b_x = load_piece(p_x, i_x + i, s_rows - i, x_stride, i_column, D, N_COLUMNS, PIECE)
+        b_y = load_piece(p_y, i_y + i, s_rows - i, y_stride, 0, D, BLOCK_D, PIECE)
+        b_sum = dot(tl.trans(b_x), b_y, b_sum)
+    return b_sum

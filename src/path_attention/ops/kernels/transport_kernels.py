@@ -4,6 +4,9 @@ use them there, and the gradients of those rows back.
 A program takes a pair of leaves, the first at an even index: at level 0 one of them is moved by the other's matrix,
 from level 1 on both have the same siblings. A moved row stays in float32 registers from level to level; it is rounded
 as an operand of the next product, to 11 bits, and once for the level that uses it. leaf_table.py says where rows stand.
+
+Where PIECE is given matrices are float32, too much for one tile: a product reads its factors from memory, PIECE
+columns or rows at a time, the moved rows too. They lie where the rows came from, or where the gradients go to.
 """
 
 import triton
@@ -11,6 +14,7 @@ import triton.language as tl
 
 from path_attention.ops.kernels.tiles import (
     ROWS,
+    columns_times,
     dot,
     inverse_of,
     load_rows,
@@ -20,12 +24,13 @@ from path_attention.ops.kernels.tiles import (
     normalised,
     place,
     rounded,
+    rows_times,
     store_rows,
     store_square_scaled,
     store_where,
     within,
 )
-from path_attention.ops.kernels.tree_kernels import partial_tile
+from path_attention.ops.kernels.tree_kernels import partial_tile, store_rows_of
 
 PAIR = tl.constexpr(128)  # rows of two leaves
 
@@ -55,6 +60,31 @@ def _gates_of_pair(p_g, i_row, s_rows, row_stride):
 
 
 @triton.jit
+def _moved_in_pieces(
+    p_x, b_x, i_leaf, s_leaves, row_stride, p_node, i_tile, TRANSPOSED: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PIECE: tl.constexpr
+):  # fmt: skip
+    """x M, or x M^T, for a pair's rows x and the matrix i_tile, by way of the pair's rows of p_x (N, 64, heads, D)."""
+    tl.debug_barrier()  # every thread has read what lay there before
+    store_rows(p_x, b_x, i_leaf * ROWS, s_leaves * ROWS, row_stride, D, BLOCK_D, PAIR)
+    tl.debug_barrier()  # and sees what the others have written
+    return rows_times(
+        p_x, i_leaf * ROWS, s_leaves * ROWS, row_stride, p_node, i_tile, TRANSPOSED, D, BLOCK_D, PIECE, PAIR
+    )
+
+
+@triton.jit
+def _store_partial_in_pieces(
+    p_partials, i_tile, p_x, i_x, p_y, i_y, row_stride, s_rows, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr
+):  # fmt: skip
+    """x^T y of s_rows rows each in memory to the matrix i_tile."""
+    for i in range(0, D, ROWS):
+        b_partial = columns_times(p_x, i_x, row_stride, i, p_y, i_y, row_stride, s_rows, D, BLOCK_D, PIECE, ROWS)
+        store_rows_of(p_partials, b_partial, i_tile, i, D, BLOCK_D)
+
+
+@triton.jit
 def query_transport_kernel(
     p_q_left,  # (N, 64, HQ, D) WORK
     p_g,  # (T, HQ) or None
@@ -74,6 +104,7 @@ def query_transport_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
+    PIECE: tl.constexpr = None,
 ):
     """Queries of one pair of leaves and one query head at the left edge of each span that has a left sibling."""
     HQ = H * GROUP
@@ -87,7 +118,8 @@ def query_transport_kernel(
     m_pair = o < s_leaves * ROWS
     m_right = m_pair & (o >= ROWS)
     p_query_rows += i_query_head * D
-    b_moved = load_where(p_q_left + i_query_head * D, i_leaf * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+    p_q_left += i_query_head * D
+    b_moved = load_where(p_q_left, i_leaf * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
     b_gate = tl.zeros((PAIR,), tl.float32)
     if p_g is not None:
         b_g = _gates_of_pair(p_g + i_query_head, i_row, s_tokens, HQ).to(tl.float32)
@@ -100,8 +132,16 @@ def query_transport_kernel(
         if p_gate_query is not None:
             tl.store(p_gate_query + tl.cast(i_slot, tl.int64) * HQ + o * HQ, b_gate, mask=m_right)
         if i_index != 0:
-            b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
-            b_moved = tl.where(m_right[:, None], dot(rounded(b_moved, WORK), b_p), b_moved)
+            if PIECE is not None:
+                b_product = _moved_in_pieces(
+                    p_q_left, b_moved, i_leaf, s_leaves, HQ * D, p_node, 2 * i_leaf * H + i_head, False, D, BLOCK_D,
+                    PIECE
+                )  # fmt: skip
+                b_moved = load_rows(p_q_left, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
+                b_moved = tl.where(m_right[:, None], b_product, b_moved)
+            else:
+                b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
+                b_moved = tl.where(m_right[:, None], dot(rounded(b_moved, WORK), b_p), b_moved)
             if p_gate_query is not None:
                 b_gate += tl.where(m_right, tl.load(p_gate_node + 2 * i_leaf * HQ), 0.0)
     for level in range(1, num_levels):
@@ -115,8 +155,14 @@ def query_transport_kernel(
             if (i_index >> (level + 1)) != 0:
                 i_left = ((i_index >> level) - 1) << level
                 i_node = 2 * (i_leaf - i_index) + node(i_left, level)
-                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
-                b_moved = dot(rounded(b_moved, WORK), b_p)
+                if PIECE is not None:
+                    b_moved = _moved_in_pieces(
+                        p_q_left, b_moved, i_leaf, s_leaves, HQ * D, p_node, i_node * H + i_head, False, D, BLOCK_D,
+                        PIECE
+                    )  # fmt: skip
+                else:
+                    b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                    b_moved = dot(rounded(b_moved, WORK), b_p)
                 if p_gate_query is not None:
                     b_gate += tl.load(p_gate_node + i_node * HQ)
 
@@ -142,6 +188,7 @@ def key_transport_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
+    PIECE: tl.constexpr = None,
 ):
     """Keys of one pair of leaves and one key head at the right edge of each span that has a right sibling."""
     HQ = H * GROUP
@@ -156,7 +203,8 @@ def key_transport_kernel(
     m_group = o_group < GROUP
     o_gate = o[:, None] * HQ + (i_head * GROUP + o_group)[None, :]
     p_key_rows += i_head * D
-    b_moved = load_rows(p_k_right + i_head * D, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+    p_k_right += i_head * D
+    b_moved = load_rows(p_k_right, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     b_gate = tl.zeros((PAIR, BLOCK_GROUP), tl.float32)
     if p_g is not None:
         p_gates = p_g + tl.cast(i_row, tl.int64) * HQ + o_gate
@@ -170,8 +218,15 @@ def key_transport_kernel(
             p_gate_key + tl.cast(i_slot, tl.int64) * HQ + o_gate, b_gate, mask=(m_left[:, None] & m_group[None, :])
         )
     if i_index + 2 < s_count:
-        b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
-        b_moved = tl.where(m_left[:, None], dot(rounded(b_moved, WORK), tl.trans(b_p)), b_moved)
+        if PIECE is not None:
+            b_product = _moved_in_pieces(
+                p_k_right, b_moved, i_leaf, 2, H * D, p_node, 2 * (i_leaf + 1) * H + i_head, True, D, BLOCK_D, PIECE
+            )
+            b_moved = load_rows(p_k_right, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
+            b_moved = tl.where(m_left[:, None], b_product, b_moved)
+        else:
+            b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
+            b_moved = tl.where(m_left[:, None], dot(rounded(b_moved, WORK), tl.trans(b_p)), b_moved)
         if p_gate_key is not None:
             b_span = tl.load(p_gate_node + 2 * (i_leaf + 1) * HQ + i_head * GROUP + o_group, mask=m_group, other=0.0)
             b_gate += tl.where(m_left[:, None], b_span[None, :], 0.0)
@@ -184,8 +239,13 @@ def key_transport_kernel(
                 tl.store(p_gate_key + tl.cast(i_slot, tl.int64) * HQ + o_gate, b_gate, mask=m_group[None, :])
             if i_right + (1 << level) < s_count:
                 i_node = 2 * (i_leaf - i_index) + node(i_right, level)
-                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
-                b_moved = dot(rounded(b_moved, WORK), tl.trans(b_p))
+                if PIECE is not None:
+                    b_moved = _moved_in_pieces(
+                        p_k_right, b_moved, i_leaf, 2, H * D, p_node, i_node * H + i_head, True, D, BLOCK_D, PIECE
+                    )
+                else:
+                    b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                    b_moved = dot(rounded(b_moved, WORK), tl.trans(b_p))
                 if p_gate_key is not None:
                     b_span = tl.load(p_gate_node + i_node * HQ + i_head * GROUP + o_group, mask=m_group, other=0.0)
                     b_gate += b_span[None, :]
@@ -193,10 +253,13 @@ def key_transport_kernel(
 
 @triton.jit
 def _store_pair(
-    p_x, p_power, b_x, i_leaf, i_head, s_leaves, s_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr
-):
+    p_x, p_power, b_x, i_leaf, i_head, s_leaves, s_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr,
+    PIECE: tl.constexpr
+):  # fmt: skip
     """A pair's gradients to (N, 64, heads, D), to be multiplied by the power (N, heads) of their leaf."""
     b_x, s_power, _inverse = normalised(b_x, WORK)
+    if PIECE is not None:
+        tl.debug_barrier()  # every thread has read what lay there before
     store_rows(p_x + i_head * D, b_x, i_leaf * ROWS, s_leaves * ROWS, s_heads * D, D, BLOCK_D, PAIR)
     if WORK is not None:
         o = tl.arange(0, 2)
@@ -225,6 +288,7 @@ def query_transport_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
+    PIECE: tl.constexpr = None,
 ):
     """Gradients of one pair's moved queries back at its leaves' left edges: x' = x P_left gives dx = dx' P_left^T and
     dP_left = x^T dx'.
@@ -248,29 +312,55 @@ def query_transport_backward_kernel(
         if ((i_index >> level) & 1) == 1:
             i_slot = level * query_slots + i_base + within(i_index, level)
             if (i_index >> (level + 1)) != 0:
-                b_half, s_power, _inverse = normalised(b_d, WORK)
-                b_x = rounded(load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR), WORK)
-                i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
-                b_partial = dot(tl.trans(b_x), b_half) * s_power
-                store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
-                i_left = ((i_index >> level) - 1) << level
-                i_node = 2 * (i_leaf - i_index) + node(i_left, level)
-                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
-                b_d = dot(b_half, tl.trans(b_p)) * s_power
+                if PIECE is not None:
+                    p_moved = p_d_q_left + i_query_head * D
+                    i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
+                    i_left = ((i_index >> level) - 1) << level
+                    i_node = 2 * (i_leaf - i_index) + node(i_left, level)
+                    b_d = _moved_in_pieces(
+                        p_moved, b_d, i_leaf, s_leaves, HQ * D, p_node, i_node * H + i_head, True, D, BLOCK_D, PIECE
+                    )
+                    _store_partial_in_pieces(
+                        p_partials, i_tile, p_query_rows, i_slot * ROWS, p_moved, i_leaf * ROWS, HQ * D,
+                        s_leaves * ROWS, D, BLOCK_D, PIECE
+                    )  # fmt: skip
+                else:
+                    b_half, s_power, _inverse = normalised(b_d, WORK)
+                    b_x = rounded(load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR), WORK)
+                    i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
+                    b_partial = dot(tl.trans(b_x), b_half) * s_power
+                    store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                    i_left = ((i_index >> level) - 1) << level
+                    i_node = 2 * (i_leaf - i_index) + node(i_left, level)
+                    b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                    b_d = dot(b_half, tl.trans(b_p)) * s_power
             b_d += s_factor * load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
     if s_leaves == 2:
         i_slot = i_base + within(i_index + 1, 0)
         if i_index != 0:
-            b_half, s_power, _inverse = normalised(b_d, WORK)
-            b_x = rounded(load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR), WORK)
-            b_partial = dot(tl.trans(b_x), b_half) * s_power
-            i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
-            store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
-            b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
-            b_d = tl.where(m_right[:, None], dot(b_half, tl.trans(b_p)) * s_power, b_d)
+            if PIECE is not None:
+                p_moved = p_d_q_left + i_query_head * D
+                i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
+                b_product = _moved_in_pieces(
+                    p_moved, b_d, i_leaf, s_leaves, HQ * D, p_node, 2 * i_leaf * H + i_head, True, D, BLOCK_D, PIECE
+                )
+                _store_partial_in_pieces(
+                    p_partials, i_tile, p_query_rows, i_slot * ROWS, p_moved, (i_leaf + 1) * ROWS, HQ * D, ROWS, D,
+                    BLOCK_D, PIECE
+                )  # fmt: skip
+                b_d = load_rows(p_moved, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
+                b_d = tl.where(m_right[:, None], b_product, b_d)
+            else:
+                b_half, s_power, _inverse = normalised(b_d, WORK)
+                b_x = rounded(load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR), WORK)
+                b_partial = dot(tl.trans(b_x), b_half) * s_power
+                i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
+                store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
+                b_d = tl.where(m_right[:, None], dot(b_half, tl.trans(b_p)) * s_power, b_d)
         b_row = load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
         b_d += s_factor * b_row.to(tl.float32)
-    _store_pair(p_d_q_left, p_d_q_left_power, b_d, i_leaf, i_query_head, s_leaves, HQ, D, BLOCK_D, WORK)
+    _store_pair(p_d_q_left, p_d_q_left_power, b_d, i_leaf, i_query_head, s_leaves, HQ, D, BLOCK_D, WORK, PIECE)
 
 
 @triton.jit
@@ -295,6 +385,7 @@ def key_transport_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
+    PIECE: tl.constexpr = None,
 ):
     """The same for keys: x' = x P_right^T gives dx = dx' P_right and dP_right = dx'^T x."""
     i_leaf, i_head, i_index, s_count, s_leaves, _, _, _, i_base = _pair(
@@ -313,23 +404,48 @@ def key_transport_backward_kernel(
         if ((i_index >> level) & 1) == 0 and i_right < s_count:
             i_slot = level * key_slots + i_base + within(i_index, level)
             if i_right + (1 << level) < s_count:
-                b_half, s_power, _inverse = normalised(b_d, WORK)
-                b_x = rounded(load_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR), WORK)
-                i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
-                b_partial = dot(tl.trans(b_half), b_x) * s_power
-                store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
-                i_node = 2 * (i_leaf - i_index) + node(i_right, level)
-                b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
-                b_d = dot(b_half, b_p) * s_power
+                if PIECE is not None:
+                    p_moved = p_d_k_right + i_head * D
+                    i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
+                    i_node = 2 * (i_leaf - i_index) + node(i_right, level)
+                    b_d = _moved_in_pieces(
+                        p_moved, b_d, i_leaf, 2, H * D, p_node, i_node * H + i_head, False, D, BLOCK_D, PIECE
+                    )
+                    _store_partial_in_pieces(
+                        p_partials, i_tile, p_moved, i_leaf * ROWS, p_key_rows, i_slot * ROWS, H * D, PAIR, D,
+                        BLOCK_D, PIECE
+                    )  # fmt: skip
+                else:
+                    b_half, s_power, _inverse = normalised(b_d, WORK)
+                    b_x = rounded(load_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR), WORK)
+                    i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
+                    b_partial = dot(tl.trans(b_half), b_x) * s_power
+                    store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                    i_node = 2 * (i_leaf - i_index) + node(i_right, level)
+                    b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
+                    b_d = dot(b_half, b_p) * s_power
             b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     i_slot = i_base + within(i_index, 0)
     if i_index + 2 < s_count:
-        b_half, s_power, _inverse = normalised(b_d, WORK)
-        b_x = rounded(load_where(p_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR), WORK)
-        b_partial = dot(tl.trans(b_half), b_x) * s_power
-        i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
-        store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
-        b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
-        b_d = tl.where(m_left[:, None], dot(b_half, b_p) * s_power, b_d)
+        if PIECE is not None:
+            p_moved = p_d_k_right + i_head * D
+            i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
+            b_product = _moved_in_pieces(
+                p_moved, b_d, i_leaf, 2, H * D, p_node, 2 * (i_leaf + 1) * H + i_head, False, D, BLOCK_D, PIECE
+            )
+            _store_partial_in_pieces(
+                p_partials, i_tile, p_moved, i_leaf * ROWS, p_key_rows, i_slot * ROWS, H * D, ROWS, D, BLOCK_D,
+                PIECE
+            )  # fmt: skip
+            b_d = load_rows(p_moved, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
+            b_d = tl.where(m_left[:, None], b_product, b_d)
+        else:
+            b_half, s_power, _inverse = normalised(b_d, WORK)
+            b_x = rounded(load_where(p_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR), WORK)
+            b_partial = dot(tl.trans(b_half), b_x) * s_power
+            i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
+            store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+            b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
+            b_d = tl.where(m_left[:, None], dot(b_half, b_p) * s_power, b_d)
     b_d += s_factor * load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR).to(tl.float32)
-    _store_pair(p_d_k_right, p_d_k_right_power, b_d, i_leaf, i_head, s_leaves, H, D, BLOCK_D, WORK)
+    _store_pair(p_d_k_right, p_d_k_right_power, b_d, i_leaf, i_head, s_leaves, H, D, BLOCK_D, WORK, PIECE)

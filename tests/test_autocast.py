@@ -1,0 +1,33 @@
+"""Stretches of code that are kept from modes a caller has set, and leave the modes as they were."""
+
+import pytest
+import torch
+
+from path_attention.autocast import without_tf32
+
+CUDA = torch.device("cuda")  # the modes are there without one
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+def test_without_tf32_gives_back_what_was_allowed(allowed: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with without_tf32(CUDA):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == (allowed == "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_without_tf32_gives_it_back_after_an_error() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(RuntimeError, match="of the caller"), without_tf32(CUDA):
+            raise RuntimeError("of the caller")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
