@@ -188,19 +188,31 @@ _LEAF_CHUNK_CPU = 32
 _LEAF_CHUNK_GPU = 1024
 
 
-def _in_chunks(stage: Callable[..., Any], inputs: LeafInputs, masks: LeafMasks, *rows: Tensor) -> list[Any]:
-    """The results of a leaf stage for all leaves, worked out a chunk of leaves at a time."""
+def _chunks(device: torch.device, leaves: int) -> list[slice]:
+    size = _LEAF_CHUNK_CPU if device.type == "cpu" else _LEAF_CHUNK_GPU
+    return [slice(start, start + size) for start in range(0, leaves, size)]
+
+
+def _in_chunks(
+    stage: Callable[..., Any], inputs: LeafInputs, masks: LeafMasks, *rows: Tensor | list[Tensor], pieces: int = 0
+) -> list[Any]:
+    """The results of a leaf stage for all leaves, worked out a chunk of leaves at a time.
+
+    The last so many ``pieces`` of the results are left as lists, a tensor a chunk, which is how ``rows`` takes them.
+    """
     count = inputs.q.shape[0]
-    chunk_size = _LEAF_CHUNK_CPU if inputs.q.device.type == "cpu" else _LEAF_CHUNK_GPU
     whole: list[Any] = []
-    for start in range(0, count, chunk_size):
-        part = slice(start, start + chunk_size)
+    for i, part in enumerate(_chunks(inputs.q.device, count)):
         chunk = inputs._replace(**{name: x[part] for name, x in inputs._asdict().items() if x is not None})
-        results = stage(chunk, masks, *(x[part] for x in rows))
+        results = stage(chunk, masks, *(x[i] if isinstance(x, list) else x[part] for x in rows))
         if not whole:
-            whole = [None if x is None else x.new_empty(count, *x.shape[1:]) for x in results]
+            joined = results[: len(results) - pieces]
+            whole = [None if x is None else x.new_empty(count, *x.shape[1:]) for x in joined]
+            whole += [[] for _ in range(pieces)]
         for target, result in zip(whole, results, strict=True):
-            if result is not None:
+            if isinstance(target, list):
+                target.append(result)
+            elif result is not None:
                 target[part] = result
     return whole
 
@@ -315,7 +327,7 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     dtype = problem.leaf.q.dtype
     out, d_out = (x.to(problem.columns.dtype).unflatten(0, (heads, group)) for x in (out, d_out))
     log_sum_exp = log_sum_exp.unflatten(0, (heads, group))
-    *edges, t_inverse, u, y = _in_chunks(leaf_edges, problem.leaf, problem.masks)
+    *edges, t_inverse, u, y = _in_chunks(leaf_edges, problem.leaf, problem.masks, pieces=3)
     tree = _Tree.grow(problem, LeafEdges(*edges))
     del edges
     values = _values(problem)
@@ -327,7 +339,7 @@ def backward(problem: Problem, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) 
     while climbed:
         _descend(problem, *climbed.pop(), out, log_sum_exp, d_out, d_q, d_k, d_v, d_product, d_gate)
 
-    rows = [problem.leaf_rows(x) for x in (out, log_sum_exp, d_out, d_q)]
+    rows: list[Any] = [problem.leaf_rows(x) for x in (out, log_sum_exp, d_out, d_q)]
     rows += [d_k.flatten(0, 1), d_product.flatten(0, 1), t_inverse, u, y]
     leaf = LeafGradients(*_in_chunks(leaf_backward, problem.leaf, problem.masks, *rows))
     d_v = d_v[..., : leaf.v.shape[-1]].add_(problem.key_rows(leaf.v))

@@ -132,11 +132,12 @@ def leaf_edges(inputs: LeafInputs, masks: LeafMasks) -> tuple[Tensor, ...]:
 
 def _edges(inputs: LeafInputs, x: Tensor, f: Factors) -> LeafEdges:
     q, k, _, w, _, _ = inputs
-    identity = torch.eye(w.shape[2], dtype=w.dtype, device=w.device)
+    product = (w.mT @ f.u).neg_()
+    product.diagonal(dim1=1, dim2=2).add_(1)
     return LeafEdges(
         q_left=torch.baddbmm(q, x, f.u, alpha=-1),
         k_right=torch.baddbmm(k, f.y.mT, w, alpha=-1),
-        product=torch.baddbmm(identity, w.mT, f.u, alpha=-1),
+        product=product,
     )
 
 
