@@ -48,7 +48,8 @@ class Place:
         rank, size: its number and theirs.
         device: its device.
         seconds: limit of a step.
-        tell: called with the line that says where the process got stuck, before it ends.
+        tell: called with a line that somebody should read.
+        last_words: called with the line that says where the process got stuck, before it ends.
     """
 
     rank: int
@@ -56,6 +57,7 @@ class Place:
     device: torch.device
     seconds: float = 60.0
     tell: Callable[[str], None] = print
+    last_words: Callable[[str], None] = print
     objects: Any = None  # group for Python objects, on CPUs
     _steps: list[tuple[str, float]] = field(default_factory=list)
     _timer: threading.Timer = field(default_factory=lambda: threading.Timer(0, print))
@@ -91,7 +93,7 @@ class Place:
         return name
 
     def _stuck(self, name: str, limit: float) -> None:
-        self.tell(f"rank {self.rank} ({socket.gethostname()}, {self.device}): no end of {name!r} after {limit:.0f} s")
+        self.last_words(f"rank {self.rank} ({socket.gethostname()}, {self.device}): no end of {name!r} after {limit:.0f} s")
         os._exit(STUCK)
 
     def join(self, backend: str, **options: Any) -> None:
@@ -219,7 +221,9 @@ def _enter(rank: int, size: int, device: str, seconds: float, meet: str, connect
     """The life of a process of a team."""
     if device == "cpu":
         torch.set_num_threads(1)
-    place = Place(rank, size, torch.device(device), seconds, lambda text: connection.send(("stuck", text)))
+    place = Place(
+        rank, size, torch.device(device), seconds, last_words=lambda text: connection.send(("stuck", text))
+    )
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     try:
         place.device = device_of(device, rank)
