@@ -302,7 +302,7 @@ def _longest(devices: Devices, options: Options, formula: str) -> None:
     each = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
     free = devices.run(forget)
     fits = lengths[0] + (free - peaks[0]) / each
-    tried = []
+    tried: list[dict[str, Any]] = []
     for share in SHARES:
         length = int(fits * share) // lengths[1] * lengths[1]
         seconds = probes[1]["first_ms"] / 1e3 * (length / lengths[1]) ** 2
@@ -317,7 +317,7 @@ def _longest(devices: Devices, options: Options, formula: str) -> None:
     devices.rows.add(key | {"failed": tried[-1]["failed"], "tried": tried})
 
 
-# --- what follows from the rows ----------------------------------------------------------------------------------------
+# --- what follows from the rows --------------------------------------------------------------------------------------
 
 
 def summary(result: dict[str, Any]) -> list[dict[str, Any]]:

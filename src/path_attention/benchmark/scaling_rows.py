@@ -1,4 +1,4 @@
-"""What every process of ``path-attention benchmark scaling`` does for a row: one attention over shards, timed, weighed."""
+"""What each process of ``path-attention benchmark scaling`` does for a row: attention over shards, timed, weighed."""
 
 import statistics
 import time

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -64,7 +64,7 @@ class Place:
 
     @contextmanager
     def step(self, name: str, seconds: float | None = None) -> Iterator[None]:
-        """Ends the process, exit code STUCK, if what is inside takes longer than the limit; steps inside it count anew."""
+        """Ends the process, exit code STUCK, if what is inside takes longer than the limit. Steps inside count anew."""
         limit = self.seconds if seconds is None else seconds
         before = self._steps[-1] if self._steps else None
         self._steps.append((name, limit))
@@ -93,7 +93,9 @@ class Place:
         return name
 
     def _stuck(self, name: str, limit: float) -> None:
-        self.last_words(f"rank {self.rank} ({socket.gethostname()}, {self.device}): no end of {name!r} after {limit:.0f} s")
+        self.last_words(
+            f"rank {self.rank} ({socket.gethostname()}, {self.device}): no end of {name!r} after {limit:.0f} s"
+        )
         os._exit(STUCK)
 
     def join(self, backend: str, **options: Any) -> None:
@@ -160,11 +162,9 @@ class Team:
         Raises:
             ProcessesFailed: in one of them it raised, did not end in time, or the process ended.
         """
-        try:
+        with suppress(OSError):  # it is gone, and its last words say why
             for connection in self._connections:
                 connection.send((function, arguments))
-        except OSError:  # it is gone, and its last words say why
-            pass
         found: dict[int, Any] = {}
         failed: dict[int, tuple[str, str]] = {}
         deadline = None
@@ -199,10 +199,8 @@ class Team:
 
     def close(self) -> None:
         for connection in self._connections:
-            try:
+            with suppress(OSError):  # it is gone already
                 connection.send(None)
-            except OSError:
-                pass  # it is gone already
         for process in self._processes:
             process.join(_LAST_WORDS)
             if process.is_alive():
@@ -221,9 +219,7 @@ def _enter(rank: int, size: int, device: str, seconds: float, meet: str, connect
     """The life of a process of a team."""
     if device == "cpu":
         torch.set_num_threads(1)
-    place = Place(
-        rank, size, torch.device(device), seconds, last_words=lambda text: connection.send(("stuck", text))
-    )
+    place = Place(rank, size, torch.device(device), seconds, last_words=lambda text: connection.send(("stuck", text)))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     try:
         place.device = device_of(device, rank)

@@ -11,8 +11,8 @@ from torch import Tensor
 import path_attention
 from path_attention.distributed.equality import FACTOR, arguments
 from path_attention.doctor.check import Check
-from path_attention.ops import path_attention_reference, unsupported_reason
 from path_attention.ops import path_attention as operator
+from path_attention.ops import path_attention_reference, unsupported_reason
 from path_attention.ops.backends import AUTO, BACKENDS, choose
 
 _PACKAGES = ("triton", "transformers", "accelerate", "safetensors", "numpy", "datasets", "lm_eval")

@@ -36,9 +36,7 @@ def small_model(device: torch.device, seed: int = 0) -> Any:
 
 
 def _settings(context: int) -> Training:
-    return Training(
-        steps=1, batch_size=1, learning_rate=1e-3, parallel=Parallel(strategy="fsdp", context=context)
-    )
+    return Training(steps=1, batch_size=1, learning_rate=1e-3, parallel=Parallel(strategy="fsdp", context=context))
 
 
 def _optimizer(model: Any) -> torch.optim.AdamW:

@@ -102,7 +102,7 @@ def processes(place: Place) -> Check:
     return Check("processes", "ok", found)
 
 
-# --- collectives -------------------------------------------------------------------------------------------------------
+# --- collectives -----------------------------------------------------------------------------------------------------
 
 
 def _all_reduce(place: Place, x: Tensor) -> tuple[Tensor, float, float]:
