@@ -74,7 +74,7 @@ class Trained:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         parallel.prepare(self.model.train(), self.settings, self.mesh)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-4, betas=self.settings.betas, weight_decay=self.settings.weight_decay,
+            self.model.parameters(), lr=1e-4, betas=(self.settings.betas[0], self.settings.betas[1]), weight_decay=self.settings.weight_decay,
             fused=place.device.type == "cuda",
         )  # fmt: skip
         self.ids, self.count, self.shares = self._tokens()

@@ -118,9 +118,9 @@ def computes(device: torch.device, dtype: torch.dtype, gated: bool) -> Check:
         plain = _run(path_attention_reference, [x.float() for x in given])
     except RuntimeError as error:
         return Check(name, "failed", " ".join(str(error).split())[:300])
-    error, allowed = _error(found, exact), FACTOR * max(_error(plain, exact), torch.finfo(dtype).eps / 2)
-    text = f"error {error:.1e} against float64, at most {allowed:.1e} allowed"
-    return Check(name, "ok" if error <= allowed else "failed", text)
+    off, allowed = _error(found, exact), FACTOR * max(_error(plain, exact), torch.finfo(dtype).eps / 2)
+    text = f"error {off:.1e} against float64, at most {allowed:.1e} allowed"
+    return Check(name, "ok" if off <= allowed else "failed", text)
 
 
 def _run(function: object, given: list[Tensor]) -> list[Tensor]:

@@ -31,8 +31,10 @@ def small_model(device: torch.device, seed: int = 0) -> Any:
     from path_attention.models import PaTHConfig, PaTHForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return PaTHForCausalLM(PaTHConfig(mixer="path_fox", intermediate_size=64, use_cache=False, **sizes)).to(device)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PaTHConfig(mixer="path_fox", intermediate_size=64, use_cache=False, **sizes)
+    model: torch.nn.Module = PaTHForCausalLM(config)
+    return model.to(device)
 
 
 def _settings(context: int) -> Training:
