@@ -73,8 +73,9 @@ class Trained:
             self.model: Any = PaTHForCausalLM(PaTHConfig(mixer=work.mixer, use_cache=False, **dict(recipe.model)))
         self.parameters = sum(p.numel() for p in self.model.parameters())
         parallel.prepare(self.model.train(), self.settings, self.mesh)
+        first, second = self.settings.betas
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-4, betas=(self.settings.betas[0], self.settings.betas[1]), weight_decay=self.settings.weight_decay,
+            self.model.parameters(), lr=1e-4, betas=(first, second), weight_decay=self.settings.weight_decay,
             fused=place.device.type == "cuda",
         )  # fmt: skip
         self.ids, self.count, self.shares = self._tokens()
