@@ -84,9 +84,22 @@ def run_engine(backend: str, dim: int, group: int = 1, gated: bool = False, pack
     cuda.backward(backend, out, q, k, k, w, beta, g, out, log_sum_exp, ends, 1.0)  # type: ignore[arg-type]
 
 
+def run_pairs(dim: int, group: int = 1) -> None:
+    """A forward and a backward pass of a pair of pieces."""
+    from path_attention.ops.kernels import pairs
+
+    heads = CHANNELS // dim // group
+    q = torch.zeros(1, heads * group, LENGTH, dim, dtype=torch.bfloat16)
+    k, gate = torch.zeros(1, heads, LENGTH, dim, dtype=torch.bfloat16), torch.zeros(1, heads * group, LENGTH)
+    operands = pairs.Operands(q, k, k, gate, gate)
+    out, log_sum_exp = pairs.forward(operands)
+    pairs.backward(operands, out, log_sum_exp, log_sum_exp)
+
+
 if __name__ == "__main__":
     compiled: list[dict[str, Any]] = []
     compile_instead_of_launching(compiled)
     for call in sys.argv[1:]:
-        run_engine(**json.loads(call))
+        options = json.loads(call)
+        run_pairs(options["dim"]) if options["backend"] == "pairs" else run_engine(**options)
     print(json.dumps(compiled))

@@ -40,6 +40,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "transport_kernels.query_transport_backward_kernel": 140,
         "transport_kernels.key_transport_backward_kernel": 90,
         "dense_kernels.dense_backward_keys_kernel": 1920,
+        "pair_kernels.pair_backward_keys_kernel": 60,
         "hopper.leaf.leaf_backward_kernel": 2200,
         "hopper.dense_backward.dense_backward_kernel": 690,
     },
@@ -65,9 +66,16 @@ def check(found: list[dict[str, Any]], dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_portable_kernels(dim: int) -> None:
-    found = compiled({"backend": "triton", "dim": dim})
+    found = compiled({"backend": "triton", "dim": dim}, {"backend": "pairs", "dim": dim})
     names = {x["kernel"].partition(".")[0] for x in found}
-    assert {"leaf_kernels", "tree_kernels", "transport_kernels", "dense_kernels", "merge_kernels"} <= names
+    assert {
+        "leaf_kernels",
+        "tree_kernels",
+        "transport_kernels",
+        "dense_kernels",
+        "merge_kernels",
+        "pair_kernels",
+    } <= names
     check(found, dim)
 
 

@@ -78,7 +78,7 @@ def _arguments(x: Operands) -> dict[str, object]:
 
 
 def forward(x: Operands) -> tuple[Tensor, Tensor]:
-    """out (batch, HQ, rows, DV) in the dtype of the values and log_sum_exp (batch, HQ, rows) float32, gates included."""
+    """out (batch, HQ, rows, DV) in the dtype of the values and log_sum_exp (batch, HQ, rows) float32, with gates."""
     batch, query_heads, rows, dim = x.queries.shape
     out = x.values.new_empty(batch, query_heads, rows, x.values.shape[3])
     log_sum_exp = torch.empty_like(x.gate_query)
