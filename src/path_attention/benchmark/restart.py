@@ -16,7 +16,7 @@ from path_attention.training.trainer import COMPLETE, METRICS, read_metrics
 
 # Flip-flop language modelling by a tiny model: starting processes is most of the time. The rate is low enough that
 # rounding, where a device adds up in no fixed order, does not grow into another training.
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 40, 5
 RECIPE: dict[str, Any] = {
     "name": "restart",
     "mixers": ["path"],
@@ -25,7 +25,7 @@ RECIPE: dict[str, Any] = {
     "training": {
         "steps": STEPS,
         "learning_rate": 1e-3,
-        "warmup_steps": 10,
+        "warmup_steps": 5,
         "log_every": EVERY,
         "save_every": EVERY,
         "parallel": {"strategy": "fsdp"},
@@ -47,9 +47,9 @@ ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOW
 def scenario(ranks: int, device: str) -> dict[str, Any]:
     """The losses of a disturbed training beside those of an undisturbed one, and the seconds lost."""
     with tempfile.TemporaryDirectory(prefix="path-attention-") as folder:
-        calm = _Training(Path(folder) / "calm", ranks, device)
+        calm = Training(Path(folder) / "calm", ranks, device)
         calm_seconds = calm.wait(None)
-        disturbed = _Training(Path(folder) / "disturbed", ranks, device)
+        disturbed = Training(Path(folder) / "disturbed", ranks, device)
         seconds = disturbed.wait(ranks - 1)
         found = _compare(calm.losses(), disturbed.losses())
     found |= {"killed_rank": ranks - 1, "killed_after_step": disturbed.killed_at, "tolerance": TOLERANCE}
@@ -60,6 +60,12 @@ def scenario(ranks: int, device: str) -> dict[str, Any]:
     return found | {"found": f"{text}; losses differ by {found['largest_difference']:.1e} at most"}
 
 
+def recipe(ranks: int, device: str) -> dict[str, Any]:
+    """RECIPE for so many processes."""
+    how = {"batch_size": SEQUENCES_EACH * ranks, "device": "auto" if device == "cuda" else "cpu"}
+    return RECIPE | {"training": RECIPE["training"] | how}
+
+
 def _compare(calm: dict[int, float], disturbed: dict[int, float]) -> dict[str, Any]:
     if calm.keys() != disturbed.keys() or max(calm, default=0) != STEPS:
         return {"wrong": f"steps {sorted(disturbed)} were logged, undisturbed {sorted(calm)}"}
@@ -68,16 +74,14 @@ def _compare(calm: dict[int, float], disturbed: dict[int, float]) -> dict[str, A
     return found if largest <= TOLERANCE else found | {"wrong": f"losses differ by {largest:.1e}"}
 
 
-class _Training:
+class Training:
     """One run of torchrun in a folder of its own."""
 
     def __init__(self, folder: Path, ranks: int, device: str) -> None:
         folder.mkdir()
         self.folder, self.killed_at, self.failure = folder, None, ""
-        recipe = RECIPE | {"training": RECIPE["training"] | {"batch_size": SEQUENCES_EACH * ranks}}
-        recipe["training"]["device"] = "auto" if device == "cuda" else "cpu"
         file = folder / "restart.yaml"
-        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        file.write_text(yaml.safe_dump(recipe(ranks, device)), encoding="utf-8")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*launch, "--max-restarts=1", "-m", "path_attention", "train", str(file), "--runs", str(folder)]
         self.log = folder / "log.txt"
