@@ -109,7 +109,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, HQ, DV) in the dtype of q and log_sum_exp (B, L, HQ) in that of the computation."""
-    at_edges = AtEdges.of(call, dyadic.edges(call.problem(q, k, w, beta)), k, v, g)
+    at_edges = AtEdges.of(call, call.edges(q, k, w, beta), k, v, g)
     for origin, tensors in call.context.visit(at_edges.shard.tensors()):
         if origin == call.context.rank:  # the first: the next visitor is on its way meanwhile
             rows = [None if x is None else call.by_row(x) for x in (q, k, v, w, beta, g)]
@@ -153,8 +153,7 @@ def _backward(
     call: Call,
 ) -> list[Tensor | None]:
     inputs, context = (q, k, v, w, beta, g), call.context
-    problem = call.problem(q, k, w, beta)
-    at_edges = AtEdges.of(call, dyadic.edges(problem), k, v, g)
+    at_edges = AtEdges.of(call, call.edges(q, k, w, beta), k, v, g)
     gradients = _Gradients.zeros(at_edges)
     of_output = [call.by_piece(x) for x in (d_out, out, log_sum_exp[..., None])]
     on_their_way: PassedOn | None = None
@@ -179,7 +178,7 @@ def _backward(
                 mine += so_far
         on_their_way = PassedOn(context, d_visitor) if context.size > 1 else None
     d_shard = Shard.of_tensors(d_visitor if on_their_way is None else on_their_way.wait())
-    between = _from_edges(call, problem, at_edges, gradients, d_shard, w.shape[2])
+    between = _from_edges(call, (q, k, w, beta), at_edges, gradients, d_shard)
     return [
         None if x is None or add is None else (part.view(x.shape).to(call.dtype) + add).to(x.dtype)
         for x, part, add in zip(inputs, inside, between, strict=True)
@@ -214,25 +213,24 @@ def _pair_backward(
 
 def _from_edges(
     call: Call,
-    problem: dyadic.Problem,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],  # q, k, w, beta
     at_edges: AtEdges,
     gradients: _Gradients,
     d_shard: Shard,
-    reflections: int,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, w, beta and g through what met at the edges."""
     d_products = torch.zeros_like(at_edges.products)
     d_spans = None if at_edges.gate_spans is None else torch.zeros_like(at_edges.gate_spans)
     for ways, d_ways in zip(at_edges.ways, gradients.ways, strict=True):
         ways_backward(at_edges.products, ways, d_ways, d_products, d_spans)
-    found = dyadic.edges_backward(
-        problem,
+    d_q, d_k, d_w, d_beta = call.edges_backward(
+        *inputs,
         dyadic.Edges(
             q_left=gradients.q.flatten(2, 3),
             k_right=d_shard.k.permute(2, 1, 0, 3, 4).flatten(1, 2),
             product=call.context.sum_home(d_products).movedim(0, 2).flatten(1, 2),
         ),
-    ).tokens(problem.plan, call.batch, reflections, call.scale)
+    )
     d_v = d_shard.v.permute(1, 0, 3, 2, 4).flatten(1, 2)
     d_g = None
     if gradients.gate_q is not None and d_shard.gate is not None and d_spans is not None:
@@ -241,7 +239,7 @@ def _from_edges(
         d_g = d_gate_q + sums_after(d_gate_q) + sums_before(d_gate_k)
         d_g += call.context.sum_home(d_spans).movedim(0, 3)[..., None]
         d_g = d_g.permute(2, 3, 4, 0, 1).flatten(3, 4).flatten(1, 2)
-    return found.q, found.k, d_v, found.w, found.beta, d_g
+    return d_q, d_k, d_v, d_w, d_beta, d_g
 
 
 class _ContextParallelAttention(torch.autograd.Function):

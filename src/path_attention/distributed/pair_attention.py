@@ -12,6 +12,7 @@ from torch import Tensor
 
 from path_attention.distributed.edges import AtEdges, Shard, pair_operands
 from path_attention.distributed.pairs import Call, Pair
+from path_attention.ops.backends import has_triton
 from path_attention.ops.columns import fold_queries, unfold_queries
 from path_attention.ops.engines import dense
 
@@ -99,9 +100,7 @@ def _kernels(call: Call, visitor: Shard, pair: Pair) -> Any:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    from path_attention.ops.backends import _has_triton
-
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and has_triton()
 
 
 def _kernel_operands(kernels: Any, call: Call, at_edges: AtEdges, visitor: Shard, pair: Pair) -> Any:

@@ -96,10 +96,21 @@ def run_pairs(dim: int, group: int = 1) -> None:
     pairs.backward(operands, out, log_sum_exp, log_sum_exp)
 
 
+def run_edges(dim: int) -> None:
+    """Rows at the edges of pieces, and back."""
+    from path_attention.ops.engines import edges
+
+    heads = CHANNELS // dim
+    q = torch.zeros(1, LENGTH, heads, dim, dtype=torch.bfloat16)
+    w, beta = torch.zeros(1, LENGTH, 1, heads, dim), torch.zeros(1, LENGTH, 1, heads)
+    edges.backward(q, q, w, beta, LENGTH, 1.0, edges.edges(q, q, w, beta, LENGTH, 1.0))
+
+
 if __name__ == "__main__":
     compiled: list[dict[str, Any]] = []
     compile_instead_of_launching(compiled)
     for call in sys.argv[1:]:
         options = json.loads(call)
-        run_pairs(options["dim"]) if options["backend"] == "pairs" else run_engine(**options)
+        others = {"pairs": run_pairs, "edges": run_edges}
+        others[options["backend"]](options["dim"]) if options["backend"] in others else run_engine(**options)
     print(json.dumps(compiled))

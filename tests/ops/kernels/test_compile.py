@@ -37,7 +37,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "leaf_kernels.leaf_backward_kernel": 5620,
         "transport_kernels.query_transport_kernel": 430,
         "transport_kernels.key_transport_kernel": 300,
-        "transport_kernels.query_transport_backward_kernel": 140,
+        "transport_kernels.query_transport_backward_kernel": 175,  # 156 where the rows' gradients are float32
         "transport_kernels.key_transport_backward_kernel": 90,
         "dense_kernels.dense_backward_keys_kernel": 1920,
         "pair_kernels.pair_backward_keys_kernel": 60,
@@ -66,7 +66,9 @@ def check(found: list[dict[str, Any]], dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_portable_kernels(dim: int) -> None:
-    found = compiled({"backend": "triton", "dim": dim}, {"backend": "pairs", "dim": dim})
+    found = compiled(
+        {"backend": "triton", "dim": dim}, {"backend": "pairs", "dim": dim}, {"backend": "edges", "dim": dim}
+    )
     names = {x["kernel"].partition(".")[0] for x in found}
     assert {
         "leaf_kernels",
