@@ -207,8 +207,8 @@ def test_split_sequence_equals_whole(tmp_path: Path) -> None:
 
 @with_processes
 def test_by_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those for gates in half precision, and those for rows at the edges of pieces, in Triton's interpreter: results are
-    those of torch's kernels and of the algorithm in torch.
+    """Those for gates in half precision, and those for rows at the edges of pieces, in Triton's interpreter: results
+    are those of torch's kernels and of the algorithm in torch.
 
     Two pieces of 128 tokens are one pair. Grouped queries, a batch, values of another width. In float32, which on a GPU
     is not theirs: both round alike there but for the order of sums.

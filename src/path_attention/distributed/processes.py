@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 # Exit code of a process that ended itself because a step took too long.
 STUCK = 70
-# What processes of a team want, imported once for all of them, by a server that computes nothing and has no device:
-# importing takes seconds, and new processes are needed after every failure. What is not installed is left out.
+# What processes of a team want, imported once for all of them by a server that computes nothing: importing takes
+# seconds. What is not installed is left out. On CPUs alone: where an import asks for GPUs, forked processes have none.
 _IMPORTED = ("path_attention.distributed.equality", "path_attention.models", "path_attention.training.trainer")
 # Seconds that the others get to say where they are, once one has failed.
 _LAST_WORDS = 2.0
@@ -145,8 +145,9 @@ class Team:
     """
 
     def __init__(self, size: int, device: str, seconds: float = 60.0) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_IMPORTED))
+        context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+        if device != "cuda":
+            context.set_forkserver_preload(list(_IMPORTED))
         self.size = size
         self._meet = tempfile.TemporaryDirectory(prefix="path-attention-")
         self._connections: list[Connection] = []

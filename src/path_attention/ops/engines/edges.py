@@ -3,8 +3,8 @@
 
 The kernels move a leaf's queries as far as there is a left sibling, and its keys as far as there is a right one. So
 every piece is told to be half of a sequence twice its length: for its queries the right half (leaves n to 2n - 1 of
-2n), for its keys the left one (leaves 0 to n - 1). At level m both halves are siblings: there its rows stand at the piece's
-edges. The other half does not exist, and nothing ever looks at it. Lower levels are steps on the way.
+2n), for its keys the left one (leaves 0 to n - 1). At level m both halves are siblings: there its rows stand at the
+piece's edges. The other half does not exist, and nothing ever looks at it. Lower levels are steps on the way.
 """
 
 from collections.abc import Iterator
