@@ -54,10 +54,13 @@ def app() -> Any:
     application.command()(_checked(demo))
     application.command()(_checked(task))
     application.command(context_settings={"allow_interspersed_args": True})(_checked(reproduce))
+    application.command()(_checked(doctor))
     benchmark = typer.Typer(no_args_is_help=True, help="Time and memory.")
     benchmark.callback()(lambda: None)
     benchmark.command("operator")(_checked(benchmark_operator))
     benchmark.command("decode")(_checked(benchmark_decode))
+    benchmark.command("scaling")(_checked(benchmark_scaling))
+    benchmark.command("training-scaling")(_checked(benchmark_training_scaling))
     application.add_typer(benchmark, name="benchmark")
     return application
 
@@ -504,6 +507,102 @@ def benchmark_decode(
     whole = None if model == "none" else model
     options: dict[str, Any] = {"dtype": dtype, "device": device, "repeats": repeats, "model": whole, "prompt": prompt}
     run_decode_benchmark(shapes=None if shapes is None else shapes.split(","), **options, out=out, plot=plot)
+
+
+def benchmark_scaling(
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try it out.")] = "cuda",
+    ranks: Annotated[str | None, typer.Option(help="Numbers of devices, by commas; else 1, 2, 4, 8.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens in all, by commas; else 32768 and doubling.")] = None,
+    heads: Annotated[int, typer.Option(help="Query and key heads.")] = 32,
+    head_dim: Annotated[int, typer.Option(help="Of each.")] = 64,
+    quick: Annotated[bool, typer.Option("--quick", help="Two lengths, not the longest; under a minute.")] = False,
+    repeats: Annotated[int | None, typer.Option(help="Timed repetitions of each.  [5; quick 2]")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file, with a figure beside it; continued if there.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Of the sources, where git does not tell.")] = None,
+) -> None:
+    """The operator over a sequence that several devices share: equality, time, memory, the longest sequence."""
+    if min(repeats or 1, heads, head_dim) < 1:
+        raise ValueError("--repeats, --heads, --head-dim: wanted numbers above 0")
+    from path_attention.benchmark.scaling import run_scaling_benchmark
+
+    run_scaling_benchmark(
+        device=device,
+        ranks=_numbers("--ranks", ranks),
+        lengths=_numbers("--lengths", lengths),
+        heads=heads,
+        dim=head_dim,
+        quick=quick,
+        repeats=repeats,
+        out=out,
+        commit=commit,
+    )
+
+
+def benchmark_training_scaling(
+    device: Annotated[str, typer.Option(help="cuda; cpu tries it out with a tiny model.")] = "cuda",
+    ranks: Annotated[str | None, typer.Option(help="Numbers of devices, by commas; else 1, 2, 4, 8.")] = None,
+    mixer: Annotated[str, typer.Option(help="path or path_fox.")] = "path",
+    compile: Annotated[bool, typer.Option(help="torch.compile, as the recipe has it.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape, fewer repeats, nothing compiled.")] = False,
+    parts: Annotated[str, typer.Option(help="Some of them, by commas.")] = "steps,checkpoint,restart",
+    out: Annotated[Path | None, typer.Option(help="JSON file, with a figure beside it; continued if there.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Of the sources, where git does not tell.")] = None,
+) -> None:
+    """The paper's 760M model by FSDP2 and context parallelism on several devices; checkpoints; a killed process."""
+    _quiet()
+    from path_attention.benchmark.training_scaling import run_training_scaling
+
+    run_training_scaling(
+        device=device,
+        ranks=_numbers("--ranks", ranks),
+        mixer=mixer,
+        compile=compile,
+        quick=quick,
+        parts=[part for part in parts.split(",") if part],
+        out=out,
+        commit=commit,
+    )
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(x) for x in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: wanted whole numbers separated by commas, got {text!r}") from None
+
+
+def doctor(
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Several processes: those of torchrun, or one for each GPU here.")
+    ] = False,
+    processes: Annotated[int | None, typer.Option(help="How many to start here; else one for each GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Try out a step of it: a YAML file, or a shipped one.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="One that all processes see; for the checkpoint.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a step hangs.")] = 60.0,
+) -> None:
+    """Check this machine, or with --distributed a cluster, before a long job; exit code 1 if something is wrong.
+
+    Versions, devices, which backend serves which call, and whether each device computes the definition. With
+    --distributed: collectives and their bandwidth, context parallelism against one process, FSDP2, a checkpoint read by
+    another number of processes, and with --recipe the memory of its step. On several machines: torchrun ... -m
+    path_attention doctor --distributed --folder SHARED
+    """
+    beside = {"--processes": processes, "--device": device, "--recipe": recipe, "--folder": folder}
+    if not distributed and (given := [option for option, value in beside.items() if value is not None]):
+        raise ValueError(f"{given[0]}: wanted --distributed beside it")
+    if not timeout > 0:
+        raise ValueError(f"--timeout: wanted a number above 0, got {timeout}")
+    from path_attention.doctor import examine, examine_together
+
+    if distributed:
+        well = examine_together(processes=processes, device=device, recipe=recipe, folder=folder, seconds=timeout)
+    else:
+        well = examine()
+    if not well:
+        raise typer.Exit(FAILED)
 
 
 def _checked(command: Callable[..., None]) -> Callable[..., None]:

@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from path_attention.checks import bad
+from path_attention.distributed import pair_attention
 from path_attention.distributed.context import ContextParallel, Layout, PassedOn
-from path_attention.distributed.edges import AtEdges, Shard, Way, pair_operands, sums_after, sums_before, ways_backward
+from path_attention.distributed.edges import AtEdges, Shard, Way, sums_after, sums_before, ways_backward
+from path_attention.distributed.pair_attention import Whole
 from path_attention.distributed.pairs import Call, Pair
 from path_attention.layers.padding import sequence_boundaries
 from path_attention.ops import dyadic
 from path_attention.ops.arguments import check_values, validate_arguments
 from path_attention.ops.autograd import out_of_autocast, path_attention_backward, path_attention_forward
 from path_attention.ops.backends import AUTO, Backend
-from path_attention.ops.columns import fold_queries, unfold_queries
-from path_attention.ops.engines import dense
 from path_attention.ops.path_attention import check_backend
 
 
@@ -66,7 +66,8 @@ def path_attention_context_parallel(
         scale: factor of the q.k part; None means D ** -0.5.
         cu_seqlens: (N + 1,) boundaries of packed sequences in the WHOLE row, the same on every process; last L.
         check_inputs: also look at the values, as path_attention does, and compare the shapes of all processes.
-        backend: what computes attention inside the pieces. Between them it is torch's attention kernel.
+        backend: what computes attention inside the pieces. Between them it is torch's attention kernel or, with gates
+            in bfloat16 on a GPU, a kernel of ours; with "torch" torch's always.
 
     Returns:
         (B, L / n, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g.
@@ -108,25 +109,16 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, HQ, DV) in the dtype of q and log_sum_exp (B, L, HQ) in that of the computation."""
-    at_edges = AtEdges.of(call, dyadic.edges(call.problem(q, k, w, beta)), k, v, g)
+    at_edges = AtEdges.of(call, call.edges(q, k, w, beta), k, v, g)
     for origin, tensors in call.context.visit(at_edges.shard.tensors()):
         if origin == call.context.rank:  # the first: the next visitor is on its way meanwhile
             rows = [None if x is None else call.by_row(x) for x in (q, k, v, w, beta, g)]
-            part = path_attention_forward(*rows, call.local_cu_seqlens, call.scale, call.backend)
-            out, log_sum_exp = (call.by_piece(x).to(call.dtype) for x in part)
+            inside = path_attention_forward(*rows, call.local_cu_seqlens, call.scale, call.backend)
+            out, log_sum_exp = (call.by_piece(x).to(call.dtype) for x in inside)
             log_sum_exp = log_sum_exp[..., None]
         for pair in call.pairs(origin):
-            operands = pair_operands(call, at_edges, Shard.of_tensors(tensors), pair)
-            part, part_log_sum_exp = dense.select(operands.q).forward(*operands[:3])
-            part_log_sum_exp = part_log_sum_exp[..., None]
-            if operands.gate is not None:
-                part_log_sum_exp = part_log_sum_exp + operands.gate
-            dyadic.merge(
-                call.query_rows(out, pair),
-                call.query_rows(log_sum_exp, pair),
-                unfold_queries(part[..., : v.shape[-1]], call.group),
-                unfold_queries(part_log_sum_exp, call.group),
-            )
+            part = pair_attention.forward(call, at_edges, Shard.of_tensors(tensors), pair)
+            dyadic.merge(call.query_rows(out, pair), call.query_rows(log_sum_exp, pair), *part)
     return out.flatten(1, 2).to(q.dtype), log_sum_exp.squeeze(-1).flatten(1, 2)
 
 
@@ -161,11 +153,9 @@ def _backward(
     call: Call,
 ) -> list[Tensor | None]:
     inputs, context = (q, k, v, w, beta, g), call.context
-    problem = call.problem(q, k, w, beta)
-    at_edges = AtEdges.of(call, dyadic.edges(problem), k, v, g)
+    at_edges = AtEdges.of(call, call.edges(q, k, w, beta), k, v, g)
     gradients = _Gradients.zeros(at_edges)
-    of_output = (call.by_piece(x) for x in (d_out, out, log_sum_exp[..., None]))
-    d_out_pieces, out_pieces, log_sum_exp_pieces = of_output
+    of_output = [call.by_piece(x) for x in (d_out, out, log_sum_exp[..., None])]
     on_their_way: PassedOn | None = None
     for origin, tensors in context.visit(at_edges.shard.tensors()):
         if origin == context.rank:
@@ -178,9 +168,7 @@ def _backward(
                 at_edges,
                 Shard.of_tensors(tensors),
                 pair,
-                call.query_rows(d_out_pieces, pair),
-                call.query_rows(out_pieces, pair),
-                call.query_rows(log_sum_exp_pieces, pair),
+                Whole(*(call.query_rows(x, pair) for x in of_output)),
                 gradients,
                 Shard.of_tensors(d_visitor),
             )
@@ -190,7 +178,7 @@ def _backward(
                 mine += so_far
         on_their_way = PassedOn(context, d_visitor) if context.size > 1 else None
     d_shard = Shard.of_tensors(d_visitor if on_their_way is None else on_their_way.wait())
-    between = _from_edges(call, problem, at_edges, gradients, d_shard, w.shape[2])
+    between = _from_edges(call, (q, k, w, beta), at_edges, gradients, d_shard)
     return [
         None if x is None or add is None else (part.view(x.shape).to(call.dtype) + add).to(x.dtype)
         for x, part, add in zip(inputs, inside, between, strict=True)
@@ -202,58 +190,47 @@ def _pair_backward(
     at_edges: AtEdges,
     visitor: Shard,
     pair: Pair,
-    d_out: Tensor,  # (H, G, B, rows, dim), as out and log_sum_exp, of the whole attention
-    out: Tensor,
-    log_sum_exp: Tensor,
+    whole: Whole,
     gradients: _Gradients,
     d_visitor: Shard,
 ) -> None:
     """Add a pair's share to the gradients of our side and to those of the visitor."""
-    columns, operands = call.columns, pair_operands(call, at_edges, visitor, pair)
-    log_sum_exp = fold_queries(log_sum_exp)
-    if operands.gate is not None:
-        log_sum_exp = log_sum_exp - operands.gate
-    d_rows, d_keys, d_values = dense.select(operands.q).backward(
-        columns.fill(fold_queries(d_out)),
-        *operands[:3],
-        columns.fill(fold_queries(out)),
-        log_sum_exp.squeeze(-1),
-    )
+    found = pair_attention.backward(call, at_edges, visitor, pair, whole)
     d_k, d_v, d_gate = d_visitor.keys(pair)
-    d_k += d_keys[..., : columns.dim]
-    d_v += d_values[..., : d_v.shape[-1]]
+    d_k += found.k
+    d_v += found.v
     way, d_way = at_edges.ways[pair.own][pair.piece], gradients.ways[pair.own][pair.piece]
-    d_moved = unfold_queries(d_rows[..., : columns.dim], call.group).to(call.dtype)
+    d_moved = found.moved.to(call.dtype)
     gradients.q[:, :, :, pair.own, : pair.rows] += d_moved @ way.product[:, None].mT
     d_way.product.copy_((at_edges.q[:, :, :, pair.own, : pair.rows].mT @ d_moved).sum(1))
     if d_gate is not None and gradients.gate_q is not None and d_way.gate is not None:
-        d_gate += columns.column_sums(d_keys)
-        row_sums = columns.row_sums(d_rows)
-        gradients.gate_q[:, :, :, pair.own, : pair.rows] += row_sums
-        d_way.gate.copy_(row_sums.sum((-1, -2)))
+        assert found.row_sums is not None
+        assert found.column_sums is not None
+        d_gate += found.column_sums
+        gradients.gate_q[:, :, :, pair.own, : pair.rows] += found.row_sums
+        d_way.gate.copy_(found.row_sums.sum((-1, -2)))
 
 
 def _from_edges(
     call: Call,
-    problem: dyadic.Problem,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],  # q, k, w, beta
     at_edges: AtEdges,
     gradients: _Gradients,
     d_shard: Shard,
-    reflections: int,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, w, beta and g through what met at the edges."""
     d_products = torch.zeros_like(at_edges.products)
     d_spans = None if at_edges.gate_spans is None else torch.zeros_like(at_edges.gate_spans)
     for ways, d_ways in zip(at_edges.ways, gradients.ways, strict=True):
         ways_backward(at_edges.products, ways, d_ways, d_products, d_spans)
-    found = dyadic.edges_backward(
-        problem,
+    d_q, d_k, d_w, d_beta = call.edges_backward(
+        *inputs,
         dyadic.Edges(
             q_left=gradients.q.flatten(2, 3),
             k_right=d_shard.k.permute(2, 1, 0, 3, 4).flatten(1, 2),
             product=call.context.sum_home(d_products).movedim(0, 2).flatten(1, 2),
         ),
-    ).tokens(problem.plan, call.batch, reflections, call.scale)
+    )
     d_v = d_shard.v.permute(1, 0, 3, 2, 4).flatten(1, 2)
     d_g = None
     if gradients.gate_q is not None and d_shard.gate is not None and d_spans is not None:
@@ -262,7 +239,7 @@ def _from_edges(
         d_g = d_gate_q + sums_after(d_gate_q) + sums_before(d_gate_k)
         d_g += call.context.sum_home(d_spans).movedim(0, 3)[..., None]
         d_g = d_g.permute(2, 3, 4, 0, 1).flatten(3, 4).flatten(1, 2)
-    return found.q, found.k, d_v, found.w, found.beta, d_g
+    return d_q, d_k, d_v, d_w, d_beta, d_g
 
 
 class _ContextParallelAttention(torch.autograd.Function):

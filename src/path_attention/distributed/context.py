@@ -126,14 +126,16 @@ class ContextParallel:
         """:meth:`gather`, without derivative."""
         parts = x.new_empty(self.size, *x.shape)
         dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.group)
-        return parts.flatten(0, 1)[_inverse(self._order)]
+        held = parts.flatten(0, 1).unbind()
+        return torch.stack([held[place] for place in _inverse(self._order)])  # an index would make the host wait
 
     def sum_home(self, x: Tensor) -> Tensor:
         """(all pieces, ...) of every process -> their sum for the pieces of this one; the adjoint of :meth:`gather`.
 
         Added up here in the order of the processes: a reduction inside the network would keep no order.
         """
-        parts = x[self._order].unflatten(0, (self.size, self.pieces_each)).contiguous()
+        pieces = x.unbind()
+        parts = torch.stack([pieces[piece] for piece in self._order]).unflatten(0, (self.size, self.pieces_each))
         received = torch.empty_like(parts)
         dist.all_to_all_single(received, parts, group=self.group)
         return received.sum(0)
@@ -166,14 +168,15 @@ class ContextParallel:
             raise ValueError(f"x: got pieces of {pieces.shape[1]} tokens; wanted at least the {count} that others need")
         ends = self.gather(pieces[:, pieces.shape[1] - count :])
         ends = torch.cat([torch.zeros_like(ends[:1]), ends])  # what lies before piece p is now in place p
-        return ends[list(self.pieces)].transpose(1, 2)
+        return torch.stack([ends[piece] for piece in self.pieces]).transpose(1, 2)
 
     def next_tokens(self, x: Tensor, last: int) -> Tensor:
         """(B, L) of integers -> (B, L): the one after each in the whole sequence, ``last`` after its last."""
         pieces = self.split(x)
         starts = self.gather_pieces(pieces[:, :1])
         starts = torch.cat([starts[1:], torch.full_like(starts[:1], last)])
-        return torch.cat([pieces[:, 1:], starts[list(self.pieces)]], dim=1).flatten(0, 1).transpose(0, 1).contiguous()
+        following = torch.stack([starts[piece] for piece in self.pieces])
+        return torch.cat([pieces[:, 1:], following], dim=1).flatten(0, 1).transpose(0, 1).contiguous()
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the processes, on each of them. Differentiable."""

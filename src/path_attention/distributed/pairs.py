@@ -11,6 +11,7 @@ from torch import Tensor
 
 from path_attention.distributed.context import ContextParallel
 from path_attention.ops import dyadic
+from path_attention.ops.backends import has_triton
 from path_attention.ops.columns import Columns
 from path_attention.ops.spans import plan_spans
 
@@ -97,6 +98,33 @@ class Call:
         """Our pieces as spans; their values play no part, one column stands in for them."""
         plan = plan_spans((self.length,) * (self.batch * self.context.pieces_each), dyadic.LEAF, to_edges=True)
         return dyadic.Problem.pack(plan, q, k, k[..., :1], w, beta, None, self.scale)
+
+    def edges(self, q: Tensor, k: Tensor, w: Tensor, beta: Tensor) -> dyadic.Edges:
+        """Rows at the edges of our pieces, and the pieces' products."""
+        if self._has_kernels(q, w):
+            from path_attention.ops.engines import edges
+
+            return edges.edges(q, k, w, beta, self.length, self.scale)
+        return dyadic.edges(self.problem(q, k, w, beta))
+
+    def edges_backward(
+        self, q: Tensor, k: Tensor, w: Tensor, beta: Tensor, d_edges: dyadic.Edges
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of q, k, w and beta by way of :meth:`edges`."""
+        if self._has_kernels(q, w):
+            from path_attention.ops.engines import edges
+
+            return edges.backward(q, k, w, beta, self.length, self.scale, d_edges)
+        problem = self.problem(q, k, w, beta)
+        found = dyadic.edges_backward(problem, d_edges).tokens(problem.plan, self.batch, w.shape[2], self.scale)
+        return found.q, found.k, found.w, found.beta
+
+    def _has_kernels(self, q: Tensor, w: Tensor) -> bool:
+        if self.backend == "torch" or not q.is_cuda or not has_triton():
+            return False
+        from path_attention.ops.engines import edges
+
+        return edges.unsupported_reason(q, w, self.length) is None
 
     def by_row(self, x: Tensor) -> Tensor:
         """(B, p * C, ...) -> the sequences of the attention inside the pieces: (B * p, C, ...), or a packed row."""

@@ -20,7 +20,7 @@ UNORDERED: tuple[Backend, ...] = ("hopper", "sdpa")
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
@@ -32,7 +32,7 @@ def reason_against(
         return None
     if not q.is_cuda:
         return f"q is on {q.device}, not on CUDA"
-    if not _has_triton():
+    if not has_triton():
         return "triton is not installed"
     from path_attention.ops.engines import cuda
 

@@ -39,8 +39,8 @@ def save(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
         dcp.save(state, checkpoint_id=folder / STATE, no_dist=alone)
 
 
-def load(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """Read FOLDER/state into the model and the optimiser; every process calls it.
+def load(model: nn.Module, optimizer: Optimizer, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Read FOLDER/state into the model and the optimiser; every process calls it, or every one of ``group``.
 
     Raises:
         ValueError: it is the checkpoint of a model of another configuration, or none of ours.
@@ -51,7 +51,7 @@ def load(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     with _alone_or_not() as alone:
-        dcp.load(state, checkpoint_id=folder / STATE, no_dist=alone)
+        dcp.load(state, checkpoint_id=folder / STATE, process_group=group, no_dist=alone)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )

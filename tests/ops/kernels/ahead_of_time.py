@@ -92,9 +92,33 @@ def run_engine(
     cuda.backward(backend, out, q, k, k, w, beta, g, out, log_sum_exp, ends, 1.0)  # type: ignore[arg-type]
 
 
+def run_pairs(dim: int, group: int = 1) -> None:
+    """A forward and a backward pass of a pair of pieces."""
+    from path_attention.ops.kernels import pairs
+
+    heads = CHANNELS // dim // group
+    q = torch.zeros(1, heads * group, LENGTH, dim, dtype=torch.bfloat16)
+    k, gate = torch.zeros(1, heads, LENGTH, dim, dtype=torch.bfloat16), torch.zeros(1, heads * group, LENGTH)
+    operands = pairs.Operands(q, k, k, gate, gate)
+    out, log_sum_exp = pairs.forward(operands)
+    pairs.backward(operands, out, log_sum_exp, log_sum_exp)
+
+
+def run_edges(dim: int) -> None:
+    """Rows at the edges of pieces, and back."""
+    from path_attention.ops.engines import edges
+
+    heads = CHANNELS // dim
+    q = torch.zeros(1, LENGTH, heads, dim, dtype=torch.bfloat16)
+    w, beta = torch.zeros(1, LENGTH, 1, heads, dim), torch.zeros(1, LENGTH, 1, heads)
+    edges.backward(q, q, w, beta, LENGTH, 1.0, edges.edges(q, q, w, beta, LENGTH, 1.0))
+
+
 if __name__ == "__main__":
     compiled: list[dict[str, Any]] = []
     compile_instead_of_launching(compiled)
     for call in sys.argv[1:]:
-        run_engine(**json.loads(call))
+        options = json.loads(call)
+        others = {"pairs": run_pairs, "edges": run_edges}
+        others[options["backend"]](options["dim"]) if options["backend"] in others else run_engine(**options)
     print(json.dumps(compiled))

@@ -40,6 +40,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "transport_kernels.query_transport_backward_kernel": 140,
         "transport_kernels.key_transport_backward_kernel": 90,
         "dense_kernels.dense_backward_keys_kernel": 1920,
+        "pair_kernels.pair_backward_keys_kernel": 62,
         "hopper.leaf.leaf_backward_kernel": 2200,
         "hopper.dense_backward.dense_backward_kernel": 690,
     },
@@ -54,6 +55,11 @@ SPILLS: dict[int, dict[str, int]] = {
     },
 }
 SPILLS_FLOAT32 = {64: {"dense_kernels.dense_backward_keys_kernel": 670}, 256: SPILLS[256]}
+# Of a split sequence's edges, whose gradients leave the same kernels in float32 and come without a factor.
+EDGE_SPILLS: dict[int, dict[str, int]] = {
+    64: SPILLS[64] | {"leaf_kernels.leaf_backward_kernel": 3290},
+    128: SPILLS[128] | {"transport_kernels.query_transport_backward_kernel": 172},
+}
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
@@ -66,19 +72,27 @@ def compiled(*calls: dict[str, Any]) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def check(found: list[dict[str, Any]], accepted: dict[str, int]) -> None:
+def check(found: list[dict[str, Any]], spills: dict[str, int]) -> None:
     for x in found:
         assert not x["warnings"], x
         assert x["shared_bytes"] <= MOST_SHARED, x
-        assert x["spilled_bytes"] <= accepted.get(x["kernel"], 0), x
+        assert x["spilled_bytes"] <= spills.get(x["kernel"], 0), x
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_portable_kernels(dim: int) -> None:
-    found = compiled({"backend": "triton", "dim": dim})
+    found = compiled({"backend": "triton", "dim": dim}, {"backend": "pairs", "dim": dim})
     names = {x["kernel"].partition(".")[0] for x in found}
-    assert {"leaf_kernels", "tree_kernels", "transport_kernels", "dense_kernels", "merge_kernels"} <= names
+    stages = ("leaf", "tree", "transport", "dense", "merge", "pair")
+    assert {f"{stage}_kernels" for stage in stages} <= names
     check(found, SPILLS[dim])
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_edges_of_pieces(dim: int) -> None:
+    found = compiled({"backend": "edges", "dim": dim})
+    assert {x["kernel"].partition(".")[0] for x in found} == {"leaf_kernels", "tree_kernels", "transport_kernels"}
+    check(found, EDGE_SPILLS[dim])
 
 
 def test_wide_rows() -> None:

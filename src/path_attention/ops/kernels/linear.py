@@ -172,12 +172,17 @@ def _leaves(
     out: Tensor | None,
     log_sum_exp: Tensor | None,
     factors: tuple[Tensor, Tensor, Tensor] | None,
+    node_rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All nodes of the tree (2 N, H, D, D), q_left (N, 64, HQ, D), k_right (N, 64, H, D) and the nodes' gates."""
+    """All nodes of the tree (2 N, H, D, D), q_left (N, 64, HQ, D), k_right (N, 64, H, D) and the nodes' gates.
+
+    node_rest: where what rounding leaves of the nodes goes, for callers that want it.
+    """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     leaves, is_half = table.num_leaves, inputs.work_dtype != torch.float32
     nodes = inputs.empty(2 * leaves, heads, dim, dim)
-    node_rest = torch.empty_like(nodes) if is_half else None
+    if is_half and node_rest is None:
+        node_rest = torch.empty_like(nodes)
     gate_nodes = None if inputs.g is None else inputs.empty(2 * leaves, query_heads, dtype=torch.float32)
     q_left, k_right = inputs.empty(leaves, LEAF, query_heads, dim), inputs.empty(leaves, LEAF, heads, dim)
     if inputs.leaves == "torch":

@@ -1,0 +1,289 @@
+"""Rows at the edges of whole pieces, and the pieces' products, by the linear stages' Triton kernels: ops/dyadic.py's
+``edges`` for pieces of 64 * 2^m tokens.
+
+The kernels move a leaf's queries as far as there is a left sibling, and its keys as far as there is a right one. So
+every piece is told to be half of a sequence twice its length: for its queries the right half (leaves n to 2n - 1 of
+2n), for its keys the left one (leaves 0 to n - 1). At level m both halves are siblings: there its rows stand at the
+piece's edges. The other half does not exist, and nothing ever looks at it. Lower levels are steps on the way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from path_attention.ops import dyadic
+from path_attention.ops.engines import cuda
+from path_attention.ops.kernels import linear
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+from path_attention.ops.kernels.linear import Inputs
+from path_attention.ops.kernels.transport_kernels import (
+    key_transport_backward_kernel,
+    key_transport_kernel,
+    query_transport_backward_kernel,
+    query_transport_kernel,
+)
+from path_attention.ops.kernels.tree_kernels import tree_backward_kernel
+
+# Leaves times key heads that go through the stages together. Rows of all levels are held for them: as many as the
+# operator's own parts hold, which are twice as long and have rows of every other leaf alone.
+PART = cuda.PART // 2
+
+
+def unsupported_reason(q: Tensor, w: Tensor, length: int) -> str | None:
+    """Why pieces of this length cannot be served, or None. w is (B, L, R, H, D)."""
+    leaves = length // LEAF
+    if length % LEAF or leaves < 2 or leaves & (leaves - 1):
+        return f"pieces of {length} tokens are not {LEAF} times a power of two from 2 on"
+    if q.shape[3] % cuda.COLUMNS:
+        return f"head_dim {q.shape[3]} is not a multiple of {cuda.COLUMNS}"
+    if reason := cuda.unsupported_reason("triton", q, q, w, None, None):
+        return reason
+    if cuda._leaves_by("triton", q, q, w) == "torch":
+        return "its leaves are computed in torch, and so are rows at its edges"
+    return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some key heads of all pieces, and the tables of both halves."""
+
+    inputs: Inputs
+    right: LeafTable  # of the queries, the leaves and the tree
+    left: LeafTable  # of the keys
+    heads: slice
+
+    @property
+    def top(self) -> int:
+        """The level at which rows stand at the edges of pieces."""
+        return self.right.num_levels - 1
+
+    @property
+    def leaves_each(self) -> int:
+        return 1 << self.top
+
+    def roots(self) -> slice:
+        """Nodes of the pieces' products."""
+        return slice(self.leaves_each - 1, None, 2 * self.leaves_each)
+
+
+def _tables(pieces: int, length: int, device: torch.device) -> tuple[LeafTable, LeafTable]:
+    leaves = length // LEAF
+    number = torch.arange(pieces * leaves)
+    piece, index = number // leaves, number % leaves
+    slots = piece * leaves
+    whole = torch.full_like(number, LEAF)
+
+    def table(first: int, count: int, keys: Tensor) -> LeafTable:
+        columns = [number * LEAF, whole, index + first, torch.full_like(number, count), slots, keys, slots, index]
+        return LeafTable(
+            columns=torch.stack(columns, dim=1).to(torch.int32).to(device, non_blocking=True),
+            leaves=1,
+            length=1,
+            queries=1,
+            keys=1,
+            num_leaves=pieces * leaves,
+            num_levels=leaves.bit_length(),  # m + 1
+            query_slots=pieces * leaves,
+            key_slots=pieces * leaves,
+            row_slots=pieces * leaves,
+        )
+
+    # The right half is said to have something to its right, or the products at its end would be left out. Its keys'
+    # slots, which the tree asks for, are those of the left half: half of the leaves less at every level below m.
+    return table(leaves, 2 * leaves + 2, slots - leaves // 2), table(0, 2 * leaves, slots)
+
+
+def _parts(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float) -> Iterator[_Part]:
+    """q (B, L, HQ, D), k (B, L, H, D), w (B, L, 1, H, D), beta (B, L, 1, H); L a multiple of the piece's length."""
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    pieces = k.shape[0] * k.shape[1] // length
+    right, left = _tables(pieces, length, q.device)
+    each = max(1, min(heads, PART // right.num_leaves))
+    for first in range(0, heads, each):
+        some = slice(first, min(first + each, heads))
+        queries = slice(some.start * group, some.stop * group)
+        keys = k[:, :, some].flatten(0, 1).contiguous()
+        inputs = Inputs(
+            q=q[:, :, queries].flatten(0, 1).contiguous(),
+            k=keys,
+            v=keys,  # no attention in here: values play no part
+            w=w[:, :, 0, some].flatten(0, 1).contiguous(),
+            beta=beta[:, :, 0, some].flatten(0, 1).contiguous(),
+            g=None,
+            scale=scale,
+        )
+        yield _Part(inputs, right, left, some)
+
+
+def edges(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float) -> dyadic.Edges:
+    """Of pieces one after another, in float32."""
+    batch, heads, dim = k.shape[0] * k.shape[1] // length, k.shape[2], k.shape[3]
+    group = q.shape[2] // heads
+    q_left = torch.empty(heads, group, batch, length, dim, dtype=torch.float32, device=q.device)
+    k_right = torch.empty(heads, batch, length, dim, dtype=torch.float32, device=q.device)
+    product = torch.empty(heads, batch, dim, dim, dtype=torch.float32, device=q.device)
+    for part in _parts(q, k, w, beta, length, scale):
+        rest = part.inputs.empty(2 * part.right.num_leaves, part.inputs.heads, dim, dim)
+        nodes, q_leaf, k_leaf, _ = linear._leaves(part.inputs, part.right, None, None, None, rest)
+        levels = _transport(part, nodes, q_leaf, k_leaf)
+        rows = levels.query_rows[part.top].view(batch, length, part.inputs.heads, group, dim)
+        q_left[part.heads] = rows.permute(2, 3, 0, 1, 4)
+        k_right[part.heads] = levels.key_rows[part.top].view(batch, length, -1, dim).permute(2, 0, 1, 3)
+        whole = nodes[part.roots()].float()
+        if part.inputs.work_dtype != torch.float32:
+            whole += rest[part.roots()]
+        product[part.heads] = whole.transpose(0, 1)
+    return dyadic.Edges(q_left, k_right, product)
+
+
+def _transport(part: _Part, nodes: Tensor, q_leaf: Tensor, k_leaf: Tensor) -> linear.Levels:
+    inputs, heads, query_heads = part.inputs, part.inputs.heads, part.inputs.query_heads
+    dim, slots = inputs.q.shape[2], (part.right.num_levels, part.right.query_slots, LEAF)
+    found = linear.Levels(inputs.empty(*slots, query_heads, dim), inputs.empty(*slots, heads, dim), None, None)
+    shared = {"p_g": None, "p_node": nodes, "p_gate_node": None, "H": heads, "num_levels": part.right.num_levels}
+    query_transport_kernel[(part.right.num_leaves * query_heads,)](
+        p_q_left=q_leaf,
+        p_query_rows=found.query_rows,
+        p_gate_query=None,
+        query_slots=part.right.query_slots,
+        **shared,
+        **part.right.arguments,
+        **inputs.matrix_options(),
+    )
+    key_transport_kernel[(part.left.num_leaves * heads,)](
+        p_k_right=k_leaf,
+        p_key_rows=found.key_rows,
+        p_gate_key=None,
+        key_slots=part.left.key_slots,
+        BLOCK_GROUP=triton.next_power_of_2(inputs.group),
+        **shared,
+        **part.left.arguments,
+        **inputs.matrix_options(),
+    )
+    return found
+
+
+def backward(
+    q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float, d_edges: dyadic.Edges
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, w and beta, in float32, from those of :func:`edges`' results."""
+    found = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, w, beta)]
+    group = q.shape[2] // k.shape[2]
+    for part in _parts(q, k, w, beta, length, scale):
+        d_q, d_k, d_w, d_beta = _part_backward(part, d_edges)
+        queries = slice(part.heads.start * group, part.heads.stop * group)
+        found[0][:, :, queries] = d_q.view(*q.shape[:2], -1, q.shape[3])
+        found[1][:, :, part.heads] = d_k.view(*k.shape[:2], -1, k.shape[3])
+        found[2][:, :, 0, part.heads] = d_w.view(*k.shape[:2], -1, k.shape[3])
+        found[3][:, :, 0, part.heads] = d_beta.view(*k.shape[:2], -1)
+    return found[0], found[1], found[2], found[3]
+
+
+def _part_backward(part: _Part, d_edges: dyadic.Edges) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, heads, query_heads = part.inputs, part.inputs.heads, part.inputs.query_heads
+    leaves, dim = part.right.num_leaves, inputs.q.shape[2]
+    inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
+    u = inputs.empty(leaves, heads, LEAF, dim)
+    nodes, q_leaf, k_leaf, _ = linear._leaves(inputs, part.right, None, None, (inverse, y, u))
+    levels = _transport(part, nodes, q_leaf, k_leaf)
+    of_leaves = linear.Leaves(nodes, (inverse, y, u))
+    at_leaves = _levels_backward(part, levels, of_leaves, d_edges)
+    del levels, q_leaf, k_leaf
+    result = linear.Gradients(
+        *(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (inputs.q, inputs.k, inputs.v)),
+        *(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (inputs.w, inputs.beta)),
+    )
+    tokens = inputs.q.shape[0]
+    # No attention in here: its output has no gradient, and a log-sum-exp of infinity makes every weight 0.
+    nothing = torch.zeros(tokens, query_heads, dim, dtype=inputs.q.dtype, device=inputs.q.device)
+    everything = torch.full((tokens, query_heads), float("inf"), dtype=torch.float32, device=inputs.q.device)
+    no_delta, no_values = torch.zeros_like(everything), torch.zeros(inputs.v.shape, device=inputs.q.device)
+    linear.leaves_backward(
+        inputs, part.right, of_leaves, at_leaves, no_values, None, None, everything, no_delta, nothing, result
+    )
+    return result.q, result.k, result.w, result.beta
+
+
+def _levels_backward(
+    part: _Part, levels: linear.Levels, leaves: linear.Leaves, d_edges: dyadic.Edges
+) -> linear.EdgeGradients:
+    """As linear.levels_backward, of gradients at the edges of pieces alone and of the pieces' products."""
+    inputs, heads, query_heads = part.inputs, part.inputs.heads, part.inputs.query_heads
+    dim, table = inputs.q.shape[2], part.right
+
+    d_query_rows = torch.zeros(levels.query_rows.shape, dtype=torch.float32, device=inputs.q.device)
+    d_key_rows = torch.zeros(levels.key_rows.shape, dtype=torch.float32, device=inputs.q.device)
+    d_query_rows[part.top] = d_edges.q_left[part.heads].permute(2, 3, 0, 1, 4).reshape(d_query_rows.shape[1:])
+    d_key_rows[part.top] = d_edges.k_right[part.heads].permute(1, 2, 0, 3).reshape(d_key_rows.shape[1:])
+    rows = (table.num_leaves, LEAF)
+
+    def scaled(number: int, of_heads: int, *tile: int) -> linear.Scaled:
+        powers = inputs.empty(number, of_heads, dtype=torch.float32)
+        return linear.Scaled(inputs.empty(*tile), powers)
+
+    def matrices(number: int, of_heads: int) -> linear.Scaled:
+        return scaled(number, of_heads, number, of_heads, dim, dim)
+
+    q_left = scaled(table.num_leaves, query_heads, *rows, query_heads, dim)
+    k_right = scaled(table.num_leaves, heads, *rows, heads, dim)
+    d_nodes = matrices(2 * table.num_leaves, heads)
+    _store_scaled(d_nodes, part.roots(), d_edges.product[part.heads].transpose(0, 1))
+    tiles = linear._partial_tiles(table.query_slots, table.num_levels)
+    query_partials, key_partials = matrices(tiles, query_heads), matrices(tiles, heads)
+    shared = {"p_node": leaves.nodes, "H": heads, **inputs.matrix_options(wide=True)}
+    query_transport_backward_kernel[(table.num_leaves * query_heads,)](
+        p_query_rows=levels.query_rows,
+        p_d_query_rows=d_query_rows,
+        p_factor=None,
+        p_d_q_left=q_left.tiles,
+        p_d_q_left_power=q_left.power,
+        p_partials=query_partials.tiles,
+        p_partials_power=query_partials.power,
+        query_slots=table.query_slots,
+        num_levels=table.num_levels,
+        **shared,
+        **part.right.arguments,
+    )
+    key_transport_backward_kernel[(table.num_leaves * heads,)](
+        p_key_rows=levels.key_rows,
+        p_d_key_rows=d_key_rows,
+        p_factor=None,
+        p_d_k_right=k_right.tiles,
+        p_d_k_right_power=k_right.power,
+        p_partials=key_partials.tiles,
+        p_partials_power=key_partials.power,
+        key_slots=part.left.key_slots,
+        num_levels=table.num_levels,
+        **shared,
+        **part.left.arguments,
+    )
+    for first_level in reversed(range(0, part.top, linear.TREE_LEVELS)):
+        tree_backward_kernel[(table.num_leaves * heads,)](
+            p_query_partials=query_partials.tiles,
+            p_query_partials_power=query_partials.power,
+            p_key_partials=key_partials.tiles,
+            p_key_partials_power=key_partials.power,
+            p_d_node=d_nodes.tiles,
+            p_d_node_power=d_nodes.power,
+            first_level=first_level,
+            query_slots=table.query_slots,
+            key_slots=table.key_slots,
+            LEVELS=min(linear.TREE_LEVELS, part.top - first_level),
+            **shared,
+            **part.right.arguments,
+        )
+    return linear.EdgeGradients(q_left, k_right, d_nodes)
+
+
+def _store_scaled(place: linear.Scaled, where: slice, x: Tensor) -> None:
+    """As store_square_scaled of tiles.py: matrices by the largest power of two that their entries reach, and that."""
+    if place.tiles.dtype == torch.float32:
+        place.tiles[where] = x
+        return
+    largest = x.abs().amax((-1, -2))
+    power = torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.float() - 1), 0.0)
+    place.power[where] = power
+    place.tiles[where] = (x / power.clamp(min=torch.finfo(torch.float32).tiny)[..., None, None]).to(place.tiles.dtype)
