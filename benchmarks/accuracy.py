@@ -80,9 +80,7 @@ def main() -> None:
                     f"(last eighth {found['path']['out, last eighth']:.2e}) softmax {found['softmax']['out']:.2e}",
                     flush=True,
                 )
-    lengths = " ".join(map(str, arguments.lengths))
-    command = f"python benchmarks/accuracy.py --lengths {lengths} --out {arguments.out}"
-    result = {"benchmark": "accuracy", **environment(), "command": command, "heads": base.heads, "dim": base.dim}
+    result = {"benchmark": "accuracy", **environment(), "heads": base.heads, "dim": base.dim}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 

@@ -471,11 +471,10 @@ def main() -> None:
     students = tuple(arguments.students.split(","))
     experiment = Experiment(work, arguments.size, students, Console(highlight=False))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/conversion.py --size {arguments.size} --students {arguments.students} --out results"
     name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
 
     def report(found: dict[str, Any]) -> None:
-        result = {"benchmark": "conversion", **environment(), **machine(experiment.device), "command": command}
+        result = {"benchmark": "conversion", **environment(), **machine(experiment.device)}
         result |= {"sizes": {**experiment.sizes, "path": "the folder of Python packages"}, **found}
         write_whole(arguments.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
         if "students" in found:

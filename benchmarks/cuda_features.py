@@ -130,8 +130,7 @@ def main() -> None:
     backends = ["triton", "torch"] if arguments.device == "cuda" else ["torch"]
     rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     done = {(x["case"], x["length"]) for x in rows}
-    command = f"python benchmarks/cuda_features.py --length {arguments.length} --out {arguments.out}"
-    result = {"benchmark": "cuda features", **environment(), "command": command}
+    result = {"benchmark": "cuda features", **environment()}
     if arguments.device == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
     for case in CASES:

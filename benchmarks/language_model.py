@@ -16,9 +16,7 @@ import argparse
 import gc
 import json
 import math
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -198,7 +196,6 @@ def main() -> None:
     numbers = {
         "benchmark": "language_model",
         **environment(),
-        "command": shlex.join(["python", *sys.argv]),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "size": options.size,
         "batch": options.batch,

@@ -77,3 +77,23 @@ def test_peak_memory_of_a_quadratic_and_a_linear_attention() -> None:
         pytest.skip("this system does not tell a process its peak memory")
     assert quadratic > 4 * setting.length**2
     assert linear < quadratic / 2
+
+
+@pytest.mark.parametrize(
+    "program, arguments, command",
+    [
+        ("/somewhere/bin/path-attention", ["benchmark", "operator"], "path-attention benchmark operator"),
+        ("/somewhere/path_attention/__main__.py", ["demo"], "path-attention demo"),
+        (
+            "/here/benchmarks/accuracy.py",
+            ["--out", "results/x.json"],
+            "python benchmarks/accuracy.py --out results/x.json",
+        ),
+        ("benchmarks/accuracy.py", ["--out", "/here/x.json"], "python benchmarks/accuracy.py --out x.json"),
+    ],
+)
+def test_the_command_names_no_folder_of_this_machine(
+    program: str, arguments: list[str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, *arguments])
+    assert measure.environment()["command"] == command

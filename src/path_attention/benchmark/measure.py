@@ -118,7 +118,7 @@ def peak_memory(name: str, setting: Setting) -> int | None:
 def environment() -> dict[str, Any]:
     """Machine, versions, command, date and commit: what a number means nothing without."""
     return {
-        "command": shlex.join(["path-attention", *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": {
@@ -131,6 +131,13 @@ def environment() -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _command() -> str:
+    """As somebody else would type it: of paths that are only this machine's, the names alone."""
+    script = Path(sys.argv[0])
+    program = ["python", f"benchmarks/{script.name}"] if script.parent.name == "benchmarks" else ["path-attention"]
+    return shlex.join([*program, *(Path(x).name if Path(x).is_absolute() else x for x in sys.argv[1:])])
 
 
 def _cpu_model() -> str:

@@ -1,21 +1,15 @@
 """A causal depthwise convolution over a few tokens, that stops at the boundaries of packed sequences."""
 
 import math
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from path_attention.checks import check_integer
+from path_attention.ops.backends import has_triton
 
 # Devices that a step's kernel runs on. Triton's interpreter would be another: it is for tests to say so.
 KERNEL_DEVICES = frozenset({"cuda"})
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 class ShortConvolution(nn.Module):
@@ -104,7 +98,7 @@ class ConvolutionState:
 
     def has_kernel(self, x: Tensor) -> bool:
         """Whether :meth:`step` is a kernel for inputs like x."""
-        return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and _has_triton()
+        return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and has_triton()
 
     def step(
         self, convolution: ShortConvolution, x: Tensor, beta: Tensor, gate: Tensor | None, head_dim: int, eps: float

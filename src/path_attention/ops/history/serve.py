@@ -1,19 +1,12 @@
 """Whether Triton kernels serve a cache, and why not."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 
+from path_attention.ops.backends import has_triton
 from path_attention.ops.history.state import MAX_DIM, MAX_FOLD_DIM, State
 
 # Devices that kernels run on. Triton's interpreter would be another: it is for tests to say so.
 DEVICES = frozenset({"cuda"})
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def kernels_serve(state: State) -> bool:
@@ -29,7 +22,7 @@ def fold_kernel_serves(state: State) -> bool:
 
 def unsupported_reason(state: State) -> str | None:
     """Why Triton kernels do not serve a cache on a GPU, or None."""
-    if not _has_triton():
+    if not has_triton():
         return "triton is not installed"
     if state.w.dtype == torch.float64:
         return "the cache is float64"
