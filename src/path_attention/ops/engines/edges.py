@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from path_attention.ops import dyadic
@@ -19,13 +18,6 @@ from path_attention.ops.engines import cuda
 from path_attention.ops.kernels import linear
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 from path_attention.ops.kernels.linear import Inputs
-from path_attention.ops.kernels.transport_kernels import (
-    key_transport_backward_kernel,
-    key_transport_kernel,
-    query_transport_backward_kernel,
-    query_transport_kernel,
-)
-from path_attention.ops.kernels.tree_kernels import tree_backward_kernel
 
 # Leaves times key heads that go through the stages together. Rows of all levels are held for them: as many as the
 # operator's own parts hold, which are twice as long and have rows of every other leaf alone.
@@ -140,30 +132,7 @@ def edges(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: flo
 
 
 def _transport(part: _Part, nodes: Tensor, q_leaf: Tensor, k_leaf: Tensor) -> linear.Levels:
-    inputs, heads, query_heads = part.inputs, part.inputs.heads, part.inputs.query_heads
-    dim, slots = inputs.q.shape[2], (part.right.num_levels, part.right.query_slots, LEAF)
-    found = linear.Levels(inputs.empty(*slots, query_heads, dim), inputs.empty(*slots, heads, dim), None, None)
-    shared = {"p_g": None, "p_node": nodes, "p_gate_node": None, "H": heads, "num_levels": part.right.num_levels}
-    query_transport_kernel[(part.right.num_leaves * query_heads,)](
-        p_q_left=q_leaf,
-        p_query_rows=found.query_rows,
-        p_gate_query=None,
-        query_slots=part.right.query_slots,
-        **shared,
-        **part.right.arguments,
-        **inputs.matrix_options(),
-    )
-    key_transport_kernel[(part.left.num_leaves * heads,)](
-        p_k_right=k_leaf,
-        p_key_rows=found.key_rows,
-        p_gate_key=None,
-        key_slots=part.left.key_slots,
-        BLOCK_GROUP=triton.next_power_of_2(inputs.group),
-        **shared,
-        **part.left.arguments,
-        **inputs.matrix_options(),
-    )
-    return found
+    return linear._levels(part.inputs, part.right, nodes, q_leaf, k_leaf, None, part.inputs.work_dtype, part.left)
 
 
 def backward(
@@ -190,7 +159,8 @@ def _part_backward(part: _Part, d_edges: dyadic.Edges) -> tuple[Tensor, Tensor, 
     nodes, q_leaf, k_leaf, _ = linear._leaves(inputs, part.right, None, None, (inverse, y, u))
     levels = _transport(part, nodes, q_leaf, k_leaf)
     of_leaves = linear.Leaves(nodes, (inverse, y, u))
-    at_leaves = _levels_backward(part, levels, of_leaves, d_edges)
+    no_values = torch.zeros(inputs.v.shape, device=inputs.q.device)
+    at_leaves = _levels_backward(part, levels, of_leaves, d_edges, no_values)
     del levels, q_leaf, k_leaf
     result = linear.Gradients(
         *(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (inputs.q, inputs.k, inputs.v)),
@@ -200,7 +170,7 @@ def _part_backward(part: _Part, d_edges: dyadic.Edges) -> tuple[Tensor, Tensor, 
     # No attention in here: its output has no gradient, and a log-sum-exp of infinity makes every weight 0.
     nothing = torch.zeros(tokens, query_heads, dim, dtype=inputs.q.dtype, device=inputs.q.device)
     everything = torch.full((tokens, query_heads), float("inf"), dtype=torch.float32, device=inputs.q.device)
-    no_delta, no_values = torch.zeros_like(everything), torch.zeros(inputs.v.shape, device=inputs.q.device)
+    no_delta = torch.zeros_like(everything)
     linear.leaves_backward(
         inputs, part.right, of_leaves, at_leaves, no_values, None, None, everything, no_delta, nothing, result
     )
@@ -208,74 +178,18 @@ def _part_backward(part: _Part, d_edges: dyadic.Edges) -> tuple[Tensor, Tensor, 
 
 
 def _levels_backward(
-    part: _Part, levels: linear.Levels, leaves: linear.Leaves, d_edges: dyadic.Edges
+    part: _Part, levels: linear.Levels, leaves: linear.Leaves, d_edges: dyadic.Edges, no_values: Tensor
 ) -> linear.EdgeGradients:
-    """As linear.levels_backward, of gradients at the edges of pieces alone and of the pieces' products."""
-    inputs, heads, query_heads = part.inputs, part.inputs.heads, part.inputs.query_heads
-    dim, table = inputs.q.shape[2], part.right
-
+    """linear.levels_backward of gradients at the edges of pieces alone and of the pieces' products."""
+    inputs = part.inputs
     d_query_rows = torch.zeros(levels.query_rows.shape, dtype=torch.float32, device=inputs.q.device)
     d_key_rows = torch.zeros(levels.key_rows.shape, dtype=torch.float32, device=inputs.q.device)
     d_query_rows[part.top] = d_edges.q_left[part.heads].permute(2, 3, 0, 1, 4).reshape(d_query_rows.shape[1:])
     d_key_rows[part.top] = d_edges.k_right[part.heads].permute(1, 2, 0, 3).reshape(d_key_rows.shape[1:])
-    rows = (table.num_leaves, LEAF)
-
-    def scaled(number: int, of_heads: int, *tile: int) -> linear.Scaled:
-        powers = inputs.empty(number, of_heads, dtype=torch.float32)
-        return linear.Scaled(inputs.empty(*tile), powers)
-
-    def matrices(number: int, of_heads: int) -> linear.Scaled:
-        return scaled(number, of_heads, number, of_heads, dim, dim)
-
-    q_left = scaled(table.num_leaves, query_heads, *rows, query_heads, dim)
-    k_right = scaled(table.num_leaves, heads, *rows, heads, dim)
-    d_nodes = matrices(2 * table.num_leaves, heads)
+    d_nodes = linear.scaled_matrices(inputs, 2 * part.right.num_leaves, inputs.heads)
     _store_scaled(d_nodes, part.roots(), d_edges.product[part.heads].transpose(0, 1))
-    tiles = linear._partial_tiles(table.query_slots, table.num_levels)
-    query_partials, key_partials = matrices(tiles, query_heads), matrices(tiles, heads)
-    shared = {"p_node": leaves.nodes, "H": heads, **inputs.matrix_options(wide=True)}
-    query_transport_backward_kernel[(table.num_leaves * query_heads,)](
-        p_query_rows=levels.query_rows,
-        p_d_query_rows=d_query_rows,
-        p_factor=None,
-        p_d_q_left=q_left.tiles,
-        p_d_q_left_power=q_left.power,
-        p_partials=query_partials.tiles,
-        p_partials_power=query_partials.power,
-        query_slots=table.query_slots,
-        num_levels=table.num_levels,
-        **shared,
-        **part.right.arguments,
-    )
-    key_transport_backward_kernel[(table.num_leaves * heads,)](
-        p_key_rows=levels.key_rows,
-        p_d_key_rows=d_key_rows,
-        p_factor=None,
-        p_d_k_right=k_right.tiles,
-        p_d_k_right_power=k_right.power,
-        p_partials=key_partials.tiles,
-        p_partials_power=key_partials.power,
-        key_slots=part.left.key_slots,
-        num_levels=table.num_levels,
-        **shared,
-        **part.left.arguments,
-    )
-    for first_level in reversed(range(0, part.top, linear.TREE_LEVELS)):
-        tree_backward_kernel[(table.num_leaves * heads,)](
-            p_query_partials=query_partials.tiles,
-            p_query_partials_power=query_partials.power,
-            p_key_partials=key_partials.tiles,
-            p_key_partials_power=key_partials.power,
-            p_d_node=d_nodes.tiles,
-            p_d_node_power=d_nodes.power,
-            first_level=first_level,
-            query_slots=table.query_slots,
-            key_slots=table.key_slots,
-            LEVELS=min(linear.TREE_LEVELS, part.top - first_level),
-            **shared,
-            **part.right.arguments,
-        )
-    return linear.EdgeGradients(q_left, k_right, d_nodes)
+    of_rows = linear.DenseGradients(d_query_rows, d_key_rows, no_values, gate=None, factor=None)
+    return linear.levels_backward(inputs, part.right, levels, leaves, of_rows, part.left, d_nodes)
 
 
 def _store_scaled(place: linear.Scaled, where: slice, x: Tensor) -> None:

@@ -258,10 +258,13 @@ def _levels(
     k_right: Tensor,
     gate_nodes: Tensor | None,
     row_dtype: torch.dtype,
+    key_table: LeafTable | None = None,
 ) -> Levels:
+    """Rows at every level's edges; ``key_table``: where keys stand, for callers to whom that is another place."""
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     levels, gated = table.num_levels, inputs.g is not None
-    queries, keys = (levels, table.query_slots, LEAF), (levels, table.key_slots, LEAF)
+    key_table = key_table or table
+    queries, keys = (levels, table.query_slots, LEAF), (levels, key_table.key_slots, LEAF)
     result = Levels(
         query_rows=inputs.empty(*queries, query_heads, dim, dtype=row_dtype),
         key_rows=inputs.empty(*keys, heads, dim, dtype=row_dtype),
@@ -276,7 +279,6 @@ def _levels(
         "p_gate_node": gate_nodes,
         "H": heads,
         "num_levels": levels,
-        **table.arguments,
         **inputs.matrix_options(),
     }
     query_transport_kernel[(table.num_leaves * query_heads,)](
@@ -285,14 +287,16 @@ def _levels(
         p_gate_query=result.gate_query,
         query_slots=table.query_slots,
         **shared,
+        **table.arguments,
     )
-    key_transport_kernel[(table.num_leaves * heads,)](
+    key_transport_kernel[(key_table.num_leaves * heads,)](
         p_k_right=k_right,
         p_key_rows=result.key_rows,
         p_gate_key=result.gate_key,
-        key_slots=table.key_slots,
+        key_slots=key_table.key_slots,
         BLOCK_GROUP=triton.next_power_of_2(inputs.group),
         **shared,
+        **key_table.arguments,
     )
     return result
 
@@ -328,29 +332,40 @@ class EdgeGradients:
     nodes: Scaled  # (2 N, H, D, D), (2 N, H)
 
 
+def scaled_matrices(inputs: Inputs, number: int, of_heads: int) -> Scaled:
+    """Room for gradients of so many D x D matrices a head."""
+    dim = inputs.q.shape[2]
+    return Scaled(inputs.empty(number, of_heads, dim, dim), inputs.empty(number, of_heads, dtype=torch.float32))
+
+
 def levels_backward(
-    inputs: Inputs, table: LeafTable, levels: Levels, leaves: Leaves, dense: DenseGradients
+    inputs: Inputs,
+    table: LeafTable,
+    levels: Levels,
+    leaves: Leaves,
+    dense: DenseGradients,
+    key_table: LeafTable | None = None,
+    nodes: Scaled | None = None,
 ) -> EdgeGradients:
-    """From the rows at all levels' edges back to the leaves' edges: transports, and the tree from its root down."""
+    """From the rows at all levels' edges back to the leaves' edges: transports, and the tree from its root down.
+
+    ``key_table`` is that of the rows' making. ``nodes``, if given, hold the gradients of the matrices at the uppermost
+    level, which no rows were moved by.
+    """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
+    key_table = key_table or table
+    tree_levels = table.num_levels - (nodes is not None)
+    nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
 
-    def scaled(tiles: tuple[int, ...], powers: tuple[int, ...]) -> Scaled:
-        return Scaled(inputs.empty(*tiles), inputs.empty(*powers, dtype=torch.float32))
+    def scaled_rows(of_heads: int) -> Scaled:
+        tiles = inputs.empty(table.num_leaves, LEAF, of_heads, dim)
+        return Scaled(tiles, inputs.empty(table.num_leaves, of_heads, dtype=torch.float32))
 
-    def scaled_matrices(number: int, of_heads: int) -> Scaled:
-        return scaled((number, of_heads, dim, dim), (number, of_heads))
-
-    q_left = scaled((table.num_leaves, LEAF, query_heads, dim), (table.num_leaves, query_heads))
-    k_right = scaled((table.num_leaves, LEAF, heads, dim), (table.num_leaves, heads))
-    nodes = scaled_matrices(2 * table.num_leaves, heads)
-    query_partials = scaled_matrices(_partial_tiles(table.query_slots, table.num_levels), query_heads)
-    key_partials = scaled_matrices(_partial_tiles(table.key_slots, table.num_levels), heads)
-    shared = {
-        "p_node": leaves.nodes,
-        "H": heads,
-        **table.arguments,
-        **inputs.matrix_options(wide=True),
-    }
+    q_left, k_right = scaled_rows(query_heads), scaled_rows(heads)
+    query_tiles, key_tiles = (_partial_tiles(n, table.num_levels) for n in (table.query_slots, key_table.key_slots))
+    query_partials = scaled_matrices(inputs, query_tiles, query_heads)
+    key_partials = scaled_matrices(inputs, key_tiles, heads)
+    shared = {"p_node": leaves.nodes, "H": heads, **inputs.matrix_options(wide=True)}
     query_transport_backward_kernel[(table.num_leaves * query_heads,)](
         p_query_rows=levels.query_rows,
         p_d_query_rows=dense.query_rows,
@@ -362,10 +377,11 @@ def levels_backward(
         query_slots=table.query_slots,
         num_levels=table.num_levels,
         **shared,
+        **table.arguments,
     )
     if table.num_levels == 0:
         return EdgeGradients(q_left, k_right, nodes)
-    key_transport_backward_kernel[(table.num_leaves * heads,)](
+    key_transport_backward_kernel[(key_table.num_leaves * heads,)](
         p_key_rows=levels.key_rows,
         p_d_key_rows=dense.key_rows,
         p_factor=dense.factor,
@@ -373,11 +389,12 @@ def levels_backward(
         p_d_k_right_power=k_right.power,
         p_partials=key_partials.tiles,
         p_partials_power=key_partials.power,
-        key_slots=table.key_slots,
+        key_slots=key_table.key_slots,
         num_levels=table.num_levels,
         **shared,
+        **key_table.arguments,
     )
-    for first_level in reversed(range(0, table.num_levels, TREE_LEVELS)):
+    for first_level in reversed(range(0, tree_levels, TREE_LEVELS)):
         tree_backward_kernel[(table.num_leaves * heads,)](
             p_query_partials=query_partials.tiles,
             p_query_partials_power=query_partials.power,
@@ -388,8 +405,9 @@ def levels_backward(
             first_level=first_level,
             query_slots=table.query_slots,
             key_slots=table.key_slots,
-            LEVELS=min(TREE_LEVELS, table.num_levels - first_level),
+            LEVELS=min(TREE_LEVELS, tree_levels - first_level),
             **shared,
+            **table.arguments,
         )
     return EdgeGradients(q_left, k_right, nodes)
 
