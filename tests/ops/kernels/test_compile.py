@@ -25,7 +25,6 @@ MOST_SHARED = 227 * 1024
 # the change that made it grow is not taken.
 SPILLS: dict[int, dict[str, int]] = {
     64: {
-        "leaf_kernels.leaf_forward_kernel": 540,
         "leaf_kernels.leaf_backward_kernel": 2860,
         "dense_kernels.dense_backward_keys_kernel": 510,
         "hopper.leaf.leaf_forward_kernel": 180,  # the price of three programs a multiprocessor
@@ -33,7 +32,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "hopper.dense_backward.dense_backward_kernel": 1000,
     },
     128: {
-        "leaf_kernels.leaf_forward_kernel": 2790,
+        "leaf_kernels.leaf_forward_kernel": 370,
         "leaf_kernels.leaf_backward_kernel": 5620,
         "transport_kernels.query_transport_kernel": 430,
         "transport_kernels.key_transport_kernel": 300,

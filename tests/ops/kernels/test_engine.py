@@ -130,6 +130,13 @@ def test_products_of_half_precision_inputs_keep_more_bits_than_bfloat16(case: di
         assert (x.double() - y).norm() <= 1.7e-3 * y.norm()
 
 
+@pytest.mark.parametrize("shape", [(1, 512, 2, 2, 16), (1, 512, 1, 1, 64)], ids=str)
+def test_rows_of_reflected_float16_inputs_lose_little(shape: tuple[int, ...]) -> None:
+    """beta = 2, where T^-1 is largest: twice the error of softmax attention in float16, 2.4e-4, in the output."""
+    out, expected = next(errors("triton", shape, dtype=torch.float16, least_beta=2.0))
+    assert (out.double() - expected).norm() <= 2 * 2.4e-4 * expected.norm()
+
+
 def test_leaf_table_from_the_host_is_exact() -> None:
     """Sizes by the longest sequence and the leaves that are there, the rest as from boundaries on the device."""
     from path_attention.ops.kernels.leaf_table import packed_leaf_table

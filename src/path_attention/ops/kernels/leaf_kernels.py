@@ -15,6 +15,7 @@ from path_attention.ops.kernels.tiles import (
     LOG2_E,
     ROWS,
     dot,
+    dot_split,
     inverse_of,
     load_power,
     load_rows,
@@ -65,6 +66,41 @@ def _unit_lower_inverse(b_n, WORK: tl.constexpr):
 
 
 @triton.jit
+def _corrected_inverse(b_n, WORK: tl.constexpr):
+    """(I + n)^-1 of a float32 n to some 20 bits: x + x (I - (I + n) x) for the x of :func:`_unit_lower_inverse`."""
+    o = tl.arange(0, ROWS)
+    b_n_rounded = rounded(b_n, WORK)
+    b_x = _unit_lower_inverse(b_n_rounded, WORK)
+    if WORK is None:
+        return b_x
+    else:
+        b_x_rounded = rounded(b_x, WORK)
+        b_product = dot(b_n_rounded, b_x_rounded)
+        b_product = dot(rest(b_n, b_n_rounded, WORK), b_x_rounded, b_product)
+        b_residual = tl.where(o[:, None] == o[None, :], 1.0, 0.0) - b_x_rounded.to(tl.float32) - b_product
+        return b_x_rounded.to(tl.float32) + dot(b_x_rounded, rounded(b_residual, WORK))
+
+
+@triton.jit
+def _dot_exact(b_a, b_b, b_b_rest, SPLIT: tl.constexpr):
+    """a b of an operand and, with SPLIT, both parts of another."""
+    b_c = dot(b_a, b_b)
+    if SPLIT:
+        b_c = dot(b_a, b_b_rest, b_c)
+    return b_c
+
+
+@triton.jit
+def _dot_parts(b_a, b_b, b_b_rest, WORK: tl.constexpr, SPLIT: tl.constexpr):
+    """a b for a float32 a: rounded, or with SPLIT in two parts as b is."""
+    b_a_rounded = rounded(b_a, WORK)
+    if SPLIT:
+        return dot_split(b_a_rounded, rest(b_a, b_a_rounded, WORK), b_b, b_b_rest, WORK)
+    else:
+        return dot(b_a_rounded, b_b)
+
+
+@triton.jit
 def _triangle(b_w, b_w_rest, b_beta, WORK: tl.constexpr, SPLIT_W: tl.constexpr):
     """T - I = strictLower(D W W^T) in float32."""
     o = tl.arange(0, ROWS)
@@ -107,11 +143,12 @@ def leaf_forward_kernel(
     BLOCK_DV: tl.constexpr,
     WORK: tl.constexpr,
     SPLIT_W: tl.constexpr,  # w has more bits than WORK
+    SPLIT_ROWS: tl.constexpr,  # rows meet the leaf's factors in two parts each
 ):
     """One leaf and key head with its query heads: what the rest of the sequence needs of it, and its own attention.
 
-    T^-1 comes of operands rounded once; U is corrected by its residual, D W - T U, so that P is exact to some 20 bits:
-    later tokens see products of all P, whose errors add up. What a single row meets once needs no more than WORK has.
+    T^-1, U and P are exact to some 20 bits: later tokens see products of all P, whose errors add up. What a single row
+    meets once needs no more than WORK has beside bfloat16's 8 bits; with SPLIT_ROWS it has 22.
     """
     HQ = H * GROUP
     i_leaf = tl.program_id(0) // H
@@ -127,18 +164,15 @@ def leaf_forward_kernel(
     b_w_rest = rest(b_w_given, b_w, WORK)
     b_beta = tl.load(p_beta + tl.cast(i_row, tl.int64) * H + o * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
     b_n = _triangle(b_w, b_w_rest, b_beta, WORK, SPLIT_W)
-    b_n_rounded = rounded(b_n, WORK)
-    b_inverse = _unit_lower_inverse(b_n_rounded, WORK)
-    b_a = rounded(b_inverse * b_beta[None, :], WORK)
-    b_inverse = rounded(b_inverse, WORK)
+    b_inverse = _corrected_inverse(b_n, WORK)
     if p_inverse is not None:
         store_square(p_inverse, b_inverse, i_tile, ROWS, ROWS)
-    b_u = rounded(dot(b_a, b_w), WORK)
-    b_product = dot(b_n_rounded, b_u)
-    if WORK is not None:
-        b_product = dot(rest(b_n, b_n_rounded, WORK), b_u, b_product)
-    b_residual = b_beta[:, None] * b_w_given.to(tl.float32) - b_u.to(tl.float32) - b_product
-    b_u_rest = rounded(dot(b_inverse, rounded(b_residual, WORK)), WORK)
+    b_a_whole = b_inverse * b_beta[None, :]
+    b_a = rounded(b_a_whole, WORK)
+    b_a_rest = rest(b_a_whole, b_a, WORK)
+    b_u_whole = dot_split(b_a, b_a_rest, b_w, b_w_rest, WORK)
+    b_u = rounded(b_u_whole, WORK)
+    b_u_rest = rest(b_u_whole, b_u, WORK)
     o_d = tl.arange(0, BLOCK_D)
     o_chunk = tl.arange(0, CHUNK)
     i_node = (tl.cast(2 * i_leaf, tl.int64) * H + i_head) * D * D
@@ -154,28 +188,30 @@ def leaf_forward_kernel(
         store_rows(p_node + i_node, b_p_rounded, i, D - i, D, D, BLOCK_D, CHUNK)
         if WORK is not None:
             store_rows(p_node_rest + i_node, rest(b_p, b_p_rounded, WORK), i, D - i, D, D, BLOCK_D, CHUNK)
-    b_u = rounded(b_u.to(tl.float32) + b_u_rest.to(tl.float32), WORK)
     if p_u is not None:
         store_rows(p_u, b_u, i_tile * ROWS, ROWS, D, D, BLOCK_D, ROWS)
     b_k = rounded(load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS), WORK)
-    b_z = tl.where(o[:, None] < o[None, :], dot(b_k, tl.trans(b_w)), 0.0)
-    b_y = rounded(dot(rounded(b_z, WORK), tl.trans(b_a)), WORK)
+    b_z = tl.where(o[:, None] < o[None, :], _dot_exact(b_k, tl.trans(b_w), tl.trans(b_w_rest), SPLIT_ROWS), 0.0)
+    b_y_whole = _dot_parts(b_z, tl.trans(b_a), tl.trans(b_a_rest), WORK, SPLIT_ROWS)
+    b_y = rounded(b_y_whole, WORK)
     if p_y is not None:
         store_square(p_y, b_y, i_tile, ROWS, ROWS)
-    b_k_right = b_k.to(tl.float32) - dot(b_y, b_w)
+    b_k_right = b_k.to(tl.float32) - _dot_parts(b_y_whole, b_w, b_w_rest, WORK, SPLIT_ROWS)
     store_rows(p_k_right + i_head * D, b_k_right, i_leaf * ROWS, ROWS, H * D, D, BLOCK_D, ROWS)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
         b_q = rounded(load_rows(p_q + i_query_head * D, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS), WORK)
-        b_x = rounded(tl.where(o[:, None] >= o[None, :], dot(b_q, tl.trans(b_w)), 0.0), WORK)
-        b_q_left = (b_q.to(tl.float32) - dot(b_x, b_u)) * scale
+        b_x = tl.where(o[:, None] >= o[None, :], _dot_exact(b_q, tl.trans(b_w), tl.trans(b_w_rest), SPLIT_ROWS), 0.0)
+        b_q_left = (b_q.to(tl.float32) - _dot_parts(b_x, b_u, b_u_rest, WORK, SPLIT_ROWS)) * scale
         store_rows(p_q_left + i_query_head * D, b_q_left, i_leaf * ROWS, ROWS, HQ * D, D, BLOCK_D, ROWS)
         o_row = tl.cast(i_row, tl.int64) * HQ + o * HQ + i_query_head
         if p_g is not None:
             b_g = tl.load(p_g + o_row, mask=o < s_rows, other=0.0).to(tl.float32)
             tl.store(p_gate_node + tl.cast(2 * i_leaf, tl.int64) * HQ + i_query_head, tl.sum(b_g))
         if p_out is not None:
-            b_logits = (dot(b_q, tl.trans(b_k)) - dot(b_x, tl.trans(b_y))) * (scale * LOG2_E)
+            b_y_rest = rest(b_y_whole, b_y, WORK)
+            b_logits = dot(b_q, tl.trans(b_k)) - _dot_parts(b_x, tl.trans(b_y), tl.trans(b_y_rest), WORK, SPLIT_ROWS)
+            b_logits *= scale * LOG2_E
             if p_g is not None:
                 b_gate = tl.cumsum(b_g, axis=0) * LOG2_E
                 b_logits += b_gate[:, None] - b_gate[None, :]

@@ -247,7 +247,12 @@ def _launch_leaves(
             **arguments, GROUP=inputs.group, D=dim, **hopper_leaf.forward_options(dim)
         )
     else:
-        leaf_forward_kernel[(leaves * heads,)](**arguments, **inputs.value_options, **inputs.options())
+        # A row meets 64 reflections, each of whose roundings is in proportion to 1 / sqrt(D): float16's own bits, and
+        # rows shorter than the leaf, want both parts of the factors.
+        split = is_half and (inputs.q.dtype == torch.float16 or dim < LEAF)
+        leaf_forward_kernel[(leaves * heads,)](
+            **arguments, SPLIT_ROWS=split, **inputs.value_options, **inputs.options()
+        )
 
 
 def _levels(
