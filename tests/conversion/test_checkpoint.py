@@ -271,3 +271,30 @@ def test_a_model_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="wanted a RoPE model, got one with path"):
         convert(tmp_path / "path", tmp_path / "target", ConversionRecipe())
     convert(tmp_path / "ours", tmp_path / "target", ConversionRecipe())  # our own rope models are teachers too
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_files_of_others_are_not_overwritten(name: str, tmp_path: Path) -> None:
+    """A folder with notes in it will do, but for those in a place where the model has something."""
+    source, target = save(teacher("llama"), tmp_path / "source"), tmp_path / "target"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    (target / name).write_text("mine")
+    for convert_it in (lambda: convert(source, target, ConversionRecipe()), lambda: translate(source, target)):
+        with pytest.raises(FileExistsError, match=f"{name}: exists, and would be overwritten"):
+            convert_it()
+    assert {file.name: file.read_text() for file in target.iterdir()} == {"notes.txt": "mine", name: "mine"}
+    # Cut off between two files: what is there is our own, and so is the folder they came from.
+    (target / "partial-0").mkdir()
+    translate(source, target)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert not list(target.glob("partial-*"))
+    PaTHForCausalLM.from_pretrained(target)
+
+
+def test_a_target_that_is_a_file_is_named(tmp_path: Path) -> None:
+    source = save(teacher("llama"), tmp_path / "source")
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path / "file", tmp_path / "file" / "target"):
+        with pytest.raises(FileExistsError, match="file: a file; wanted a folder"):
+            convert(source, target, ConversionRecipe())

@@ -139,7 +139,9 @@ def test_killed_in_any_stage_it_ends_like_an_uninterrupted_one(
 def test_killed_while_writing_it_is_written_again(place: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "conversion", tmp_path / "target" / "conversion")
     (tmp_path / "target" / "partial-0").mkdir()
+    shutil.copy(finished / "model.safetensors", tmp_path / "target")
     convert(place / "teacher", tmp_path / "target", recipe(place))
+    assert not (tmp_path / "target" / "partial-0").exists()
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "target", finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

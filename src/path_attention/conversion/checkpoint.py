@@ -18,6 +18,8 @@ from path_attention.models import PaTHConfig, PaTHForCausalLM
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Where a model is written before its files are moved to their place.
+PARTIAL = "partial-*"
 # What a tokenizer may consist of, in transformers' and sentencepiece's formats.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -190,10 +192,22 @@ def on_meta(config: PaTHConfig) -> PaTHForCausalLM:
         return PaTHForCausalLM(config)
 
 
-def check_target(target: Path) -> None:
-    """Raise a FileExistsError if a model is there already; nothing is ever overwritten."""
+def check_target(target: Path, begun: str = PARTIAL) -> None:
+    """Raise a FileExistsError if something is there that a model would be written over; nothing is ever overwritten.
+
+    Args:
+        target: the folder.
+        begun: pattern of what an interrupted writing of ours leaves: there, files are ours to write again.
+    """
     if (target / "config.json").exists():
         raise FileExistsError(f"{target}: holds a model already; wanted a new folder")
+    for place in (target, *target.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place}: a file; wanted a folder")
+    if target.is_dir() and not any(target.glob(begun)):
+        for name in ("README.md", "generation_config.json", WEIGHTS, INDEX, *TOKENIZER_FILES):
+            if (target / name).exists():
+                raise FileExistsError(f"{target / name}: exists, and would be overwritten; wanted a new folder")
 
 
 def write(
@@ -203,6 +217,7 @@ def write(
     source: Path | None = None,
     to: str = OWN.name,
     card: str = "",
+    begun: str = PARTIAL,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a folder that transformers loads: config.json comes last, so that a folder with one is whole.
@@ -213,18 +228,21 @@ def write(
         source: folder whose tokenizer and generation config go along.
         to: the family to write, a name of :data:`FAMILIES`; by default ours.
         card: text of README.md.
+        begun: as :func:`check_target` takes it.
         max_shard_size: as transformers' save_pretrained takes it.
 
     Raises:
-        FileExistsError: a model is there already.
+        FileExistsError: see :func:`check_target`.
         ValueError: the family cannot say what the model is, by field or by tensor.
     """
-    check_target(target)
+    check_target(target, begun)
     chosen = family(to)
     config = chosen.write(model.config)
     generation = _generation_config(model, source)
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f"partial-{uuid.uuid4().hex}"
+    for cut_off in target.glob(PARTIAL):
+        shutil.rmtree(cut_off)
+    partial = target / PARTIAL.replace("*", uuid.uuid4().hex)
     try:
         model.save_pretrained(partial, state_dict=_translated(model, chosen), max_shard_size=max_shard_size)
         if chosen is not OWN:

@@ -86,7 +86,7 @@ def convert(
         TrainingDiverged: a loss that is not finite.
         Unfinished: it was told to stop (SIGTERM), and did so in good order.
     """
-    check_target(target)
+    check_target(target, WORK)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: wanted one process: a conversion runs on one device")
     folder = find(source)
@@ -325,7 +325,7 @@ class _Conversion:
         student.to("cpu", dtype)  # type: ignore[arg-type, call-overload]
         report.write_report(self.work, self.recipe, self.results)
         card = report.card(self.source, self.checkpoint, self.recipe, self.results)
-        write(student, self.target, source=self.checkpoint.folder, card=card)
+        write(student, self.target, source=self.checkpoint.folder, card=card, begun=WORK)
         if self.console:
             self.console.print(f"written to {self.target}; report: {self.work / 'report.html'}")
 
