@@ -5,6 +5,7 @@ scratch on as many tokens.
     python benchmarks/conversion.py --out results              # one GPU, about 12 minutes; the same command goes on
     python benchmarks/conversion.py --size cpu --out results   # 1M parameters, about an hour on two cores
     python benchmarks/conversion.py --size tiny --out FOLDER   # every part of it in miniature, a minute
+    python benchmarks/conversion.py --figure --out results     # the picture alone, from the JSON
 
 Parts, each done once (their results are kept in WORK/NAME.json, and training is resumed from checkpoints):
 
@@ -394,8 +395,7 @@ def stage_losses(found: dict[str, Any]) -> list[tuple[str, str, float]]:
                 whose = "rope" if when == "teacher" else mixer
                 rows.append((whose, "teacher" if when == "teacher" else STAGES[when], results[when]["loss"]))
     if "scratch" in found:
-        scratch = found["scratch"]["by_length"]["perplexity"]
-        rows.append(("none", "from scratch, as many tokens", math.log(next(iter(scratch.values())))))
+        rows.append(("none", "from scratch, as many tokens", found["scratch"]["measurements"]["validation"]["value"]))
     return rows
 
 
@@ -412,7 +412,7 @@ def _error_rates(found: dict[str, Any], name: str) -> dict[tuple[str, str], floa
 def figure(found: dict[str, Any]) -> Figure:
     """Losses at the training length by stage; perplexity by length; state tracking. Of the parts that are done."""
     made = Figure(figsize=(15, 4.4), layout="constrained")
-    stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.5, 1.1, 1.3))
+    stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.3, 1.1, 1.5))
     rows = stage_losses(found)
     for n, (whose, _, loss) in enumerate(rows):
         stages.barh(n, loss, color=COLOURS[whose])
@@ -445,14 +445,19 @@ def figure(found: dict[str, Any]) -> Figure:
         places = [k + 0.8 * (n + 0.5) / len(rates) - 0.4 for k, column in enumerate(columns) if column in of_model]
         reads.bar(places, list(of_model.values()), 0.8 / len(rates), color=COLOURS[whose], label=NAMES[whose])
         for place, rate in zip(places, of_model.values(), strict=True):
-            reads.text(place, rate, f"{rate:.3g}", ha="center", va="bottom", fontsize=6)
-    names = [f"{task.replace('_', ' ')},\n{split.replace('_', ' ')}" for task, split in columns]
-    reads.set_xticks(range(len(columns)), names, fontsize=7, rotation=30)
+            reads.text(place, rate, f"{rate:.2g}", ha="center", va="bottom", fontsize=7)
+    names = [f"{task},\n{split}".replace("_", "\n") for task, split in columns]
+    reads.set_xticks(range(len(columns)), names, fontsize=7)
     reads.set_ylabel("wrong answers, %")
-    reads.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3)
+    if columns:
+        reads.legend(frameon=False, fontsize=8, title="continued from", title_fontsize=8, loc="upper left")
     for axis in (stages, lengths, reads):
         axis.spines[["top", "right"]].set_visible(False)
     return made
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    figure(found).savefig(file.with_suffix(".png"), dpi=130)
 
 
 def main() -> None:
@@ -461,7 +466,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of everything in between; runs/conversion-SIZE by default")
     parser.add_argument("--students", default="path,fox", help="mixers; the first is the one trained from scratch too")
     parser.add_argument("--size", choices=list(SIZES), default="gpu")
+    parser.add_argument("--figure", action="store_true", help="run nothing: draw the picture of OUT's JSON again")
     arguments = parser.parse_args()
+    name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
+    file = arguments.out / f"{name}.json"
+    if arguments.figure:
+        draw(json.loads(file.read_text()), file)
+        return
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -471,14 +482,13 @@ def main() -> None:
     students = tuple(arguments.students.split(","))
     experiment = Experiment(work, arguments.size, students, Console(highlight=False))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
 
     def report(found: dict[str, Any]) -> None:
         result = {"benchmark": "conversion", **environment(), **machine(experiment.device)}
         result |= {"sizes": {**experiment.sizes, "path": "the folder of Python packages"}, **found}
-        write_whole(arguments.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        write_whole(file, json.dumps(result, indent=1) + "\n")
         if "students" in found:
-            figure(found).savefig(arguments.out / f"{name}.png", dpi=130)
+            draw(found, file)
 
     found = experiment.run(report)
     for whose, when, loss in stage_losses(found):
