@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from path_attention.conversion import Checkpoint, ConversionRecipe, convert, find, translate, write
+from path_attention.conversion import Checkpoint, ConversionRecipe, convert, find, is_rope, translate, write
 from path_attention.conversion.families import FAMILIES, ROPE_FAMILIES
 from path_attention.evaluation.generate import load
 from path_attention.models import PaTHConfig, PaTHForCausalLM
@@ -109,6 +109,7 @@ def test_tokenizer_and_generation_config_go_along(tmp_path: Path) -> None:
     assert decode([3]) == "a"
     assert (tmp_path / "target" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").generation_config.temperature == 0.5
+    assert json.loads((tmp_path / "target" / "generation_config.json").read_text()) == settings
     card = (tmp_path / "target" / "README.md").read_text()
     assert "license: mit" in card
     assert "Nothing was trained" in card
@@ -160,7 +161,7 @@ def test_altered_tensors_are_named(change: Change, message: str, tmp_path: Path)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         convert(source, tmp_path / "target", ConversionRecipe())
-    assert not (tmp_path / "target" / "config.json").exists()
+    assert not (tmp_path / "target").exists()  # so that the mended source finds nothing of another there
 
 
 def test_a_tied_head_that_is_not_the_embeddings_is_named(tmp_path: Path) -> None:
@@ -195,12 +196,27 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         index.write_text(json.dumps({**good, "weight_map": names}))
         with pytest.raises(ValueError, match=message):
             Checkpoint(source)
+    for text, message in (("{", "not valid JSON"), ("[]", "got list; wanted an object"), ("{}", "wanted a weight_map")):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"index.json: {message}"):
+            Checkpoint(source)
     index.unlink()
     with pytest.raises(FileNotFoundError, match="no weights here"):
         Checkpoint(source)
-    (source / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: not valid JSON"):
-        Checkpoint(source)
+    for text, message in (("{", "not valid JSON"), ("[]", "got list; wanted an object")):
+        (source / "config.json").write_text(text)
+        for read in (Checkpoint, is_rope):
+            with pytest.raises(ValueError, match=rf"config.json: {message}"):
+                read(source)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cache_implementation": "none of them"}'])
+def test_a_broken_generation_config_is_named_before_any_training(text: str, tmp_path: Path) -> None:
+    source = save(teacher("llama"), tmp_path / "source")
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json: "):
+        convert(source, tmp_path / "target", ConversionRecipe())
+    assert not (tmp_path / "target").exists()
 
 
 def test_unknown_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def test_another_recipe_or_source_is_refused(place: Path, finished: Path, tmp_pa
         convert(place / "teacher", tmp_path, recipe(place, "align.steps=9"))
     file = tmp_path / "conversion" / "source.json"
     file.write_text(file.read_text().replace('"family": "llama"', '"family": "mistral"'))
-    with pytest.raises(ValueError, match="family was 'mistral', is 'llama'"):
+    with pytest.raises(ValueError, match="another source: family was 'mistral', is 'llama'"):
         convert(place / "teacher", tmp_path, recipe(place))
     with pytest.raises(FileExistsError, match="holds a model already"):
         convert(place / "teacher", finished, recipe(place))

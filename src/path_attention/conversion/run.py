@@ -116,6 +116,8 @@ class _Conversion:
         self.corpora: dict[int, ByteCorpus | TokenCorpus] = {}
         if recipe.data is not None:
             self._check_text()
+        half = self.precision == "bfloat16" and checkpoint.dtype.itemsize == 2
+        self.teacher = checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
         self.work.mkdir(parents=True, exist_ok=True)
         write_whole(self.work / RECIPE, recipe.to_yaml())
         write_whole(self.work / SOURCE, json.dumps(self._source_facts(), indent=2) + "\n")
@@ -123,8 +125,7 @@ class _Conversion:
         self.results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def run(self) -> dict[str, Any]:
-        half = self.precision == "bfloat16" and self.checkpoint.dtype.itemsize == 2
-        teacher = self.checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
+        teacher = self.teacher
         teacher.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         seed = 0 if self.first is None else self.first.seed
         # The student is on the device only where all of it is needed: alignment takes a few layers' attention.
@@ -317,7 +318,7 @@ class _Conversion:
             check_unchanged(old, self.recipe.to_mapping(), self.work, ("description",))
         if (self.work / SOURCE).is_file():
             old = json.loads((self.work / SOURCE).read_text())
-            check_unchanged(old, json.loads(json.dumps(self._source_facts())), self.work, ("source",))
+            check_unchanged(old, json.loads(json.dumps(self._source_facts())), self.work, ("source",), of="source")
 
     def _write(self, student: PaTHForCausalLM) -> None:
         dtype = self.checkpoint.dtype if self.recipe.dtype == "source" else getattr(torch, self.recipe.dtype)
