@@ -201,6 +201,18 @@ def test_text_in_the_sources_own_tokens(place: Path, tmp_path: Path) -> None:
     assert found["distill"]["tokens"] % 31 == 0
     assert set(found["by_length"]["student"]["perplexity"]) == {"32", "64"}
     assert (tmp_path / "target" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match=r"align\.length: the train documents hold"):
+        convert(tmp_path / "teacher", tmp_path / "long", recipe(place, *changes, "align.length=100000"))
+    # Taken up with text that has changed since, it would end as no uninterrupted conversion does.
+    shutil.copytree(tmp_path / "target" / "conversion", tmp_path / "again" / "conversion")
+    shutil.copytree(place / "text", tmp_path / "text")
+    (tmp_path / "text" / "0.txt").write_text("other text " * 100)
+    files["paths"][0] = str(tmp_path / "text")
+    file = tmp_path / "again" / "conversion" / "recipe.yaml"
+    file.write_text(file.read_text().replace(str(place / "text"), str(tmp_path / "text")))
+    changes[-1] = f"data={json.dumps(text)}"
+    with pytest.raises(ValueError, match="begun with other text"):
+        convert(tmp_path / "teacher", tmp_path / "again", recipe(place, *changes))
     with pytest.raises(ValueError, match=r"data\.packing: wanted plain for a conversion"):
         recipe(place, f"data={json.dumps({**text, 'packing': 'documents'})}")
 

@@ -3,6 +3,7 @@
 TARGET/config.json, model*.safetensors, tokenizer files, README.md    the student; config.json comes last
        conversion/recipe.yaml                                         the recipe, every default written out
                   source.json                                         what was converted
+                  data.json                                           on what text
                   results.json                                        what was measured so far
                   align-FIRST-LAST/ distill/ continued/               a stage: metrics.jsonl, checkpoints to resume from
                                                                       while it runs, its weights once it is done
@@ -40,7 +41,7 @@ from path_attention.conversion.stages import (
 from path_attention.data import ByteCorpus, TokenCorpus, TokenData
 from path_attention.evaluation.perplexity import precision_context
 from path_attention.models import PaTHConfig, PaTHForCausalLM
-from path_attention.training.run import Report, check_unchanged, fit, machine, write_whole
+from path_attention.training.run import DATA, Report, check_unchanged, fit, machine, write_whole
 from path_attention.training.trainer import RecipeTrainer
 
 WORK, RECIPE, SOURCE, RESULTS, FINAL = "conversion", "recipe.yaml", "source.json", "results.json", "final.safetensors"
@@ -120,6 +121,8 @@ class _Conversion:
         self.teacher = checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
         self.work.mkdir(parents=True, exist_ok=True)
         write_whole(self.work / RECIPE, recipe.to_yaml())
+        if recipe.data is not None:
+            write_whole(self.work / DATA, json.dumps({"key": self._text(None).key}) + "\n")
         write_whole(self.work / SOURCE, json.dumps(self._source_facts(), indent=2) + "\n")
         file = self.work / RESULTS
         self.results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
@@ -293,8 +296,17 @@ class _Conversion:
         known = self._corpus(None).vocab_size
         if known > size or (not isinstance(data, TokenData) and known != size):
             raise ValueError(f"data: wanted text in the model's {size} tokens, got {known}")
-        for stage in self.stages.values():
-            self._corpus(stage)
+        for name, stage in self.stages.items():
+            try:
+                self._corpus(stage)
+            except ValueError as error:
+                raise ValueError(str(error).replace("data.length", f"{name}.length")) from error
+        file = self.work / DATA
+        if file.is_file() and json.loads(file.read_text())["key"] != self._text(None).key:
+            raise ValueError(
+                f"{self.work} was begun with other text: files that the recipe names, or its tokenizer, have changed "
+                "since. Bring them back, or move the old folder aside."
+            )
         if self.recipe.evaluation.lengths:
             try:
                 self._text(None).long_windows(1, max(self.recipe.evaluation.lengths))
