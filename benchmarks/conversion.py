@@ -2,9 +2,10 @@
 both stages on at most a tenth of its tokens, and compared with itself, with a control, and with a model trained from
 scratch on as many tokens.
 
-    python benchmarks/conversion.py --out results              # one GPU, about 12 minutes; the same command goes on
+    python benchmarks/conversion.py --out results              # one GPU, about 15 minutes; the same command goes on
     python benchmarks/conversion.py --size cpu --out results   # 1M parameters, about an hour on two cores
     python benchmarks/conversion.py --size tiny --out FOLDER   # every part of it in miniature, a minute
+    python benchmarks/conversion.py --figure --out results     # the picture alone, from the JSON
 
 Parts, each done once (their results are kept in WORK/NAME.json, and training is resumed from checkpoints):
 
@@ -12,6 +13,7 @@ Parts, each done once (their results are kept in WORK/NAME.json, and training is
     memory       one step of each stage, and of plain training, with random weights in SmolLM2-1.7B's shape, length 4096
     beginnings   the loss of students before any training, for several ways to begin
     path, fox    students: before training, after stage 1, after stage 2; perplexity by length to 8 times the training's
+    aligned      the first student after stage 1 alone, from other beginnings than the default
     scratch      the student's architecture from random weights on the tokens of both stages
     flip_flop, variable_tracking
                  teacher and students after a short continued training on each, written in the teacher's tokens
@@ -26,6 +28,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +129,9 @@ BEGINNINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("path", {}, {**FULL, "keep_rope": (0, -1)}),
 ]
 
+# Of these, which stage 1 is tried from too: the nearest to the GPU's teacher, and the nearest with w at random.
+ALIGNED: list[dict[str, Any]] = [{"beta": 0.04}, {"beta": 1.0, "w": "random"}]
+
 
 class Experiment:
     """The parts, in order; each result is kept in a file of its own."""
@@ -162,6 +168,7 @@ class Experiment:
         add(found, "beginnings", "beginnings", self.beginnings)
         for name in self.students:
             add(found.setdefault("students", {}), name, name, lambda name=name: self.student(name))
+        add(found, "aligned", "aligned", self.aligned)
         add(found, "scratch", "scratch", self.scratch)
         for task in TASKS:
             for name in ("teacher", *self.students):
@@ -230,11 +237,23 @@ class Experiment:
         return strict.build(ConversionRecipe, values)
 
     def student(self, mixer: str) -> dict[str, Any]:
-        target = self.work / f"student-{mixer}"
+        return self.converted(self.work / f"student-{mixer}", self.conversion(mixer))
+
+    def converted(self, target: Path, recipe: ConversionRecipe) -> dict[str, Any]:
         if (target / "config.json").is_file():  # finished, and cut off before it was written down
             done: dict[str, Any] = json.loads((target / "conversion" / "results.json").read_text())
             return done
-        return convert(self.work / "teacher", target, self.conversion(mixer), console=self.console)
+        return convert(self.work / "teacher", target, recipe, console=self.console)
+
+    def aligned(self) -> dict[str, Any]:
+        whole = self.conversion(self.students[0])
+        first = replace(whole, distill=None, evaluation=replace(whole.evaluation, lengths=()))
+        rows = []
+        for n, options in enumerate(ALIGNED):
+            recipe = replace(first, initialisation=Initialisation(**options))
+            results = self.converted(self.work / f"aligned-{n}", recipe)
+            rows.append({**options, "initial": results["initial"]["loss"], "align": results["align"]["loss"]})
+        return {"rows": rows}
 
     def scratch(self) -> dict[str, Any]:
         """The first student's architecture on the tokens of both stages."""
@@ -394,8 +413,7 @@ def stage_losses(found: dict[str, Any]) -> list[tuple[str, str, float]]:
                 whose = "rope" if when == "teacher" else mixer
                 rows.append((whose, "teacher" if when == "teacher" else STAGES[when], results[when]["loss"]))
     if "scratch" in found:
-        scratch = found["scratch"]["by_length"]["perplexity"]
-        rows.append(("none", "from scratch, as many tokens", math.log(next(iter(scratch.values())))))
+        rows.append(("none", "from scratch, as many tokens", found["scratch"]["measurements"]["validation"]["value"]))
     return rows
 
 
@@ -412,7 +430,7 @@ def _error_rates(found: dict[str, Any], name: str) -> dict[tuple[str, str], floa
 def figure(found: dict[str, Any]) -> Figure:
     """Losses at the training length by stage; perplexity by length; state tracking. Of the parts that are done."""
     made = Figure(figsize=(15, 4.4), layout="constrained")
-    stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.5, 1.1, 1.3))
+    stages, lengths, reads = made.subplots(1, 3, width_ratios=(1.3, 1.1, 1.5))
     rows = stage_losses(found)
     for n, (whose, _, loss) in enumerate(rows):
         stages.barh(n, loss, color=COLOURS[whose])
@@ -445,14 +463,19 @@ def figure(found: dict[str, Any]) -> Figure:
         places = [k + 0.8 * (n + 0.5) / len(rates) - 0.4 for k, column in enumerate(columns) if column in of_model]
         reads.bar(places, list(of_model.values()), 0.8 / len(rates), color=COLOURS[whose], label=NAMES[whose])
         for place, rate in zip(places, of_model.values(), strict=True):
-            reads.text(place, rate, f"{rate:.3g}", ha="center", va="bottom", fontsize=6)
-    names = [f"{task.replace('_', ' ')},\n{split.replace('_', ' ')}" for task, split in columns]
-    reads.set_xticks(range(len(columns)), names, fontsize=7, rotation=30)
+            reads.text(place, rate, f"{rate:.2g}", ha="center", va="bottom", fontsize=7)
+    names = [f"{task},\n{split}".replace("_", "\n") for task, split in columns]
+    reads.set_xticks(range(len(columns)), names, fontsize=7)
     reads.set_ylabel("wrong answers, %")
-    reads.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3)
+    if columns:
+        reads.legend(frameon=False, fontsize=8, title="continued from", title_fontsize=8, loc="upper left")
     for axis in (stages, lengths, reads):
         axis.spines[["top", "right"]].set_visible(False)
     return made
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    figure(found).savefig(file.with_suffix(".png"), dpi=130)
 
 
 def main() -> None:
@@ -461,7 +484,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of everything in between; runs/conversion-SIZE by default")
     parser.add_argument("--students", default="path,fox", help="mixers; the first is the one trained from scratch too")
     parser.add_argument("--size", choices=list(SIZES), default="gpu")
+    parser.add_argument("--figure", action="store_true", help="run nothing: draw the picture of OUT's JSON again")
     arguments = parser.parse_args()
+    name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
+    file = arguments.out / f"{name}.json"
+    if arguments.figure:
+        draw(json.loads(file.read_text()), file)
+        return
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -471,14 +500,13 @@ def main() -> None:
     students = tuple(arguments.students.split(","))
     experiment = Experiment(work, arguments.size, students, Console(highlight=False))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
 
     def report(found: dict[str, Any]) -> None:
         result = {"benchmark": "conversion", **environment(), **machine(experiment.device)}
         result |= {"sizes": {**experiment.sizes, "path": "the folder of Python packages"}, **found}
-        write_whole(arguments.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        write_whole(file, json.dumps(result, indent=1) + "\n")
         if "students" in found:
-            figure(found).savefig(arguments.out / f"{name}.png", dpi=130)
+            draw(found, file)
 
     found = experiment.run(report)
     for whose, when, loss in stage_losses(found):

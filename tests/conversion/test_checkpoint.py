@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from path_attention.conversion import Checkpoint, ConversionRecipe, convert, find, translate, write
+from path_attention.conversion import Checkpoint, ConversionRecipe, convert, find, is_rope, translate, write
 from path_attention.conversion.families import FAMILIES, ROPE_FAMILIES
 from path_attention.evaluation.generate import load
 from path_attention.models import PaTHConfig, PaTHForCausalLM
@@ -109,6 +109,7 @@ def test_tokenizer_and_generation_config_go_along(tmp_path: Path) -> None:
     assert decode([3]) == "a"
     assert (tmp_path / "target" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").generation_config.temperature == 0.5
+    assert json.loads((tmp_path / "target" / "generation_config.json").read_text()) == settings
     card = (tmp_path / "target" / "README.md").read_text()
     assert "license: mit" in card
     assert "Nothing was trained" in card
@@ -160,7 +161,7 @@ def test_altered_tensors_are_named(change: Change, message: str, tmp_path: Path)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         convert(source, tmp_path / "target", ConversionRecipe())
-    assert not (tmp_path / "target" / "config.json").exists()
+    assert not (tmp_path / "target").exists()  # so that the mended source finds nothing of another there
 
 
 def test_a_tied_head_that_is_not_the_embeddings_is_named(tmp_path: Path) -> None:
@@ -195,12 +196,27 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         index.write_text(json.dumps({**good, "weight_map": names}))
         with pytest.raises(ValueError, match=message):
             Checkpoint(source)
+    for text, message in (("{", "not valid JSON"), ("[]", "got list; wanted an object"), ("{}", "wanted a weight_map")):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"index.json: {message}"):
+            Checkpoint(source)
     index.unlink()
     with pytest.raises(FileNotFoundError, match="no weights here"):
         Checkpoint(source)
-    (source / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: not valid JSON"):
-        Checkpoint(source)
+    for text, message in (("{", "not valid JSON"), ("[]", "got list; wanted an object")):
+        (source / "config.json").write_text(text)
+        for read in (Checkpoint, is_rope):
+            with pytest.raises(ValueError, match=rf"config.json: {message}"):
+                read(source)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cache_implementation": "none of them"}'])
+def test_a_broken_generation_config_is_named_before_any_training(text: str, tmp_path: Path) -> None:
+    source = save(teacher("llama"), tmp_path / "source")
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json: "):
+        convert(source, tmp_path / "target", ConversionRecipe())
+    assert not (tmp_path / "target").exists()
 
 
 def test_unknown_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,3 +287,30 @@ def test_a_model_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="wanted a RoPE model, got one with path"):
         convert(tmp_path / "path", tmp_path / "target", ConversionRecipe())
     convert(tmp_path / "ours", tmp_path / "target", ConversionRecipe())  # our own rope models are teachers too
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_files_of_others_are_not_overwritten(name: str, tmp_path: Path) -> None:
+    """A folder with notes in it will do, but for those in a place where the model has something."""
+    source, target = save(teacher("llama"), tmp_path / "source"), tmp_path / "target"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    (target / name).write_text("mine")
+    for convert_it in (lambda: convert(source, target, ConversionRecipe()), lambda: translate(source, target)):
+        with pytest.raises(FileExistsError, match=f"{name}: exists, and would be overwritten"):
+            convert_it()
+    assert {file.name: file.read_text() for file in target.iterdir()} == {"notes.txt": "mine", name: "mine"}
+    # Cut off between two files: what is there is our own, and so is the folder they came from.
+    (target / "partial-0").mkdir()
+    translate(source, target)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert not list(target.glob("partial-*"))
+    PaTHForCausalLM.from_pretrained(target)
+
+
+def test_a_target_that_is_a_file_is_named(tmp_path: Path) -> None:
+    source = save(teacher("llama"), tmp_path / "source")
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path / "file", tmp_path / "file" / "target"):
+        with pytest.raises(FileExistsError, match="file: a file; wanted a folder"):
+            convert(source, target, ConversionRecipe())

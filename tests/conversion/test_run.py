@@ -139,7 +139,9 @@ def test_killed_in_any_stage_it_ends_like_an_uninterrupted_one(
 def test_killed_while_writing_it_is_written_again(place: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "conversion", tmp_path / "target" / "conversion")
     (tmp_path / "target" / "partial-0").mkdir()
+    shutil.copy(finished / "model.safetensors", tmp_path / "target")
     convert(place / "teacher", tmp_path / "target", recipe(place))
+    assert not (tmp_path / "target" / "partial-0").exists()
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "target", finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -199,6 +201,18 @@ def test_text_in_the_sources_own_tokens(place: Path, tmp_path: Path) -> None:
     assert found["distill"]["tokens"] % 31 == 0
     assert set(found["by_length"]["student"]["perplexity"]) == {"32", "64"}
     assert (tmp_path / "target" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match=r"align\.length: the train documents hold"):
+        convert(tmp_path / "teacher", tmp_path / "long", recipe(place, *changes, "align.length=100000"))
+    # Taken up with text that has changed since, it would end as no uninterrupted conversion does.
+    shutil.copytree(tmp_path / "target" / "conversion", tmp_path / "again" / "conversion")
+    shutil.copytree(place / "text", tmp_path / "text")
+    (tmp_path / "text" / "0.txt").write_text("other text " * 100)
+    files["paths"][0] = str(tmp_path / "text")
+    file = tmp_path / "again" / "conversion" / "recipe.yaml"
+    file.write_text(file.read_text().replace(str(place / "text"), str(tmp_path / "text")))
+    changes[-1] = f"data={json.dumps(text)}"
+    with pytest.raises(ValueError, match="begun with other text"):
+        convert(tmp_path / "teacher", tmp_path / "again", recipe(place, *changes))
     with pytest.raises(ValueError, match=r"data\.packing: wanted plain for a conversion"):
         recipe(place, f"data={json.dumps({**text, 'packing': 'documents'})}")
 
@@ -209,7 +223,7 @@ def test_another_recipe_or_source_is_refused(place: Path, finished: Path, tmp_pa
         convert(place / "teacher", tmp_path, recipe(place, "align.steps=9"))
     file = tmp_path / "conversion" / "source.json"
     file.write_text(file.read_text().replace('"family": "llama"', '"family": "mistral"'))
-    with pytest.raises(ValueError, match="family was 'mistral', is 'llama'"):
+    with pytest.raises(ValueError, match="another source: family was 'mistral', is 'llama'"):
         convert(place / "teacher", tmp_path, recipe(place))
     with pytest.raises(FileExistsError, match="holds a model already"):
         convert(place / "teacher", finished, recipe(place))

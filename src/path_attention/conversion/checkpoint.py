@@ -18,6 +18,9 @@ from path_attention.models import PaTHConfig, PaTHForCausalLM
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+# Where a model is written before its files are moved to their place.
+PARTIAL = "partial-*"
 # What a tokenizer may consist of, in transformers' and sentencepiece's formats.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,7 +53,7 @@ def find(source: str | Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "generation_config.json", "*.safetensors", INDEX, "README.md", *TOKENIZER_FILES]
+    patterns = ["config.json", GENERATION, "*.safetensors", INDEX, "README.md", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:  # no such name, no network, no permission: all that can be said is what the hub said
@@ -62,7 +65,18 @@ def find(source: str | Path) -> Path:
 
 def is_rope(folder: Path) -> bool:
     """Whether a checkpoint is of a family of RoPE models."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in ROPE_FAMILIES
+    return _object(folder / "config.json").get("model_type") in ROPE_FAMILIES
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object, or a ValueError that names it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: got {type(found).__name__}; wanted an object")
+    return found
 
 
 class Checkpoint:
@@ -78,13 +92,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / 'config.json'}: not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{folder / 'config.json'}: got {type(raw).__name__}; wanted an object")
-        with _named(folder):
+        raw = _object(folder / "config.json")
+        with _named(folder / "config.json"):
             self.family: Family = family(raw.get("model_type"))
             # transformers' own classes know the defaults of what the file leaves out.
             settings = raw if self.family in (OWN, FLA) else AutoConfig.from_pretrained(folder).to_dict()
@@ -94,12 +103,18 @@ class Checkpoint:
         dtype = settings.get("dtype") or settings.get("torch_dtype")
         self.dtype: torch.dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
         self._files = self._list()
+        if (folder / GENERATION).is_file():  # copied in the end; that it can be read is seen now
+            _object(folder / GENERATION)
+            with _named(folder / GENERATION):
+                GenerationConfig.from_pretrained(folder)
 
     def _list(self) -> dict[str, Path]:
         """The file of every tensor."""
         index = self.folder / INDEX
         if index.is_file():
-            listed: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed: Mapping[str, str] = _object(index).get("weight_map", {})
+            if not (isinstance(listed, dict) and listed and all(isinstance(name, str) for name in listed.values())):
+                raise ValueError(f"{index}: wanted a weight_map, the file of every tensor")
             files = {self.folder / name for name in listed.values()}
         elif (self.folder / WEIGHTS).is_file():
             listed, files = {}, {self.folder / WEIGHTS}
@@ -190,10 +205,22 @@ def on_meta(config: PaTHConfig) -> PaTHForCausalLM:
         return PaTHForCausalLM(config)
 
 
-def check_target(target: Path) -> None:
-    """Raise a FileExistsError if a model is there already; nothing is ever overwritten."""
+def check_target(target: Path, begun: str = PARTIAL) -> None:
+    """Raise a FileExistsError if something is there that a model would be written over; nothing is ever overwritten.
+
+    Args:
+        target: the folder.
+        begun: pattern of what an interrupted writing of ours leaves: there, files are ours to write again.
+    """
     if (target / "config.json").exists():
         raise FileExistsError(f"{target}: holds a model already; wanted a new folder")
+    for place in (target, *target.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place}: a file; wanted a folder")
+    if target.is_dir() and not any(target.glob(begun)):
+        for name in ("README.md", GENERATION, WEIGHTS, INDEX, *TOKENIZER_FILES):
+            if (target / name).exists():
+                raise FileExistsError(f"{target / name}: exists, and would be overwritten; wanted a new folder")
 
 
 def write(
@@ -203,6 +230,7 @@ def write(
     source: Path | None = None,
     to: str = OWN.name,
     card: str = "",
+    begun: str = PARTIAL,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a folder that transformers loads: config.json comes last, so that a folder with one is whole.
@@ -213,27 +241,27 @@ def write(
         source: folder whose tokenizer and generation config go along.
         to: the family to write, a name of :data:`FAMILIES`; by default ours.
         card: text of README.md.
+        begun: as :func:`check_target` takes it.
         max_shard_size: as transformers' save_pretrained takes it.
 
     Raises:
-        FileExistsError: a model is there already.
+        FileExistsError: see :func:`check_target`.
         ValueError: the family cannot say what the model is, by field or by tensor.
     """
-    check_target(target)
+    check_target(target, begun)
     chosen = family(to)
     config = chosen.write(model.config)
-    generation = _generation_config(model, source)
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f"partial-{uuid.uuid4().hex}"
+    for cut_off in target.glob(PARTIAL):
+        shutil.rmtree(cut_off)
+    partial = target / PARTIAL.replace("*", uuid.uuid4().hex)
     try:
         model.save_pretrained(partial, state_dict=_translated(model, chosen), max_shard_size=max_shard_size)
         if chosen is not OWN:
             dtype = str(model.dtype).removeprefix("torch.")
             named = {"architectures": [chosen.architecture], "model_type": chosen.name, "dtype": dtype}
             (partial / "config.json").write_text(json.dumps(named | config, indent=2) + "\n")
-        if generation is not None:
-            generation.save_pretrained(partial)
-        for name in TOKENIZER_FILES if source is not None else ():
+        for name in (GENERATION, *TOKENIZER_FILES) if source is not None else ():
             if (source / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(source / name, partial / name)  # type: ignore[operator]
         if card:
@@ -242,14 +270,6 @@ def write(
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _generation_config(model: PaTHForCausalLM, source: Path | None) -> GenerationConfig | None:
-    if source is None or not (source / "generation_config.json").is_file():
-        return None
-    generation = GenerationConfig.from_pretrained(source)
-    model.generation_config = generation
-    return generation
 
 
 def _translated(model: PaTHForCausalLM, chosen: Family) -> dict[str, Tensor]:
@@ -267,14 +287,14 @@ def _translated(model: PaTHForCausalLM, chosen: Family) -> dict[str, Tensor]:
 
 
 class _named:
-    """Errors of a configuration, the strict dataclasses' own among them, as ValueErrors that name the folder."""
+    """Errors of a configuration, the strict dataclasses' own among them, as ValueErrors that name the file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception):
-            raise ValueError(f"{self.folder / 'config.json'}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{self.file}: {' '.join(str(error).split())}") from error

@@ -34,7 +34,7 @@ class Initialisation:
         gate: mean number of tokens a forget gate reaches back, one number a head from the first to the last of these,
             spaced evenly in the logarithm.
 
-    docs/conversion.md has the losses before training that these were chosen by.
+    docs/conversion.md has the losses before training of these and others.
     """
 
     beta: float = 0.3

@@ -3,6 +3,7 @@
 TARGET/config.json, model*.safetensors, tokenizer files, README.md    the student; config.json comes last
        conversion/recipe.yaml                                         the recipe, every default written out
                   source.json                                         what was converted
+                  data.json                                           on what text
                   results.json                                        what was measured so far
                   align-FIRST-LAST/ distill/ continued/               a stage: metrics.jsonl, checkpoints to resume from
                                                                       while it runs, its weights once it is done
@@ -40,7 +41,7 @@ from path_attention.conversion.stages import (
 from path_attention.data import ByteCorpus, TokenCorpus, TokenData
 from path_attention.evaluation.perplexity import precision_context
 from path_attention.models import PaTHConfig, PaTHForCausalLM
-from path_attention.training.run import Report, check_unchanged, fit, machine, write_whole
+from path_attention.training.run import DATA, Report, check_unchanged, fit, machine, write_whole
 from path_attention.training.trainer import RecipeTrainer
 
 WORK, RECIPE, SOURCE, RESULTS, FINAL = "conversion", "recipe.yaml", "source.json", "results.json", "final.safetensors"
@@ -86,7 +87,7 @@ def convert(
         TrainingDiverged: a loss that is not finite.
         Unfinished: it was told to stop (SIGTERM), and did so in good order.
     """
-    check_target(target)
+    check_target(target, WORK)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: wanted one process: a conversion runs on one device")
     folder = find(source)
@@ -116,15 +117,18 @@ class _Conversion:
         self.corpora: dict[int, ByteCorpus | TokenCorpus] = {}
         if recipe.data is not None:
             self._check_text()
+        half = self.precision == "bfloat16" and checkpoint.dtype.itemsize == 2
+        self.teacher = checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
         self.work.mkdir(parents=True, exist_ok=True)
         write_whole(self.work / RECIPE, recipe.to_yaml())
+        if recipe.data is not None:
+            write_whole(self.work / DATA, json.dumps({"key": self._text(None).key}) + "\n")
         write_whole(self.work / SOURCE, json.dumps(self._source_facts(), indent=2) + "\n")
         file = self.work / RESULTS
         self.results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def run(self) -> dict[str, Any]:
-        half = self.precision == "bfloat16" and self.checkpoint.dtype.itemsize == 2
-        teacher = self.checkpoint.load(dtype=torch.bfloat16 if half else torch.float32)
+        teacher = self.teacher
         teacher.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         seed = 0 if self.first is None else self.first.seed
         # The student is on the device only where all of it is needed: alignment takes a few layers' attention.
@@ -292,8 +296,17 @@ class _Conversion:
         known = self._corpus(None).vocab_size
         if known > size or (not isinstance(data, TokenData) and known != size):
             raise ValueError(f"data: wanted text in the model's {size} tokens, got {known}")
-        for stage in self.stages.values():
-            self._corpus(stage)
+        for name, stage in self.stages.items():
+            try:
+                self._corpus(stage)
+            except ValueError as error:
+                raise ValueError(str(error).replace("data.length", f"{name}.length")) from error
+        file = self.work / DATA
+        if file.is_file() and json.loads(file.read_text())["key"] != self._text(None).key:
+            raise ValueError(
+                f"{self.work} was begun with other text: files that the recipe names, or its tokenizer, have changed "
+                "since. Bring them back, or move the old folder aside."
+            )
         if self.recipe.evaluation.lengths:
             try:
                 self._text(None).long_windows(1, max(self.recipe.evaluation.lengths))
@@ -317,7 +330,7 @@ class _Conversion:
             check_unchanged(old, self.recipe.to_mapping(), self.work, ("description",))
         if (self.work / SOURCE).is_file():
             old = json.loads((self.work / SOURCE).read_text())
-            check_unchanged(old, json.loads(json.dumps(self._source_facts())), self.work, ("source",))
+            check_unchanged(old, json.loads(json.dumps(self._source_facts())), self.work, ("source",), of="source")
 
     def _write(self, student: PaTHForCausalLM) -> None:
         dtype = self.checkpoint.dtype if self.recipe.dtype == "source" else getattr(torch, self.recipe.dtype)
@@ -325,7 +338,7 @@ class _Conversion:
         student.to("cpu", dtype)  # type: ignore[arg-type, call-overload]
         report.write_report(self.work, self.recipe, self.results)
         card = report.card(self.source, self.checkpoint, self.recipe, self.results)
-        write(student, self.target, source=self.checkpoint.folder, card=card)
+        write(student, self.target, source=self.checkpoint.folder, card=card, begun=WORK)
         if self.console:
             self.console.print(f"written to {self.target}; report: {self.work / 'report.html'}")
 

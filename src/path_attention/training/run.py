@@ -437,6 +437,7 @@ def check_unchanged(
     ignored: Sequence[str] = (),
     ignored_beginnings: tuple[str, ...] = (),
     remedy: str = "Wanted another folder, or the old one moved aside.",
+    of: str = "recipe",
 ) -> None:
     """Raises a ValueError that names the keys, where what a folder was begun with differs from what is wanted now."""
     before, now = _flat(old), _flat(new)
@@ -446,7 +447,7 @@ def check_unchanged(
         if before.get(key) != now.get(key) and key not in ignored and not key.startswith(ignored_beginnings or ("\0",))
     ]
     if changed:
-        raise ValueError(f"{folder} holds a run of another recipe: {'; '.join(changed)}. {remedy}")
+        raise ValueError(f"{folder} holds a run of another {of}: {'; '.join(changed)}. {remedy}")
 
 
 def _check_same_data(source: Source, folder: Path) -> None:
