@@ -2,7 +2,7 @@
 both stages on at most a tenth of its tokens, and compared with itself, with a control, and with a model trained from
 scratch on as many tokens.
 
-    python benchmarks/conversion.py --out results              # one GPU, about 15 minutes; the same command goes on
+    python benchmarks/conversion.py --out results              # one GPU, about 12 minutes; the same command goes on
     python benchmarks/conversion.py --size cpu --out results   # 1M parameters, about an hour on two cores
     python benchmarks/conversion.py --size tiny --out FOLDER   # every part of it in miniature, a minute
     python benchmarks/conversion.py --figure --out results     # the picture alone, from the JSON
@@ -13,7 +13,6 @@ Parts, each done once (their results are kept in WORK/NAME.json, and training is
     memory       one step of each stage, and of plain training, with random weights in SmolLM2-1.7B's shape, length 4096
     beginnings   the loss of students before any training, for several ways to begin
     path, fox    students: before training, after stage 1, after stage 2; perplexity by length to 8 times the training's
-    aligned      the first student after stage 1 alone, from other beginnings than the default
     scratch      the student's architecture from random weights on the tokens of both stages
     flip_flop, variable_tracking
                  teacher and students after a short continued training on each, written in the teacher's tokens
@@ -28,7 +27,6 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +127,6 @@ BEGINNINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("path", {}, {**FULL, "keep_rope": (0, -1)}),
 ]
 
-# Of these, which stage 1 is tried from too: the nearest to the GPU's teacher, and the nearest with w at random.
-ALIGNED: list[dict[str, Any]] = [{"beta": 0.04}, {"beta": 1.0, "w": "random"}]
-
 
 class Experiment:
     """The parts, in order; each result is kept in a file of its own."""
@@ -168,7 +163,6 @@ class Experiment:
         add(found, "beginnings", "beginnings", self.beginnings)
         for name in self.students:
             add(found.setdefault("students", {}), name, name, lambda name=name: self.student(name))
-        add(found, "aligned", "aligned", self.aligned)
         add(found, "scratch", "scratch", self.scratch)
         for task in TASKS:
             for name in ("teacher", *self.students):
@@ -237,23 +231,11 @@ class Experiment:
         return strict.build(ConversionRecipe, values)
 
     def student(self, mixer: str) -> dict[str, Any]:
-        return self.converted(self.work / f"student-{mixer}", self.conversion(mixer))
-
-    def converted(self, target: Path, recipe: ConversionRecipe) -> dict[str, Any]:
+        target = self.work / f"student-{mixer}"
         if (target / "config.json").is_file():  # finished, and cut off before it was written down
             done: dict[str, Any] = json.loads((target / "conversion" / "results.json").read_text())
             return done
-        return convert(self.work / "teacher", target, recipe, console=self.console)
-
-    def aligned(self) -> dict[str, Any]:
-        whole = self.conversion(self.students[0])
-        first = replace(whole, distill=None, evaluation=replace(whole.evaluation, lengths=()))
-        rows = []
-        for n, options in enumerate(ALIGNED):
-            recipe = replace(first, initialisation=Initialisation(**options))
-            results = self.converted(self.work / f"aligned-{n}", recipe)
-            rows.append({**options, "initial": results["initial"]["loss"], "align": results["align"]["loss"]})
-        return {"rows": rows}
+        return convert(self.work / "teacher", target, self.conversion(mixer), console=self.console)
 
     def scratch(self) -> dict[str, Any]:
         """The first student's architecture on the tokens of both stages."""
