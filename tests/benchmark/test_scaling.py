@@ -97,7 +97,7 @@ def test_the_longest_sequence_is_found_by_two_short_ones() -> None:
     options = scaling._options("cpu", [2], [64], 2, 16, False, 1)
     options = type(options)(**{**vars(options), "longest_heads": 8, "probes": (50, 100)})
     scaling._longest(Linear(2, options, rows), options, "path")
-    assert tried == [100, 100, 200, 9600, 8800]
+    assert tried == [100, 100, 200, 200, 9600, 8800]
     (row,) = rows.result["rows"]
     assert row["length"] == 8800
     assert row["bytes_per_token"] == 1

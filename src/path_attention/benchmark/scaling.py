@@ -293,8 +293,8 @@ def _longest(devices: Devices, options: Options, formula: str) -> None:
         return devices.attempt(weigh, work)
 
     lengths = [probe * devices.size for probe in options.probes]
-    # The first is run twice: it compiles kernels and opens connections.
-    probes = [run(length) for length in (lengths[0], *lengths)][1:]
+    # Each is run twice: kernels are compiled for what divides a length, and the first opens connections.
+    probes = [(run(length), run(length))[1] for length in lengths]
     if failed := [x["failed"] for x in probes if "failed" in x]:
         devices.rows.add(key | {"failed": failed[0]})
         return
