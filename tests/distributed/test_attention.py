@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from path_attention import path_attention
-from path_attention.distributed import ContextParallel, pair_attention, path_attention_context_parallel
+from path_attention.distributed import ContextParallel, pair_attention, parts, path_attention_context_parallel
 from path_attention.distributed.pairs import Call
 from tests.distributed.processes import RANKS, in_processes, with_processes
 from tests.ops.inputs import Inputs, Shape, assert_same, make_inputs, oracle, out_and_gradients, output_gradient
@@ -135,6 +135,27 @@ def check_memory(two: ContextParallel, four: ContextParallel) -> None:
     assert peak(four, 2048) < 1.1 * peak(two, 2048)
 
 
+def check_parts(context: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key head at a time: the same numbers, and less memory beside inputs and results."""
+    shape = Shape(104, batch=2, query_heads=6, heads=3, dim=8, value_dim=12, reflections=2)
+    inputs = make_inputs(shape, gated=True)
+    wanted = out_and_gradients(path_attention, inputs)
+
+    def peak() -> int:
+        rows = {name: x.detach() for name, x in make_inputs(Shape(1024, query_heads=8, heads=8)).items()}
+        with LiveBytes() as counter:
+            leaves = {name: context.shard(x).requires_grad_() for name, x in rows.items()}
+            path_attention_context_parallel(**leaves, group=context).sum().backward()
+        return counter.peak
+
+    at_once = peak()
+    monkeypatch.setattr(parts, "PART", 1)
+    assert_same(split(context, inputs), wanted)
+    # A part holds an eighth of what is beside q, k, v, w, out and six gradients of the shard: that is some ten of them,
+    # and all that there is beside them some thirty.
+    assert peak() < 0.6 * at_once
+
+
 def check_volume(context: ContextParallel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/distributed.md says that a process sends around the ring, in numbers of each kind."""
     batch, length, dim, value_dim, query_heads, heads = 2, 2 * context.size, 8, 12, 4, 2
@@ -193,6 +214,8 @@ def work(rank: int) -> None:
     check_balance(everyone)
     check_sharding(everyone)
     check_memory(ContextParallel(mesh["context"]), everyone)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_parts(everyone, monkeypatch)
     with pytest.MonkeyPatch.context() as monkeypatch:
         check_volume(everyone, monkeypatch)
     check_refusals(everyone)

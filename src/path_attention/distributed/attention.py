@@ -25,6 +25,7 @@ from path_attention.distributed.context import ContextParallel, Layout, PassedOn
 from path_attention.distributed.edges import AtEdges, Shard, Way, sums_after, sums_before, ways_backward
 from path_attention.distributed.pair_attention import Whole
 from path_attention.distributed.pairs import Call, Pair
+from path_attention.distributed.parts import Inputs, parts
 from path_attention.layers.padding import sequence_boundaries
 from path_attention.ops import dyadic
 from path_attention.ops.arguments import check_values, validate_arguments
@@ -54,8 +55,8 @@ def path_attention_context_parallel(
     Every process passes its shard of the length and gets its shard of the output; :meth:`ContextParallel.shard` cuts
     whole tensors. All processes must call it, forward and backward, with shards of one shape. Outputs and gradients are
     those of one process, where the gradient is that of the sum of what the processes differentiate. Memory is linear in
-    the shard's length, plus a second shard of keys and values on its way, plus all pieces' products P. Deterministic if
-    the backend is.
+    the shard's length, plus all pieces' products P; long shards are worked on some heads at a time, so that what lies
+    beside inputs and results does not grow with them. Deterministic if the backend is.
 
     Args:
         q, k, v, w, beta, g: as those of path_attention, of L / n tokens in n processes; the same on every process but
@@ -242,12 +243,41 @@ def _from_edges(
     return d_q, d_k, d_v, d_w, d_beta, d_g
 
 
+def _forward_in_parts(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    """:func:`_forward` of some heads at a time."""
+    if len(all_parts := parts(call, inputs[0])) == 1:
+        return _forward(*inputs, call)
+    q, _, v, *_ = inputs
+    out, log_sum_exp = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=call.dtype)
+    for part in all_parts:
+        part.queries(out)[:], part.queries(log_sum_exp)[:] = _forward(*part.inputs(inputs), part.call)
+    return out, log_sum_exp
+
+
+def _backward_in_parts(
+    d_out: Tensor, inputs: Inputs, out: Tensor, log_sum_exp: Tensor, call: Call
+) -> list[Tensor | None]:
+    """:func:`_backward` of some heads at a time."""
+    if len(all_parts := parts(call, inputs[0])) == 1:
+        return _backward(d_out, *inputs, out, log_sum_exp, call)
+    q, k, v, w, beta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:5])
+    found = q, k, v, w, beta, None if inputs[5] is None else torch.empty_like(inputs[5])
+    for part in all_parts:
+        d_part, of_out, of_sums = (part.queries(x).contiguous() for x in (d_out, out, log_sum_exp))
+        gradients = _backward(d_part, *part.inputs(inputs), of_out, of_sums, part.call)
+        for x, gradient in zip(part.views(found), gradients, strict=True):
+            if x is not None:
+                assert gradient is not None
+                x[:] = gradient
+    return list(found)
+
+
 class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None
     ) -> Tensor:
-        out, log_sum_exp = _forward(q, k, v, w, beta, g, call)
+        out, log_sum_exp = _forward_in_parts((q, k, v, w, beta, g), call)
         ctx.call = call
         ctx.save_for_backward(q, k, v, w, beta, g, out, log_sum_exp)
         return out
@@ -255,5 +285,5 @@ class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, w, beta, g, out, log_sum_exp = ctx.saved_tensors
-        return None, *_backward(d_out, q, k, v, w, beta, g, out, log_sum_exp, ctx.call)
+        *inputs, out, log_sum_exp = ctx.saved_tensors
+        return None, *_backward_in_parts(d_out, (*inputs,), out, log_sum_exp, ctx.call)
