@@ -107,6 +107,8 @@ def attend_backward(
             dense.gate[pair.rows] += d_scores.sum(2).T
             dense.gate[pair.keys] -= d_scores.sum(1).T
     edges = linear.levels_backward(inputs, table, levels, leaves, dense)
+    largest = (levels.query_rows, dense.query_rows, *((levels.key_rows, dense.key_rows) if table.num_levels else ()))
+    assert not any(x.numel() for x in largest), "buffers that are not needed any more are still alive"
     of_dense = (dense.values, dense.factor, dense.gate)
     gradients = linear.Gradients(
         *(torch.full_like(getattr(inputs, x), float("nan")) for x in ["q", "k", "v", "w", "beta"])

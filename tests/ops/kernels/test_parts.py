@@ -53,3 +53,13 @@ def test_parts_equal_the_definition(
     assert relative_error(out, expected.detach()) <= 1e-6
     for x, y in zip(gradients, exact, strict=True):
         assert relative_error(x, y.grad) <= 3e-6
+
+
+def test_rows_are_copied_only_to_be_padded_or_gathered() -> None:
+    x = torch.zeros(2, 3, 4, 16)
+    assert cuda._rows(x).data_ptr() == x.data_ptr()
+    assert cuda._rows(x[1:]).data_ptr() == x[1:].data_ptr()
+    some_heads = cuda._rows(x[:, :, 1:3])
+    assert some_heads.is_contiguous()
+    assert some_heads.shape == (6, 2, 16)
+    assert cuda._rows(x[..., :9]).shape == (6, 4, 16)

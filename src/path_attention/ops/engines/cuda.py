@@ -33,9 +33,9 @@ HOPPER_DIMS = (64, 128)
 TRITON_VERSIONS = ("3.6",)
 # Rows are padded to a multiple of this many columns: what tensor descriptors and torch's kernels ask of half precision.
 COLUMNS = 16
-# Leaves times key heads of a part: some 1 GB of rows and matrices at head_dim 64, and still enough programs to fill
-# the largest GPUs several times.
-PART = 4096
+# Leaves times key heads of a part, for head dims up to PART_DIM: 0.9 GB of rows and matrices, and still enough programs
+# to fill the largest GPUs several times.
+PART, PART_DIM = 4096, 64
 # Rows of one program of the delta kernel: 64 x 64 tiles keep loads wide and registers few.
 DELTA_ROWS = 64
 # |dS| <= |d_out . (v - out)|: with entries of d_out and v below twice their powers of two a row of 256 columns gives at
@@ -142,9 +142,9 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
     batch, length, heads, dim = k.shape
     group = q.shape[2] // heads
     leaves = -(-length // LEAF)
-    # Matrices of wide rows grow with the square of the width, and float32 ones are twice as large.
-    width = max(1, dim / linear.WHOLE_DIM)
-    most = max(1, int(PART / (width**2 * (2 if width > 1 or q.dtype == torch.float32 else 1))))
+    # A leaf's rows grow with their width, and float32 ones, which wide rows are between the stages, are twice as large.
+    float32 = q.dtype == torch.float32 or dim > linear.WHOLE_DIM
+    most = max(1, int(PART / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
     sequences = max(1, min(batch, most // (leaves * heads)))
     part_heads = heads if leaves * heads <= most else max(1, most // leaves)
     sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
@@ -175,7 +175,10 @@ def _even(total: int, most: int) -> int:
 
 def _rows(x: Tensor) -> Tensor:
     """(B, L, heads, ..., dim) -> (B * L, heads, ..., dim padded to a multiple of COLUMNS), contiguous."""
-    return torch.nn.functional.pad(x.flatten(0, 1), (0, -x.shape[-1] % COLUMNS)).contiguous()
+    x = x.flatten(0, 1)
+    if missing := -x.shape[-1] % COLUMNS:  # torch's pad by nothing would be a copy
+        x = torch.nn.functional.pad(x, (0, missing))
+    return x.contiguous()
 
 
 def _place(result: Tensor, index: tuple[slice, slice, slice], padded: bool) -> Tensor:
@@ -284,9 +287,7 @@ def _part_backward(
     else:
         gradients = siblings.sdpa_backward(inputs, table, levels, d_out, out, log_sum_exp)
     edges = linear.levels_backward(inputs, table, levels, leaves, gradients)
-    d_values, factor, d_gate = gradients.values, gradients.factor, gradients.gate
-    del levels, gradients  # the largest buffers: their memory serves the leaves' gradients
-    of_dense = (d_values, factor, d_gate)
+    of_dense = (gradients.values, gradients.factor, d_gate := gradients.gate)
     if inputs.leaves == "torch":
         torch_leaves.backward(inputs, table, edges, *of_dense, log_sum_exp, out, d_out, result)
     else:

@@ -126,8 +126,25 @@ class Scaled:
     power: Tensor  # float32
 
 
-@dataclass(frozen=True)
-class Levels:
+class _Rows:
+    """Rows at the edges of every level, or their gradients: the largest buffers there are."""
+
+    query_rows: Tensor
+    key_rows: Tensor
+
+    def take_queries(self) -> Tensor:
+        """The queries' rows, which are forgotten here: once their user drops them, their memory serves what follows."""
+        rows, self.query_rows = self.query_rows, self.query_rows.new_empty(0)
+        return rows
+
+    def take_keys(self) -> Tensor:
+        """The keys' rows, likewise."""
+        rows, self.key_rows = self.key_rows, self.key_rows.new_empty(0)
+        return rows
+
+
+@dataclass
+class Levels(_Rows):
     """Rows at the edges of every level."""
 
     query_rows: Tensor  # (levels, query_slots, 64, HQ, D), times scale
@@ -306,8 +323,8 @@ def _levels(
     return result
 
 
-@dataclass(frozen=True)
-class DenseGradients:
+@dataclass
+class DenseGradients(_Rows):
     """What the backward of the dense attention between siblings hands to the linear stages."""
 
     query_rows: Tensor  # (levels, query_slots, 64, HQ, D)
@@ -354,51 +371,43 @@ def levels_backward(
 ) -> EdgeGradients:
     """From the rows at all levels' edges back to the leaves' edges: transports, and the tree from its root down.
 
-    ``key_table`` is that of the rows' making. ``nodes``, if given, hold the gradients of the matrices at the uppermost
-    level, which no rows were moved by.
+    Takes the rows out of ``levels`` and ``dense``. ``key_table`` is that of the rows' making. ``nodes``, if given, hold
+    the gradients of the matrices at the uppermost level, which no rows were moved by.
     """
-    heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
+    heads, query_heads = inputs.heads, inputs.query_heads
     key_table = key_table or table
     tree_levels = table.num_levels - (nodes is not None)
-    nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
-
-    def scaled_rows(of_heads: int) -> Scaled:
-        tiles = inputs.empty(table.num_leaves, LEAF, of_heads, dim)
-        return Scaled(tiles, inputs.empty(table.num_leaves, of_heads, dtype=torch.float32))
-
-    q_left, k_right = scaled_rows(query_heads), scaled_rows(heads)
-    query_tiles, key_tiles = (_partial_tiles(n, table.num_levels) for n in (table.query_slots, key_table.key_slots))
-    query_partials = scaled_matrices(inputs, query_tiles, query_heads)
-    key_partials = scaled_matrices(inputs, key_tiles, heads)
     shared = {"p_node": leaves.nodes, "H": heads, **inputs.matrix_options(wide=True)}
+    moved = {**shared, "p_factor": dense.factor, "num_levels": table.num_levels}
+    q_left = _scaled_rows(inputs, table, query_heads)
+    query_partials = scaled_matrices(inputs, _partial_tiles(table.query_slots, table.num_levels), query_heads)
     query_transport_backward_kernel[(table.num_leaves * query_heads,)](
-        p_query_rows=levels.query_rows,
-        p_d_query_rows=dense.query_rows,
-        p_factor=dense.factor,
+        p_query_rows=levels.take_queries(),
+        p_d_query_rows=dense.take_queries(),
         p_d_q_left=q_left.tiles,
         p_d_q_left_power=q_left.power,
         p_partials=query_partials.tiles,
         p_partials_power=query_partials.power,
         query_slots=table.query_slots,
-        num_levels=table.num_levels,
-        **shared,
+        **moved,
         **table.arguments,
     )
+    k_right = _scaled_rows(inputs, table, heads)
     if table.num_levels == 0:
-        return EdgeGradients(q_left, k_right, nodes)
+        return EdgeGradients(q_left, k_right, nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads))
+    key_partials = scaled_matrices(inputs, _partial_tiles(key_table.key_slots, table.num_levels), heads)
     key_transport_backward_kernel[(key_table.num_leaves * heads,)](
-        p_key_rows=levels.key_rows,
-        p_d_key_rows=dense.key_rows,
-        p_factor=dense.factor,
+        p_key_rows=levels.take_keys(),
+        p_d_key_rows=dense.take_keys(),
         p_d_k_right=k_right.tiles,
         p_d_k_right_power=k_right.power,
         p_partials=key_partials.tiles,
         p_partials_power=key_partials.power,
         key_slots=key_table.key_slots,
-        num_levels=table.num_levels,
-        **shared,
+        **moved,
         **key_table.arguments,
     )
+    nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
     for first_level in reversed(range(0, tree_levels, TREE_LEVELS)):
         tree_backward_kernel[(table.num_leaves * heads,)](
             p_query_partials=query_partials.tiles,
@@ -415,6 +424,11 @@ def levels_backward(
             **table.arguments,
         )
     return EdgeGradients(q_left, k_right, nodes)
+
+
+def _scaled_rows(inputs: Inputs, table: LeafTable, of_heads: int) -> Scaled:
+    tiles = inputs.empty(table.num_leaves, LEAF, of_heads, inputs.q.shape[2])
+    return Scaled(tiles, inputs.empty(table.num_leaves, of_heads, dtype=torch.float32))
 
 
 def _partial_tiles(slots: int, levels: int) -> int:
