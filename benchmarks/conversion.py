@@ -37,7 +37,7 @@ from torch import Tensor
 
 from path_attention.benchmark.measure import environment
 from path_attention.conversion import Checkpoint, convert, student_of, translate
-from path_attention.conversion.initialise import new_attentions
+from path_attention.conversion.initialise import BETAS, new_attentions
 from path_attention.conversion.objectives import divergence
 from path_attention.conversion.recipe import ConversionRecipe, Initialisation
 from path_attention.conversion.report import STAGES
@@ -117,7 +117,7 @@ TASKS = ("flip_flop", "variable_tracking")
 # Ways to begin whose losses are compared: mixer, fields of Initialisation, fields of the student.
 FULL: dict[str, Any] = {"w_rank": None, "conv_size": 0}
 BEGINNINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    *(("path", {"beta": beta}, FULL) for beta in (0.001, 0.04, 0.1, 0.2, 0.3, 0.4, 1.0)),
+    *(("path", {"beta": beta}, FULL) for beta in BETAS),
     *(("path", {"beta": beta, "w": "random"}, FULL) for beta in (0.001, 0.3, 1.0)),
     ("path", {}, {"w_rank": 32, "conv_size": 3}),
     ("path_fox", {}, FULL),
