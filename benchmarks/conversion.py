@@ -6,6 +6,7 @@ scratch on as many tokens.
     python benchmarks/conversion.py --size cpu --out results   # 1M parameters, about an hour on two cores
     python benchmarks/conversion.py --size tiny --out FOLDER   # every part of it in miniature, a minute
     python benchmarks/conversion.py --figure --out results     # the picture alone, from the JSON
+    python benchmarks/conversion.py --betas nearest,0.3 --seeds 2 --out results   # both stages from several beginnings
 
 Parts, each done once (their results are kept in WORK/NAME.json, and training is resumed from checkpoints):
 
@@ -17,7 +18,8 @@ Parts, each done once (their results are kept in WORK/NAME.json, and training is
     flip_flop, variable_tracking
                  teacher and students after a short continued training on each, written in the teacher's tokens
 
-Writes OUT/conversion.json and OUT/conversion.png after every part, or OUT/cpu_conversion.json and so on.
+Writes OUT/conversion.json and OUT/conversion.png after every part, or OUT/cpu_conversion.json and so on. With --betas
+only the teacher, beginnings and the first student from each of these: OUT/conversion_betas.json and so on.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from torch import Tensor
 
 from path_attention.benchmark.measure import environment
 from path_attention.conversion import Checkpoint, convert, student_of, translate
-from path_attention.conversion.initialise import new_attentions
+from path_attention.conversion.initialise import BETAS, new_attentions
 from path_attention.conversion.objectives import divergence
 from path_attention.conversion.recipe import ConversionRecipe, Initialisation
 from path_attention.conversion.report import STAGES
@@ -113,11 +116,20 @@ SIZES: dict[str, dict[str, Any]] = {
         "memory_vocabulary": 1000,
     },
 }
+# As cpu, at four times the length, in fewer steps, about half an hour: where a small beta is the nearest.
+SIZES["cpu_long"] = {
+    **SIZES["cpu"],
+    "length": 1024,
+    "teacher": {"steps": 700, "batch_size": 4, "learning_rate": 3e-3},
+    "align": {"steps": 160, "batch_size": 2, "length": 512, "learning_rate": 3e-3},
+    "distill": {"steps": 120, "batch_size": 1, "learning_rate": 2e-4},
+    "windows": 32,
+}
 TASKS = ("flip_flop", "variable_tracking")
 # Ways to begin whose losses are compared: mixer, fields of Initialisation, fields of the student.
 FULL: dict[str, Any] = {"w_rank": None, "conv_size": 0}
 BEGINNINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    *(("path", {"beta": beta}, FULL) for beta in (0.001, 0.04, 0.1, 0.2, 0.3, 0.4, 1.0)),
+    *(("path", {"beta": beta}, FULL) for beta in BETAS),
     *(("path", {"beta": beta, "w": "random"}, FULL) for beta in (0.001, 0.3, 1.0)),
     ("path", {}, {"w_rank": 32, "conv_size": 3}),
     ("path_fox", {}, FULL),
@@ -169,6 +181,34 @@ class Experiment:
                 rates = found.setdefault(task, {})
                 add(rates, name, f"{task}-{name}", lambda task=task, name=name: self.task(task, name))
         return found
+
+    def run_betas(
+        self, betas: list[float | str], seeds: int, report: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Both stages from several betas; a seed is that of the stages, and so of the order of the text."""
+        found: dict[str, Any] = {"teacher": self.once("teacher", self.teacher)}
+        found["beginnings"], found["betas"] = self.once("beginnings", self.beginnings), []
+        for seed in range(seeds):
+            for beta in betas:
+                row = self.once(f"beta-{beta}-{seed}", lambda beta=beta, seed=seed: self.from_beta(beta, seed))
+                found["betas"].append(row)
+                report(found)
+        return found
+
+    def from_beta(self, beta: float | str, seed: int) -> dict[str, Any]:
+        whole = self.conversion(self.students[0])
+        assert whole.align is not None
+        assert whole.distill is not None
+        recipe = replace(
+            whole,
+            initialisation=Initialisation(beta=beta),  # type: ignore[arg-type]
+            align=replace(whole.align, seed=seed),
+            distill=replace(whole.distill, seed=seed),
+            evaluation=replace(whole.evaluation, lengths=()),
+        )
+        results = self.converted(self.work / f"student-beta-{beta}-{seed}", recipe)
+        losses = {when: results[when]["loss"] for when in ("teacher", "initial", "align", "distill")}
+        return {"beta": beta, "seed": seed, **losses, **({"nearest": results["beta"]} if "beta" in results else {})}
 
     # --- data and teacher --------------------------------------------------------------------------------------------
 
@@ -231,11 +271,13 @@ class Experiment:
         return strict.build(ConversionRecipe, values)
 
     def student(self, mixer: str) -> dict[str, Any]:
-        target = self.work / f"student-{mixer}"
+        return self.converted(self.work / f"student-{mixer}", self.conversion(mixer))
+
+    def converted(self, target: Path, recipe: ConversionRecipe) -> dict[str, Any]:
         if (target / "config.json").is_file():  # finished, and cut off before it was written down
             done: dict[str, Any] = json.loads((target / "conversion" / "results.json").read_text())
             return done
-        return convert(self.work / "teacher", target, self.conversion(mixer), console=self.console)
+        return convert(self.work / "teacher", target, recipe, console=self.console)
 
     def scratch(self) -> dict[str, Any]:
         """The first student's architecture on the tokens of both stages."""
@@ -467,6 +509,8 @@ def main() -> None:
     parser.add_argument("--students", default="path,fox", help="mixers; the first is the one trained from scratch too")
     parser.add_argument("--size", choices=list(SIZES), default="gpu")
     parser.add_argument("--figure", action="store_true", help="run nothing: draw the picture of OUT's JSON again")
+    parser.add_argument("--betas", help="only this: betas that the first student begins at, numbers or nearest")
+    parser.add_argument("--seeds", type=int, default=1, help="so many conversions from each of them")
     arguments = parser.parse_args()
     name = "conversion" if arguments.size == "gpu" else f"{arguments.size}_conversion"
     file = arguments.out / f"{name}.json"
@@ -490,6 +534,12 @@ def main() -> None:
         if "students" in found:
             draw(found, file)
 
+    if arguments.betas:
+        file = arguments.out / f"{name}_betas.json"
+        betas = [beta if beta == "nearest" else float(beta) for beta in arguments.betas.split(",")]
+        for row in experiment.run_betas(betas, arguments.seeds, report)["betas"]:
+            print(row)
+        return
     found = experiment.run(report)
     for whose, when, loss in stage_losses(found):
         print(f"{whose:9} {when:32} loss {loss:.4f} perplexity {math.exp(loss):.3f}")

@@ -37,6 +37,13 @@ def test_every_beta_is_what_was_asked_for(tmp_path: Path, beta: float) -> None:
     torch.testing.assert_close(found, torch.full_like(found, beta))
 
 
+def test_what_is_measured_on_text_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"options\.beta: wanted a number, got 'nearest'"):
+        students(tmp_path, beta="nearest")
+    with pytest.raises(ValueError, match=r"initialisation\.beta: wanted a number in \(0, 2\) or nearest, got near"):
+        Initialisation(beta="near")  # type: ignore[arg-type]
+
+
 # Full rank and low; with the convolution, whose SiLU bends w, and without; a bias of the keys is not in w.
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_w_is_along_the_keys(tmp_path: Path, name: str) -> None:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from path_attention.conversion import ConversionRecipe, convert, stages
+from path_attention.conversion import ConversionRecipe, convert, run, stages
+from path_attention.conversion.initialise import BETAS
 from path_attention.data.tokenizer import train_bpe
 from path_attention.training import strict
 from path_attention.training.recipe import override
@@ -185,6 +186,50 @@ def test_hybrid_keeps_layers_as_they_are(place: Path, tmp_path: Path) -> None:
     )
 
 
+# A few of the layers, gates, groups of layers.
+@pytest.mark.parametrize("changes", [[], ["mixer=path_fox", "keep_rope=[1]", "align.layers_at_once=1"]])
+def test_nearest_beta_is_the_lowest_loss_and_stays_when_resumed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str]
+) -> None:
+    """Each loss is what a student that begins with that number has; the student has the lowest of them."""
+    shared = ["distill=null", "continued=null", "evaluation.windows=2", "evaluation.lengths=[]", *changes]
+    wanted = recipe(place, *shared, "initialisation.beta=nearest")
+    found = convert(place / "teacher", tmp_path / "whole", wanted)
+    losses = {float(beta): loss for beta, loss in found["beta"]["losses"].items()}
+    assert tuple(losses) == BETAS
+    assert len(set(losses.values())) == len(BETAS)
+    assert found["beta"]["windows"] == 2
+    assert losses[found["beta"]["nearest"]] == min(losses.values()) == found["initial"]["loss"]
+    for beta in (BETAS[0], BETAS[-1]):
+        number = recipe(place, *shared, "align=null", f"initialisation.beta={beta}")
+        assert convert(place / "teacher", tmp_path / f"{beta}", number)["initial"]["loss"] == losses[beta]
+    assert "beta, before training" in (tmp_path / "whole/conversion/report.html").read_text()
+    assert f"began at beta {found['beta']['nearest']}" in (tmp_path / "whole/README.md").read_text()
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    target = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.TextSource, "example", killed)
+        with pytest.raises(Killed):
+            convert(place / "teacher", target, wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Conversion, "_by_beta", killed)  # not measured a second time
+        convert(place / "teacher", target, wanted)
+    assert results(target) == results(tmp_path / "whole")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_nearest_beta_asks_for_text_only_where_there_are_betas(place: Path, tmp_path: Path) -> None:
+    without = ["align=null", "distill=null", "continued=null", "initialisation.beta=nearest"]
+    with pytest.raises(ValueError, match=r"data: missing; wanted the text that initialisation\.beta: nearest"):
+        recipe(place, *without, "data=null", "evaluation.lengths=[]")
+    fox = recipe(place, *without, "data=null", "evaluation.lengths=[]", "mixer=fox", "model={}")
+    assert "beta" not in convert(place / "teacher", tmp_path / "fox", fox)
+
+
 def test_text_in_the_sources_own_tokens(place: Path, tmp_path: Path) -> None:
     """The source's tokenizer reads the text; a stage of another length cuts the same tokens anew."""
     tokenizer = train_bpe(((place / "text" / "0.txt").read_text() for _ in range(2)), 300)
@@ -243,7 +288,9 @@ def test_another_recipe_or_source_is_refused(place: Path, finished: Path, tmp_pa
         ("align.length=1", "align.length: wanted at least 2 tokens, got 1"),
         ("align.layers_at_once=0", "align.layers_at_once: wanted at least 1, got 0"),
         ("distill.chunk=0", "distill.chunk: wanted a number above 0"),
-        ("initialisation.beta=0", r"initialisation.beta: wanted a number in \(0, 2\)"),
+        ("initialisation.beta=0", r"initialisation.beta: wanted a number in \(0, 2\) or nearest, got 0"),
+        ("initialisation.beta=.nan", r"initialisation.beta: wanted a number in \(0, 2\) or nearest, got nan"),
+        ("initialisation.beta=near", "initialisation.beta: wanted a number or one of nearest, got 'near'"),
         ("initialisation.w=value", "initialisation.w: wanted one of key, random"),
         ("evaluation.lengths=[100000]", "evaluation.lengths: length: wanted at most"),
         ("data.path=/nowhere/at/all", "data.path: no folder"),

@@ -28,6 +28,8 @@ class Initialisation:
     Args:
         beta: of every token at the start, in (0, 2): with 0 transitions would be the identity, for ever, since the
             gradient of beta's bias is beta (1 - beta / 2) times that of beta, and that of w is proportional to beta.
+            nearest: before any training the loss on ``evaluation.quick_windows`` is measured for a few of them, and the
+            one with the lowest is taken.
         w: key makes w_t of the keys: w's projection is the key's, or its best approximation of the rank it has; random
             leaves it as in a new model. With w along its key, a token erases from the keys before it what is like its
             own, so that of like keys the latest counts most: some of what RoPE told the teacher.
@@ -37,13 +39,14 @@ class Initialisation:
     docs/conversion.md has the losses before training of these and others.
     """
 
-    beta: float = 0.3
+    beta: float | Literal["nearest"] = 0.3
     w: Literal["key", "random"] = "key"
     gate: tuple[float, ...] = (8.0, 256.0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < 2:
-            raise ValueError(f"initialisation.beta: wanted a number in (0, 2), got {self.beta}")
+        known = self.beta == "nearest" if isinstance(self.beta, str) else 0 < self.beta < 2
+        if not known:
+            raise ValueError(f"initialisation.beta: wanted a number in (0, 2) or nearest, got {self.beta}")
         if len(self.gate) != 2 or min(self.gate) <= 0:
             raise ValueError(f"initialisation.gate: wanted two numbers above 0, got {list(self.gate)}")
 
@@ -123,7 +126,7 @@ class Measure:
 
     Args:
         windows: so many windows (or all, if there are fewer).
-        quick_windows: the same while training.
+        quick_windows: the same while training, and for ``initialisation.beta: nearest``.
         batch_size: windows a forward pass.
         lengths: further lengths at which teacher and student are compared at the end.
         tokens: tokens of text read at each of these.
@@ -175,8 +178,15 @@ class ConversionRecipe:
         strict.check_keys(self.model, _STUDENT_KEYS, "model")
         if self.data is None and (self.align or self.distill or self.continued):
             raise ValueError("data: missing; wanted the text that the stages train on")
+        if self.data is None and self.beta_is_measured:
+            raise ValueError("data: missing; wanted the text that initialisation.beta: nearest is measured on")
         if self.data is not None:
             self.text("tokenizer")
+
+    @property
+    def beta_is_measured(self) -> bool:
+        """Whether the student has betas, and the nearest to the teacher is to be found."""
+        return self.mixer in ("path", "path_fox") and self.initialisation.beta == "nearest"
 
     def text(self, tokenizer: str, length: int | None = None) -> ByteData | TokenData:
         """The text in windows of another length, where one is given.

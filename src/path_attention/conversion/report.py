@@ -43,6 +43,7 @@ def write_report(folder: Path, recipe: ConversionRecipe, results: Mapping[str, A
         f"<h1>Conversion of {html.escape(results['facts']['source'])} to {NAMES[recipe.mixer]}</h1>",
         f"<p>{html.escape(recipe.description)}</p>" if recipe.description else "",
         _table(("", "perplexity", "loss (nats)", "of the teacher's", "tokens trained on", "seconds"), _rows(results)),
+        _beta(results),
         _titled("Training", shown["losses"]),
         _titled("Attention outputs, layer by layer", shown["layers"]),
         _titled("By length", shown["lengths"]),
@@ -50,6 +51,16 @@ def write_report(folder: Path, recipe: ConversionRecipe, results: Mapping[str, A
         f"<details><summary>The recipe</summary><pre>{html.escape(recipe.to_yaml())}</pre></details>",
     ]
     return write_page(folder / "report.html", f"Conversion of {results['facts']['source']}", parts)
+
+
+def _beta(results: Mapping[str, Any]) -> str:
+    """The losses among which the nearest beta was found."""
+    if "beta" not in results:
+        return ""
+    found = results["beta"]
+    rows = [["loss (nats)", *(f"{loss:.4f}" for loss in found["losses"].values())]]
+    about = f"<p>It began with {found['nearest']}: the lowest loss on {found['windows']} validation windows.</p>"
+    return "<h2>beta, before training</h2>" + _table(("beta", *found["losses"]), rows) + about
 
 
 def _titled(title: str, image: str) -> str:
@@ -164,6 +175,8 @@ def card(source: str, checkpoint: Checkpoint, recipe: ConversionRecipe, results:
         lines += ["| | perplexity | of the teacher's |", "|---|---|---|"]
         lines += [f"| {row[0]} | {row[1]} | {row[3]} |" for row in _rows(results)]
         lines += ["", "Perplexity of a token on held-out files of the text that the conversion trained on.", ""]
+    if "beta" in results:
+        lines += [f"Training began at beta {results['beta']['nearest']}, the nearest of those tried.", ""]
     if not (recipe.align or recipe.distill or recipe.continued):
         lines += ["**Nothing was trained**: this is the beginning of a conversion, no model to use.", ""]
     return _card(source, checkpoint.folder, "\n".join(lines), f"```yaml\n{recipe.to_yaml()}```\n")

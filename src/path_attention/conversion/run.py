@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import set_seed
 from path_attention.conversion import report
 from path_attention.conversion.checkpoint import TOKENIZERS, Checkpoint, check_target, find, write
 from path_attention.conversion.families import FLA, OWN
-from path_attention.conversion.initialise import new_attentions, student_of
+from path_attention.conversion.initialise import BETAS, new_attentions, set_beta, student_of
 from path_attention.conversion.recipe import Align, ConversionRecipe, Stage
 from path_attention.conversion.stages import (
     Alignment,
@@ -130,10 +131,11 @@ class _Conversion:
     def run(self) -> dict[str, Any]:
         teacher = self.teacher
         teacher.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        seed = 0 if self.first is None else self.first.seed
         # The student is on the device only where all of it is needed: alignment takes a few layers' attention.
-        student = student_of(teacher, self.config, self.recipe.initialisation, seed)
+        student = self._student(teacher)
         self._note("facts", lambda: self._facts(student))
+        if self.recipe.beta_is_measured:
+            self._take_nearest_beta(student)
         if self.recipe.data is not None:
             self._measure("teacher", teacher)
             self._measure("initial", student)
@@ -146,6 +148,41 @@ class _Conversion:
             self._note("by_length", lambda: {"teacher": self._by_length(teacher), "student": self._by_length(student)})
         self._write(student)
         return self.results
+
+    # --- how it begins -----------------------------------------------------------------------------------------------
+
+    def _student(self, teacher: PaTHForCausalLM) -> PaTHForCausalLM:
+        options = self.recipe.initialisation
+        if options.beta == "nearest":
+            options = replace(options, beta=BETAS[0])  # until it is measured
+        return student_of(teacher, self.config, options, 0 if self.first is None else self.first.seed)
+
+    def _take_nearest_beta(self, student: PaTHForCausalLM) -> None:
+        """Measured once and written down before any training, so that a conversion taken up again begins the same."""
+        self._note("beta", lambda: self._by_beta(student))
+        found = self.results["beta"]
+        set_beta(student, found["nearest"])
+        if self.console:
+            tried = ", ".join(f"{beta}: {loss:.3f}" for beta, loss in found["losses"].items())
+            self.console.print(f"beta: {found['nearest']}, the lowest of the losses before training: {tried}")
+
+    def _by_beta(self, student: PaTHForCausalLM) -> dict[str, Any]:
+        """The loss with each of :data:`BETAS`."""
+        text, progress = self._text(None), Report(self.console, "initial")
+        student.to(self.device)  # type: ignore[arg-type]
+        losses: dict[float, float] = {}
+        try:
+            row = progress("betas")
+            for beta in BETAS:
+                set_beta(student, beta)
+                found = text.evaluate(student, quick=True)["validation"]
+                losses[beta] = found.value
+                row(len(losses), len(BETAS))
+        finally:
+            progress.close()
+        nearest = min(losses, key=lambda beta: math.inf if math.isnan(losses[beta]) else losses[beta])
+        by_name = {str(beta): loss for beta, loss in losses.items()}
+        return {"nearest": nearest, "losses": by_name, "windows": found.sequences}
 
     # --- the stages --------------------------------------------------------------------------------------------------
 
