@@ -187,9 +187,11 @@ def _place(result: Tensor, index: tuple[slice, slice, slice], padded: bool) -> T
     padded: the last dimension is made a multiple of COLUMNS.
     """
     place = result[index]
-    if place.is_contiguous() and not (padded and place.shape[-1] % COLUMNS):
+    missing = -place.shape[-1] % COLUMNS if padded else 0
+    if place.is_contiguous() and not missing:
         return place.flatten(0, 1)
-    return torch.empty_like(_rows(place) if padded else place.flatten(0, 1), memory_format=torch.contiguous_format)
+    rows = place.shape[0] * place.shape[1]
+    return place.new_empty(rows, *place.shape[2:-1], place.shape[-1] + missing)
 
 
 def _store(result: Tensor, index: tuple[slice, slice, slice], rows: Tensor) -> None:
