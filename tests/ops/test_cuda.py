@@ -155,6 +155,14 @@ def case_inputs(case: dict, dtype: torch.dtype = torch.bfloat16) -> tuple[list[T
     return make(case.pop("shape"), dtype, **case), None if ends is None else torch.tensor(ends)
 
 
+def test_inputs_that_start_anywhere() -> None:
+    """Views of larger tensors at an offset that copies of 16 bytes cannot start from."""
+    inputs = make((1, 300, 2, 2, 64), torch.bfloat16)
+    places = [torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:] for x in inputs if x is not None]
+    moved = [p.copy_(x.detach().flatten()).view(x.shape) for p, x in zip(places, inputs, strict=False)]
+    check([*(x.requires_grad_() for x in moved), None])
+
+
 @pytest.mark.parametrize("bounds", ["cpu", "cuda"])
 @pytest.mark.parametrize("case", TRITON_ONLY, ids=str)
 def test_fused_kernel_alone(case: dict, bounds: str) -> None:

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: on a GPU, test_cuda.py runs the engine", allow_module_level=True)
 
 from path_attention.ops.engines import cuda
+from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
@@ -63,3 +64,5 @@ def test_rows_are_copied_only_to_be_padded_or_gathered() -> None:
     assert some_heads.is_contiguous()
     assert some_heads.shape == (6, 2, 16)
     assert cuda._rows(x[..., :9]).shape == (6, 4, 16)
+    at_an_odd_place = torch.zeros(1 + 6 * 64)[1:].view(2, 3, 4, 16)
+    assert cuda._rows(at_an_odd_place).data_ptr() % DESCRIPTOR_ALIGNMENT == 0

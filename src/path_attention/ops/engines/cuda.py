@@ -12,6 +12,7 @@ from torch import Tensor
 
 from path_attention.ops.engines import dense, siblings
 from path_attention.ops.kernels import linear, torch_leaves
+from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table
 from path_attention.ops.kernels.linear import Inputs
 from path_attention.ops.kernels.merge_kernels import delta_kernel, factor_kernel
@@ -174,11 +175,12 @@ def _even(total: int, most: int) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, L, heads, ..., dim) -> (B * L, heads, ..., dim padded to a multiple of COLUMNS), contiguous."""
+    """(B, L, heads, ..., dim) -> (B * L, heads, ..., dim padded to a multiple of COLUMNS), contiguous and aligned."""
     x = x.flatten(0, 1)
     if missing := -x.shape[-1] % COLUMNS:  # torch's pad by nothing would be a copy
-        x = torch.nn.functional.pad(x, (0, missing))
-    return x.contiguous()
+        return torch.nn.functional.pad(x, (0, missing)).contiguous()
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % DESCRIPTOR_ALIGNMENT else x
 
 
 def _place(result: Tensor, index: tuple[slice, slice, slice], padded: bool) -> Tensor:
