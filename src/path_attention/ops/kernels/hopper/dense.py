@@ -3,6 +3,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -43,15 +44,17 @@ _OPTIONS = {
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
+@cache  # a third of the time that a backward pass takes the host, else
+def _layout(rows: int, columns: int, dtype: torch.dtype, swizzled: bool) -> gl.NVMMASharedLayout:
+    if swizzled:
+        return gl.NVMMASharedLayout.get_default_for([rows, columns], _TYPES[dtype])
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
 def _descriptor(x: Tensor, rows: int, columns: int, swizzled: bool = True) -> TensorDescriptor:
     """Of x (..., heads, dim) as a matrix of all its rows, in tiles of ``rows`` rows of one head or part of it."""
     matrix = x.view(-1, x.shape[-2] * x.shape[-1])
-    block = [rows, columns]
-    if swizzled:
-        layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[x.dtype])
-    else:
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor.from_tensor(matrix, block, layout)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], _layout(rows, columns, x.dtype, swizzled))
 
 
 def _turns(table: LeafTable, heads: int) -> tuple[int, int]:
