@@ -138,7 +138,7 @@ def _options(
         dim=dim,
         dtype=DTYPE,
         repeats=repeats or (QUICK_REPEATS if quick else REPEATS),
-        longest_heads=LONGEST_HEADS if device == "cuda" and not quick and lengths is None else 0,
+        longest_heads=LONGEST_HEADS if device == "cuda" and not quick else 0,
         probes=PROBES,
     )
 
