@@ -78,16 +78,17 @@ def run_engine(
     packed: bool = False,
     dtype: str = "bfloat16",
     reflections: int = 1,
+    length: int = LENGTH,
 ) -> None:
     """A forward and a backward pass of the CUDA engine."""
     from path_attention.ops.engines import cuda
 
     heads = CHANNELS // dim // group
-    q = torch.zeros(1, LENGTH, heads * group, dim, dtype=getattr(torch, dtype))
-    k = torch.zeros(1, LENGTH, heads, dim, dtype=q.dtype)
-    w, beta = torch.zeros(1, LENGTH, reflections, heads, dim), torch.zeros(1, LENGTH, reflections, heads)
-    g = torch.zeros(1, LENGTH, heads * group) if gated else None
-    ends = torch.tensor([0, LENGTH]) if packed else None
+    q = torch.zeros(1, length, heads * group, dim, dtype=getattr(torch, dtype))
+    k = torch.zeros(1, length, heads, dim, dtype=q.dtype)
+    w, beta = torch.zeros(1, length, reflections, heads, dim), torch.zeros(1, length, reflections, heads)
+    g = torch.zeros(1, length, heads * group) if gated else None
+    ends = torch.tensor([0, length]) if packed else None
     out, log_sum_exp = cuda.forward(backend, q, k, k, w, beta, g, ends, 1.0)  # type: ignore[arg-type]
     cuda.backward(backend, out, q, k, k, w, beta, g, out, log_sum_exp, ends, 1.0)  # type: ignore[arg-type]
 

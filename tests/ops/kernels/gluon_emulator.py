@@ -480,6 +480,11 @@ class Jitted:
         return Pointer(x)
 
 
+def _jit(function: Callable[..., Any] | None = None, do_not_specialize: Sequence[str] = ()) -> Any:
+    """gluon.jit, with and without options; what a kernel is compiled for again does not matter here."""
+    return Jitted if function is None else Jitted(function)
+
+
 def _module(name: str, **content: Any) -> ModuleType:
     module = ModuleType(name)
     vars(module).update(content)
@@ -499,7 +504,7 @@ def _instead_of_gluon() -> dict[str, Any]:
         "warpgroup_mma_wait": warpgroup_mma_wait,
     }
     root = "triton.experimental"
-    gluon = _module(f"{root}.gluon", jit=Jitted, language=language)
+    gluon = _module(f"{root}.gluon", jit=_jit, language=language)
     return {
         root: _module(root, gluon=gluon),
         f"{root}.gluon": gluon,

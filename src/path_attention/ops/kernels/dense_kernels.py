@@ -21,7 +21,7 @@ descriptor (t_) where the launcher could make one, else by pointers (p_): descri
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import LOG2_E, load_piece, place, within
+from path_attention.ops.kernels.tiles import COUNTS, LOG2_E, load_piece, place, within
 
 LEAF = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 
@@ -232,7 +232,7 @@ def _attend(
     return b_max, b_sum, b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def dense_forward_kernel(
     t_key_rows,  # descriptors in tiles of KEYS rows, or None
     t_values,
@@ -386,7 +386,7 @@ def _query_gradients_in_pieces(
     return b_d_q, b_row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def dense_backward_queries_kernel(
     t_key_rows,  # descriptors in tiles of KEYS rows, or None
     t_values,
@@ -679,7 +679,7 @@ def _key_level(
     return b_d_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def dense_backward_keys_kernel(
     t_query_rows,  # descriptors in tiles of LEAF rows, or None
     t_d_out,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from path_attention.ops.kernels.tiles import (
+    COUNTS,
     LOG2_E,
     ROWS,
     dot,
@@ -111,7 +112,7 @@ def _triangle(b_w, b_w_rest, b_beta, WORK: tl.constexpr, SPLIT_W: tl.constexpr):
     return tl.where(o[:, None] > o[None, :], b_beta[:, None] * b_gram, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def leaf_forward_kernel(
     p_q,  # (T, HQ, D)
     p_k,  # (T, H, D)
@@ -225,7 +226,7 @@ def leaf_forward_kernel(
             tl.store(p_log_sum_exp + o_row, (b_max + tl.log2(b_sum)) / LOG2_E, mask=o < s_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def leaf_backward_kernel(
     p_q,  # (T, HQ, D)
     p_k,  # (T, H, D)

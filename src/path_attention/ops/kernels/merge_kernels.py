@@ -6,7 +6,7 @@ Used where the levels run in torch's own attention kernels: each level brings te
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import LOG2_E, ROWS, load_rows, place, store_rows, within
+from path_attention.ops.kernels.tiles import COUNTS, LOG2_E, ROWS, load_rows, place, store_rows, within
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _level_log_sum_exp(p_lse, i_slot, i_query_head, HQ, level):
     return tl.load(p_lse + (i_span * HQ + i_query_head) * (ROWS << level) + i_row + o)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
     p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
@@ -69,7 +69,7 @@ def merge_kernel(
     tl.store(p_lse, b_max + tl.log2(b_sum) / LOG2_E, mask=o < s_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_values_kernel(
     p_d_values,  # (T, H, DV) float32: in, the levels below FIRST_LEVEL; out, all
     parts,  # one (key_slots, 64, H, DV) for each level from FIRST_LEVEL on
@@ -108,7 +108,7 @@ def _raise_to(p_bits, b_x):
     tl.atomic_max(p_bits, s_largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
     p_out,  # (T, HQ, DV)
     p_d_out,  # (T, HQ, DV)
@@ -146,7 +146,7 @@ def factor_kernel(
     tl.store(p_factor, ((s_exponent + 127) << 23).to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def output_rows_kernel(
     p_log_sum_exp,  # (T, HQ) float32
     p_delta,  # (T, HQ) float32

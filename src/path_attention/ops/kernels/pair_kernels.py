@@ -22,7 +22,7 @@ from path_attention.ops.kernels.dense_kernels import (
     _store,
     block_of,
 )
-from path_attention.ops.kernels.tiles import LOG2_E
+from path_attention.ops.kernels.tiles import COUNTS, LOG2_E
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _all(ROWS: tl.constexpr):
     return tl.arange(0, ROWS) < ROWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pair_forward_kernel(
     t_keys,  # descriptors of (batch * heads * keys, D) in tiles of KEYS rows, or None
     t_values,
@@ -70,7 +70,7 @@ def pair_forward_kernel(
     tl.store(_head_rows(p_log_sum_exp, i_row, 1, LEAF), (b_max + tl.log2(b_sum)) / LOG2_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pair_backward_queries_kernel(
     t_keys,
     t_values,
@@ -112,7 +112,7 @@ def pair_backward_queries_kernel(
     tl.store(_head_rows(p_gate_row, i_row, 1, LEAF), b_row_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pair_backward_keys_kernel(
     t_queries,  # descriptors of (batch * query heads * rows, D) in tiles of LEAF rows, or None
     t_d_out,

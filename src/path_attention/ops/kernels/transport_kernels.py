@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from path_attention.ops.kernels.tiles import (
+    COUNTS,
     ROWS,
     columns_times,
     dot,
@@ -84,7 +85,7 @@ def _store_partial_in_pieces(
         store_rows_of(p_partials, b_partial, i_tile, i, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def query_transport_kernel(
     p_q_left,  # (N, 64, HQ, D) WORK
     p_g,  # (T, HQ) or None
@@ -167,7 +168,7 @@ def query_transport_kernel(
                     b_gate += tl.load(p_gate_node + i_node * HQ)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_transport_kernel(
     p_k_right,  # (N, 64, H, D) WORK
     p_g,  # (T, HQ) or None
@@ -266,7 +267,7 @@ def _store_pair(
         tl.store(p_power + (i_leaf + o) * s_heads + i_head, tl.zeros((2,), tl.float32) + s_power, mask=o < s_leaves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def query_transport_backward_kernel(
     p_node,
     p_table,
@@ -363,7 +364,7 @@ def query_transport_backward_kernel(
     _store_pair(p_d_q_left, p_d_q_left_power, b_d, i_leaf, i_query_head, s_leaves, HQ, D, BLOCK_D, WORK, PIECE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_transport_backward_kernel(
     p_node,
     p_table,

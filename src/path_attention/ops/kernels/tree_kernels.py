@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from path_attention.ops.kernels.tiles import (
+    COUNTS,
     ROWS,
     columns_times,
     dot,
@@ -64,7 +65,7 @@ def _product_in_pieces(
         store_rows_of(p_node, b_parent, i_parent, i, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tree_kernel(
     p_table,
     table_leaves,
@@ -182,7 +183,7 @@ def partial_tile(level, i_slot, slots):
     return tl.where(level == 0, i_slot, slots + (level - 1) * (slots // 2) + i_slot // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tree_backward_kernel(
     p_table,
     table_leaves,

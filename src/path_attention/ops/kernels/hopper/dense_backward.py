@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E, PAIR, _advance, within
+from path_attention.ops.kernels.tiles import COUNTS
 
 
 @builtin
@@ -221,7 +222,7 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def dense_backward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of ROWS
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair

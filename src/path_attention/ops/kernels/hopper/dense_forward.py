@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from path_attention.ops.kernels.tiles import COUNTS
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 LEAF = gl.constexpr(64)
 PAIR = gl.constexpr(128)  # rows of a program, and of a tile of keys
@@ -196,7 +198,7 @@ def _consume(
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def dense_forward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
+from path_attention.ops.kernels.tiles import COUNTS
 
 # Registers of an accumulator of 64 x 64, the first operand made of one, and a tile as memory has it, 16 bytes a thread.
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -120,7 +121,7 @@ def _unit_lower_inverse(b_n, s_n, s_x):
     return b_x
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def leaf_forward_kernel(
     p_q,
     p_k,
@@ -317,7 +318,7 @@ def _load_normalised(p_x, s_x, i_row, s_rows, row_stride, PARTS: gl.constexpr):
     return s_power, s_inverse
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def leaf_backward_kernel(
     p_q,
     p_k,
