@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -89,8 +90,9 @@ def test_portable_kernels(dim: int) -> None:
 
 def test_kernels_are_compiled_once_for_all_lengths() -> None:
     """Of as many levels: a training on texts of every length would else wait for the compiler again and again."""
-    lengths = [{"backend": "triton", "dim": 16, "gated": True, "length": n} for n in (1024, 715, 960)]
-    assert len(compiled(*lengths)) == len(compiled(lengths[0]))
+    found = compiled(*({"backend": "triton", "dim": 16, "gated": True, "length": n} for n in (1024, 715, 960)))
+    # Two of some: leaf_forward in both passes, tree kernels for three levels and for fewer.
+    assert max(Counter(x["kernel"] for x in found).values()) == 2
 
 
 @pytest.mark.parametrize("dim", [64, 128])
