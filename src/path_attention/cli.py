@@ -332,6 +332,9 @@ def reproduce(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Make the report anew from the JSON; train nothing.")
     ] = False,
+    commit: Annotated[
+        str | None, typer.Option(help="For language-model: of the sources, where git does not tell.")
+    ] = None,
 ) -> None:
     """Reproduce a result of the paper: state tracking, all mixers, several seeds; or language models of code.
 
@@ -345,8 +348,13 @@ def reproduce(
         unfit = {"--seeds": seeds, "--processes": processes, "--concurrent": concurrent}
         if given := [option for option, value in unfit.items() if value is not None]:
             raise ValueError(f"{given[0]}: wanted none for language-model, whose models are trained one after another")
-        _language_model(table, overrides or (), quick, rows, time_limit, device, runs, out, report_only, console)
+        if time_limit is not None and not time_limit > 0:
+            raise ValueError(f"--time-limit: wanted a number above 0, got {time_limit}")
+        limits: dict[str, Any] = {"time_limit": time_limit, "device": device, "commit": commit}
+        _language_model(table, overrides or (), quick, rows, runs, out, report_only, console, **limits)
         return
+    if commit is not None:
+        raise ValueError(f"--commit: wanted none for {table}, got {commit}")
     if report_only:
         path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
         reproduction.remake(path, path.parent, console)
@@ -375,12 +383,14 @@ def _language_model(
     overrides: Sequence[str],
     quick: bool,
     rows: str,
-    time_limit: float | None,
-    device: str | None,
     runs: Path,
     out: Path,
     report_only: bool,
     console: Console,
+    *,
+    time_limit: float | None,
+    device: str | None,
+    commit: str | None,
 ) -> None:
     from path_attention.reproduction import language_model
 
@@ -403,6 +413,7 @@ def _language_model(
         time_limit=time_limit,
         command=" ".join(parts),
         console=console,
+        commit=commit,
     )
 
 

@@ -66,6 +66,15 @@ def check_model(settings: Training, config: Any, length: int) -> None:
             )
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any of the processes there are; all of them call it."""
+    if not dist.is_initialized():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found)
+    return bool(found)
+
+
 def make_mesh(settings: Training, device: torch.device) -> DeviceMesh:
     """The mesh of all processes."""
     parallel = settings.parallel
