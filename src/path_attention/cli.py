@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 # Annotations stay text, so that this module can be imported, and say what is missing, where typer is not installed.
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import os
@@ -31,7 +32,9 @@ _EXTRA = dict.fromkeys(
     ("accelerate", "filelock", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "typer", "yaml"), "train"
 ) | {"datasets": "data", "pyarrow": "data", "lm_eval": "eval"}
 # RuntimeErrors whose message is all there is to say; by name, for importing them would import half of transformers.
-_FAILURES = ("CacheIncomplete", "DeviceLost", "TrainingDiverged", "Unfinished", "WrongResult")
+_FAILURES = ("CacheIncomplete", "DeviceLost", "NotWritten", "TrainingDiverged", "Unfinished", "WrongResult")
+# Full, or not ours to write or read: nothing that a traceback would tell more about.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 _RUNS = Path("runs")
 
 
@@ -630,6 +633,10 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
             code = _fail(f"{package} is not installed: {_install(_EXTRA[package])}", FAILED)
         except (ValueError, FileNotFoundError, FileExistsError) as error:
             code = _fail(str(error), MISTAKE)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            code = _fail(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
         except KeyboardInterrupt:
             code = _fail("interrupted; the same command continues where it stopped", FAILED)
         except RuntimeError as error:

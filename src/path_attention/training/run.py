@@ -267,9 +267,7 @@ def _train_one(
     parameters = sum(p.numel() for p in model.parameters())
     trainer = RecipeTrainer(model, source, recipe.training, folder, console=console, title=mixer, deadline=deadline)
     fit(trainer, folder, console, mixer)
-    trainer.save_model(str(folder / FINAL))
-    if source.tokenizer is not None and trainer.is_world_process_zero():
-        source.tokenizer.save_pretrained(folder / FINAL)
+    _save_final(trainer, source.tokenizer, folder)
     if trainer.mesh is not None:  # its own shards are no model that reads long sequences on one device
         dist.barrier()
         whole: torch.nn.Module = PaTHForCausalLM.from_pretrained(folder / FINAL)
@@ -280,6 +278,20 @@ def _train_one(
     if trainer.is_world_process_zero():
         run.write()
     return run
+
+
+def _save_final(trainer: Any, tokenizer: Any, folder: Path) -> None:
+    """FOLDER/final, whole or not at all."""
+    from path_attention.training.trainer import writing
+
+    partial = folder / f"{FINAL}.partial"
+    with writing("the trained model", folder):
+        trainer.save_model(str(partial))
+        if trainer.is_world_process_zero():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            shutil.rmtree(folder / FINAL, ignore_errors=True)
+            os.rename(partial, folder / FINAL)
 
 
 def fit(trainer: Any, folder: Path, console: Console | None, title: str) -> None:
