@@ -156,6 +156,8 @@ def test_perplexity_of_local_text(model: Path, tmp_path: Path) -> None:
         (["{model}", "--text", "nowhere", "--length", "256"], "--text: no file or folder nowhere"),
         (["{model}", "--text", "README.md", "--length", "100"], "length: wanted a multiple of 2048, or of 32, got 100"),
         (["{model}", "--text", "README.md", "--length", "1048576"], "--length: wanted at most"),
+        (["{model}", "--tasks", "story_1", "--haystack", "nowhere"], "--haystack: no file nowhere"),
+        (["{cut}", "--tasks", "story_1"], "the weights cannot be read"),
         (["{empty}", "--tasks", "story_1"], "no model here"),
         (["{bare}", "--tasks", "story_1"], "no tokenizer here"),
         (
@@ -165,16 +167,17 @@ def test_perplexity_of_local_text(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    bare, other, empty = (tmp_path / name for name in ("bare", "other", "empty"))
-    for folder in (bare, other, empty):
+    bare, other, empty, cut = (tmp_path / name for name in ("bare", "other", "empty", "cut"))
+    for folder in (bare, other, empty, cut):
         folder.mkdir()
     for file in model.iterdir():
         if file.name in ("config.json", "model.safetensors"):
             (bare / file.name).write_bytes(file.read_bytes())
         (other / file.name).write_bytes(file.read_bytes())
+        (cut / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(re.sub(r'"vocab_size": \d+', '"vocab_size": 100', config))
-    result = call(*(a.format(model=model, bare=bare, other=other, empty=empty) for a in arguments))
+    result = call(*(a.format(model=model, bare=bare, other=other, empty=empty, cut=cut) for a in arguments))
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.output

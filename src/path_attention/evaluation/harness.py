@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from path_attention.evaluation.questions import Kind, fitting, kind, kind_names
 from path_attention.training.run import FINAL
@@ -116,7 +117,7 @@ def load_model(model: Path, device: torch.device, dtype: str) -> tuple[Any, Any]
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: no tokenizer there, or one of more tokens than the model knows.
+        ValueError: no tokenizer there, or one of more tokens than the model knows; no weights, or damaged ones.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -136,7 +137,10 @@ def load_model(model: Path, device: torch.device, dtype: str) -> tuple[Any, Any]
             f"{model}: the tokenizer has {len(tokenizer)} tokens, the model knows {config.vocab_size}; wanted the "
             "tokenizer that it was trained with"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, SafetensorError) as error:  # no weights there, or damaged ones
+        raise ValueError(f"{model}: the weights cannot be read: {' '.join(str(error).split())}") from error
     return loaded.to(device).eval(), tokenizer
 
 
@@ -243,6 +247,8 @@ def evaluate_tasks(
     written: list[str] = []
     if made:
         shutil.rmtree(work, ignore_errors=True)
+        if haystack is not None and not haystack.is_file():
+            raise FileNotFoundError(f"--haystack: no file {haystack}")
         text = None if haystack is None else sentences(haystack.read_text(encoding="utf-8", errors="replace"))
         if text is not None and not text:
             raise ValueError(f"--haystack: wanted a text of sentences, got none in {haystack}")

@@ -199,12 +199,15 @@ def model_config(recipe: Recipe, source: Source, mixer: str) -> Any:
     """The ``PaTHConfig`` of one of a recipe's models.
 
     Raises:
-        ValueError: for a key of ``model`` that PaTHConfig does not have, or a value it refuses.
+        ValueError: for a key of ``model`` that PaTHConfig does not have, or a value it refuses; the text is in other
+            tokens than those of the model to start from.
     """
     from path_attention.models import PaTHConfig
 
     if recipe.initial:
-        return _initial_config(recipe, mixer)
+        config = _initial_config(recipe, mixer)
+        _check_vocabulary(recipe, source, config)
+        return config
     known = {f.name for f in dataclasses.fields(PaTHConfig)} - {"vocab_size", "mixer"}
     strict.check_keys(recipe.model, known, "model")
     values = source.model_settings() | dict(recipe.model)
@@ -225,6 +228,26 @@ def _initial_config(recipe: Recipe, mixer: str) -> Any:
     if config.mixer != mixer:
         raise ValueError(f"mixers: wanted [{config.mixer}], the mixer of the model in {folder}, got {mixer}")
     return config
+
+
+def _check_vocabulary(recipe: Recipe, source: Source, config: Any) -> None:
+    """Raises a ValueError where text is in tokens that the model to start from does not know, or knows as others."""
+    if recipe.data is None:  # a task is written in the model's own
+        return
+    if source.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"initial: the text has {source.vocab_size} tokens, the model in {recipe.initial} knows {config.vocab_size}"
+        )
+    folder = Path(recipe.initial).expanduser()
+    if source.tokenizer is None or not (folder / "tokenizer_config.json").is_file():
+        return
+    from path_attention.data.tokenizer import load_tokenizer
+
+    if load_tokenizer(str(folder), "initial").get_vocab() != source.tokenizer.get_vocab():
+        raise ValueError(
+            f"data.tokenizer: wanted that of the model to start from, {folder}, got another one: the same numbers "
+            "would stand for other texts"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:
