@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,40 @@ def test_questions_of_a_model_folder(model: Path, tmp_path: Path) -> None:
     assert all(v["samples"] == 2 and 0 <= v["score"] <= 1 for v in numbers["tasks"].values())
     assert (numbers["max_length"], numbers["mixer"], numbers["dtype"]) == (1400, "path", "float32")
     assert re.search(r"story_1_1400\s*│ score\s*│", result.stdout)
+
+
+def test_an_interruption_keeps_what_was_asked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of questions are written down task by task, and the same command asks the rest."""
+    out, whole = tmp_path / "numbers.json", tmp_path / "whole.json"
+    arguments = [model, "--tasks", "story_1,story_2", "--lengths", "1400", "--samples", 2, "--device", "cpu", "--out"]
+    assert call(*arguments, whole).exit_code == 0
+    asked: list[str] = []
+    metrics = harness._metrics
+
+    def killed(values: dict[str, Any], samples: Any) -> dict[str, float]:
+        asked.append(values["alias"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return metrics(values, samples)
+
+    monkeypatch.setattr(harness, "_metrics", killed)
+    assert call(*arguments, out).exit_code == 1
+    assert list(json.loads(out.read_text())["tasks"]) == ["story_1_1400"]
+    assert call(*arguments, out).exit_code == 0
+    assert asked == ["story_1_1400", "story_2_1400", "story_2_1400"]
+    assert json.loads(out.read_text())["tasks"] == json.loads(whole.read_text())["tasks"]
+    # Those of another seed, or of another model, are no continuation.
+    result = call(*arguments, out, "--seed", 1)
+    assert result.exit_code == 2
+    assert "has results of seed 0, not 1" in result.stderr
+    other = PaTHForCausalLM.from_pretrained(model)
+    other.lm_head.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    for file in model.glob("tokenizer*"):
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    result = call(tmp_path / "other", *arguments[1:], out)
+    assert result.exit_code == 2
+    assert "has results of weights" in result.stderr
 
 
 def test_tasks_of_ones_own(model: Path, tmp_path: Path) -> None:
