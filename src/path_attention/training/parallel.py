@@ -31,7 +31,7 @@ def check_processes(settings: Training) -> None:
         return
     if "RANK" not in os.environ:
         raise ValueError(
-            "training.parallel.strategy: fsdp wants processes started by torchrun or accelerate launch (one will do), "
+            "training.parallel.strategy: fsdp wants processes started by torchrun (one will do) or accelerate launch, "
             "got a plain one"
         )
     both = parallel.tensor * parallel.context
