@@ -7,9 +7,13 @@ cuDNN's, where it serves. A training step is forward, backward, clipping and Ada
 weights, layers and loss compiled as `training.compile` does it, on random tokens. The long pass is that of the
 evaluation by position: no gradient, the loss of every token, logits of some thousand tokens at a time.
 
-Models are measured one after another, and the first one again at the end: how far its two numbers are apart is what
-differences between others may owe to the machine. A model whose first loss is not that of random guessing, or whose
-step is not finite, is not timed. --size tiny --device cpu tries the script out.
+What is wanted most comes first: rope and path, their long passes, then the others. Training steps of rope are measured
+before and after those that are compared with it, and again where a later call goes on: how far its numbers are apart is
+what differences may owe to the machine, and ratios are those to rope in the same call. A model whose first loss is not
+that of random guessing, or whose step is not finite, is not timed.
+
+OUT is written after every row, and the same command goes on with those that it has not: about six minutes in all on an
+H100. --time-limit begins no row after so many seconds. --size tiny --device cpu tries the script out.
 """
 
 import argparse
@@ -19,14 +23,17 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from path_attention.benchmark import results_file
 from path_attention.benchmark.measure import environment
 from path_attention.evaluation.perplexity import precision_context, token_losses
+from path_attention.evaluation.tables import NAMES
 from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.reproduction.language_model import fastest_attention
 from path_attention.training import parallel
@@ -49,8 +56,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 128,
     },
 }
+BASE = "rope"
+# Results are continued where these are the same.
+SAME = ("benchmark", "commit", "gpu", "versions", "size", "batch", "length", "compile", "repeats")
 # The loss of random weights is the logarithm of the vocabulary plus half the variance of the logits, about 0.3 here.
 FIRST_LOSS_TOLERANCE = 1.0
+
+
+class NotTimed(RuntimeError):
+    """A model computes something else than it should."""
 
 
 def build(size: str, mixer: str, device: torch.device) -> Any:
@@ -115,7 +129,7 @@ def forget(device: torch.device) -> None:
 def check_loss(loss: float, model: Any) -> None:
     wanted = math.log(model.config.vocab_size)
     if not abs(loss - wanted) < FIRST_LOSS_TOLERANCE:
-        raise SystemExit(f"{model.config.mixer}: first loss {loss}, wanted about {wanted:.2f}: not timed")
+        raise NotTimed(f"the first loss is {loss}, wanted about {wanted:.2f}")
 
 
 def training(options: argparse.Namespace, mixer: str, device: torch.device) -> dict[str, Any]:
@@ -127,11 +141,10 @@ def training(options: argparse.Namespace, mixer: str, device: torch.device) -> d
     for _ in range(2):
         last = float(step())
     if not math.isfinite(last):
-        raise SystemExit(f"{mixer}: the loss is {last} after three steps: not timed")
+        raise NotTimed(f"the loss is {last} after three steps")
     taken = seconds(step, device, options.repeats)
     rate = options.batch * options.length / statistics.median(taken)
     return {
-        "mixer": mixer,
         "parameters": sum(p.numel() for p in step.model.parameters()),
         "tokens_per_second": round(rate, 1),
         "step_ms": {"median": 1e3 * statistics.median(taken), "min": 1e3 * min(taken), "max": 1e3 * max(taken)},
@@ -151,63 +164,142 @@ def long_pass(model: Any, length: int, device: torch.device) -> dict[str, Any]:
     forget(device)
     taken = seconds(run, device, 2)
     return {
-        "mixer": model.config.mixer,
-        "length": length,
         "seconds": round(min(taken), 4),
         "tokens_per_second": round(length / min(taken), 1),
         "peak_memory_mib": peak_mib(device),
     }
 
 
-def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows.append(row)
-    print(json.dumps(row), flush=True)
+class Rows:
+    """The rows of this call: each is measured, printed and written before the next one is begun.
+
+    Args:
+        result: of this call and of those before it that it continues.
+        options: of the command line.
+    """
+
+    def __init__(self, result: dict[str, Any], options: argparse.Namespace) -> None:
+        self.result, self.options, self.device = result, options, torch.device(options.device)
+        self.deadline = math.inf if options.time_limit is None else time.monotonic() + options.time_limit
+        self.call = result["calls"] = result["calls"] + 1
+        self.left_out: list[str] = []
+
+    def has(self, part: str, mixer: str, length: int) -> bool:
+        found = (r for r in self.result[part] if (r["mixer"], r["length"]) == (mixer, length))
+        return any("failed" not in r for r in found)
+
+    def add(self, part: str, mixer: str, length: int, measure: Callable[[], dict[str, Any]]) -> None:
+        """A row, or why there is none; one that failed in an earlier call gives way to it."""
+        if time.monotonic() >= self.deadline:
+            self.left_out.append(f"{part} {mixer} {length}")
+            return
+        forget(self.device)
+        started = time.monotonic()
+        row: dict[str, Any] = {"mixer": mixer, "length": length}
+        try:
+            row |= measure()
+        except (NotTimed, torch.OutOfMemoryError) as error:
+            row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        row |= {"call": self.call, "seconds_of_row": round(time.monotonic() - started, 1)}
+        rows = self.result[part]
+        kept = [r for r in rows if "failed" not in r or (r["mixer"], r["length"]) != (mixer, length)]
+        self.result[part] = [*kept, row]
+        self.compare()
+        results_file.write(self.result, self.options.out)
+        print(json.dumps(row), flush=True)
+
+    def compare(self) -> None:
+        """Every training row as a multiple of rope's mean in the same call."""
+        rows = [r for r in self.result["training"] if "failed" not in r]
+        for row in rows:
+            base = [r["tokens_per_second"] for r in rows if r["mixer"] == BASE and r["call"] == row["call"]]
+            row[f"of_{BASE}"] = round(row["tokens_per_second"] / statistics.mean(base), 4) if base else None
+
+    def train(self, mixers: list[str]) -> None:
+        """Training steps of those of the mixers that are left, between two measurements of rope."""
+        length = self.options.length
+        left = [m for m in mixers if m != BASE and not self.has("training", m, length)]
+        if not left and (BASE not in mixers or self.has("training", BASE, length)):
+            return
+        begun = any(r["mixer"] == BASE and r["call"] == self.call for r in self.result["training"])
+        for mixer in [*([] if begun else [BASE]), *left, *([BASE] if left else [])]:
+            self.add("training", mixer, length, partial(training, self.options, mixer, self.device))
+
+    def read(self, mixer: str) -> None:
+        """Passes over long sequences, the longest first."""
+        for length in sorted(self.options.long, reverse=True):
+            if not self.has("long", mixer, length):
+                self.add("long", mixer, length, partial(one_pass, self.options.size, mixer, length, self.device))
 
 
-def main() -> None:
+@torch.no_grad()
+def one_pass(size: str, mixer: str, length: int, device: torch.device) -> dict[str, Any]:
+    return long_pass(build(size, mixer, device).eval(), length, device)
+
+
+def fresh(options: argparse.Namespace) -> dict[str, Any]:
+    here = environment()
+    return {
+        "benchmark": "language_model",
+        **here,
+        "commit": options.commit or here["commit"],
+        "gpu": torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else None,
+        **{name: getattr(options, name) for name in ("size", "batch", "length", "compile", "repeats")},
+        "calls": 0,
+        "training": [],
+        "long": [],
+    }
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="760m")
-    parser.add_argument("--mixers", default="rope,path,path_fox,fox", help="the first is what others are compared with")
+    parser.add_argument("--mixers", default="rope,path,path_fox,fox", help="of which rope is always measured")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a training step")
     parser.add_argument("--length", type=int, default=4096, help="of a training step; 0 leaves training out")
     parser.add_argument("--long", default="4096,16384,65536", help="lengths of one pass; empty leaves them out")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--time-limit", type=float, help="seconds after which no row is begun")
+    parser.add_argument("--commit", help="of the sources, where git does not tell")
+    parser.add_argument("--out", type=Path, help="JSON file; continued, if it is there")
     options = parser.parse_args()
-    device, mixers = torch.device(options.device), options.mixers.split(",")
-    trained: list[dict[str, Any]] = []
-    passes: list[dict[str, Any]] = []
+    options.mixers = options.mixers.split(",")
+    try:
+        options.long = [int(n) for n in options.long.split(",") if n]
+    except ValueError:
+        parser.error(f"--long: wanted whole numbers separated by commas, got {options.long!r}")
+    if unknown := set(options.mixers) - set(NAMES):
+        parser.error(f"--mixers: no {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device: no GPU here; wanted cpu, with --size tiny")
+    return options
+
+
+def main() -> None:
+    options = parsed()
+    try:
+        result = results_file.resume(fresh(options), options.out, SAME)
+    except FileExistsError as error:
+        raise SystemExit(str(error)) from error
+    rows = Rows(result, options)
+    # rope and path are what the others are looked at for.
+    groups = [["rope", "path"], [m for m in options.mixers if m not in ("rope", "path")]]
     with fastest_attention():
-        for mixer in [*mixers, mixers[0]] if options.length else []:
-            forget(device)
-            report(trained, training(options, mixer, device))
-        for mixer in mixers if options.long else []:
-            forget(device)
-            with torch.no_grad():
-                model = build(options.size, mixer, device).eval()
-                for length in (int(n) for n in options.long.split(",")):
-                    report(passes, long_pass(model, length, device))
-            del model
-    base = statistics.mean(r["tokens_per_second"] for r in trained if r["mixer"] == mixers[0]) if trained else None
-    for row in trained:
-        row[f"of_{mixers[0]}"] = round(row["tokens_per_second"] / base, 4)
-    numbers = {
-        "benchmark": "language_model",
-        **environment(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "size": options.size,
-        "batch": options.batch,
-        "length": options.length,
-        "compile": options.compile,
-        "training": trained,
-        "long": passes,
-    }
-    for row in trained:
-        print(f"{row['mixer']:10} {row['tokens_per_second']:12,.0f} tokens/s  {row[f'of_{mixers[0]}']:.3f}")
-    if options.out is not None:
-        options.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        for group in ([m for m in group if m in options.mixers] for group in groups):
+            if options.length:
+                rows.train(group)
+            for mixer in reversed(group):
+                rows.read(mixer)
+    for row in rows.result["training"]:
+        if "failed" not in row:
+            print(f"{row['mixer']:10} {row['tokens_per_second']:12,.0f} tokens/s  {row[f'of_{BASE}']}")
+    failed = [f"{r['mixer']}: {r['failed']}" for part in ("training", "long") for r in result[part] if "failed" in r]
+    if rows.left_out:
+        print(f"time is up; the same command goes on with: {', '.join(rows.left_out)}")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -149,6 +149,14 @@ def test_benchmark_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert given == {"lengths": (64, 128), "repeats": 3, "out": tmp_path / "x.json"}
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(recipe: Path) -> None:
+    place = recipe.parent / "file"
+    place.touch()
+    result = call("train", recipe, "--runs", place)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"path-attention: .*file.*: Not a directory\n", result.stderr)
+
+
 def test_unknown_verb_and_missing_argument_exit_2() -> None:
     for arguments in (["fly"], ["train"], ["train", "a", "--fly"]):
         assert call(*arguments).exit_code == 2

@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 # Annotations stay text, so that this module can be imported, and say what is missing, where typer is not installed.
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import os
@@ -31,7 +32,9 @@ _EXTRA = dict.fromkeys(
     ("accelerate", "filelock", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "typer", "yaml"), "train"
 ) | {"datasets": "data", "pyarrow": "data", "lm_eval": "eval"}
 # RuntimeErrors whose message is all there is to say; by name, for importing them would import half of transformers.
-_FAILURES = ("CacheIncomplete", "DeviceLost", "TrainingDiverged", "Unfinished", "WrongResult")
+_FAILURES = ("CacheIncomplete", "DeviceLost", "NotWritten", "TrainingDiverged", "Unfinished", "WrongResult")
+# Full, or not ours to write or read: nothing that a traceback would tell more about.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 _RUNS = Path("runs")
 
 
@@ -332,6 +335,9 @@ def reproduce(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Make the report anew from the JSON; train nothing.")
     ] = False,
+    commit: Annotated[
+        str | None, typer.Option(help="For language-model: of the sources, where git does not tell.")
+    ] = None,
 ) -> None:
     """Reproduce a result of the paper: state tracking, all mixers, several seeds; or language models of code.
 
@@ -345,8 +351,13 @@ def reproduce(
         unfit = {"--seeds": seeds, "--processes": processes, "--concurrent": concurrent}
         if given := [option for option, value in unfit.items() if value is not None]:
             raise ValueError(f"{given[0]}: wanted none for language-model, whose models are trained one after another")
-        _language_model(table, overrides or (), quick, rows, time_limit, device, runs, out, report_only, console)
+        if time_limit is not None and not time_limit > 0:
+            raise ValueError(f"--time-limit: wanted a number above 0, got {time_limit}")
+        limits: dict[str, Any] = {"time_limit": time_limit, "device": device, "commit": commit}
+        _language_model(table, overrides or (), quick, rows, runs, out, report_only, console, **limits)
         return
+    if commit is not None:
+        raise ValueError(f"--commit: wanted none for {table}, got {commit}")
     if report_only:
         path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
         reproduction.remake(path, path.parent, console)
@@ -375,12 +386,14 @@ def _language_model(
     overrides: Sequence[str],
     quick: bool,
     rows: str,
-    time_limit: float | None,
-    device: str | None,
     runs: Path,
     out: Path,
     report_only: bool,
     console: Console,
+    *,
+    time_limit: float | None,
+    device: str | None,
+    commit: str | None,
 ) -> None:
     from path_attention.reproduction import language_model
 
@@ -403,6 +416,7 @@ def _language_model(
         time_limit=time_limit,
         command=" ".join(parts),
         console=console,
+        commit=commit,
     )
 
 
@@ -619,6 +633,10 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
             code = _fail(f"{package} is not installed: {_install(_EXTRA[package])}", FAILED)
         except (ValueError, FileNotFoundError, FileExistsError) as error:
             code = _fail(str(error), MISTAKE)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            code = _fail(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
         except KeyboardInterrupt:
             code = _fail("interrupted; the same command continues where it stopped", FAILED)
         except RuntimeError as error:

@@ -320,10 +320,12 @@ def bad_documents(folder: Path) -> Iterator[tuple[str, Any, str]]:
     yield r"broken\.jsonl, line 2: no JSON", Files(paths=(str(folder / "broken.jsonl"),)), "x"
     (folder / "other.jsonl").write_text('{"content": "fine", "id": 3}\n')
     yield (
-        r"other\.jsonl, line 1: data\.text_field: no text in 'text'; it has content, id",
+        r"other\.jsonl, line 1: data\.text_field: no 'text'; it has content, id",
         Files(paths=(str(folder / "other.jsonl"),)),
         "x",
     )
+    (folder / "number.jsonl").write_text('{"text": null}\n{"text": 3}\n')  # nothing is an empty text
+    yield r"number\.jsonl, line 2: .* 'text' holds int, not text", Files(paths=(str(folder / "number.jsonl"),)), "x"
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-20])
     yield r"cut\.jsonl\.gz: cannot be read", Files(paths=(str(folder / "cut.jsonl.gz"),)), "x"
     (folder / "no.parquet").write_bytes(b"no parquet at all")

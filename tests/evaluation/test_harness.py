@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,40 @@ def test_questions_of_a_model_folder(model: Path, tmp_path: Path) -> None:
     assert re.search(r"story_1_1400\s*│ score\s*│", result.stdout)
 
 
+def test_an_interruption_keeps_what_was_asked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of questions are written down task by task, and the same command asks the rest."""
+    out, whole = tmp_path / "numbers.json", tmp_path / "whole.json"
+    arguments = [model, "--tasks", "story_1,story_2", "--lengths", "1400", "--samples", 2, "--device", "cpu", "--out"]
+    assert call(*arguments, whole).exit_code == 0
+    asked: list[str] = []
+    metrics = harness._metrics
+
+    def killed(values: dict[str, Any], samples: Any) -> dict[str, float]:
+        asked.append(values["alias"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return metrics(values, samples)
+
+    monkeypatch.setattr(harness, "_metrics", killed)
+    assert call(*arguments, out).exit_code == 1
+    assert list(json.loads(out.read_text())["tasks"]) == ["story_1_1400"]
+    assert call(*arguments, out).exit_code == 0
+    assert asked == ["story_1_1400", "story_2_1400", "story_2_1400"]
+    assert json.loads(out.read_text())["tasks"] == json.loads(whole.read_text())["tasks"]
+    # Those of another seed, or of another model, are no continuation.
+    result = call(*arguments, out, "--seed", 1)
+    assert result.exit_code == 2
+    assert "has results of seed 0, not 1" in result.stderr
+    other = PaTHForCausalLM.from_pretrained(model)
+    other.lm_head.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    for file in model.glob("tokenizer*"):
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    result = call(tmp_path / "other", *arguments[1:], out)
+    assert result.exit_code == 2
+    assert "has results of weights" in result.stderr
+
+
 def test_tasks_of_ones_own(model: Path, tmp_path: Path) -> None:
     """The harness measures what a direct computation gives: log-likelihoods and word perplexities of a local file."""
     texts = ["Mary went to the garden.", "word3 Mary word4"]
@@ -156,6 +191,8 @@ def test_perplexity_of_local_text(model: Path, tmp_path: Path) -> None:
         (["{model}", "--text", "nowhere", "--length", "256"], "--text: no file or folder nowhere"),
         (["{model}", "--text", "README.md", "--length", "100"], "length: wanted a multiple of 2048, or of 32, got 100"),
         (["{model}", "--text", "README.md", "--length", "1048576"], "--length: wanted at most"),
+        (["{model}", "--tasks", "story_1", "--haystack", "nowhere"], "--haystack: no file nowhere"),
+        (["{cut}", "--tasks", "story_1"], "the weights cannot be read"),
         (["{empty}", "--tasks", "story_1"], "no model here"),
         (["{bare}", "--tasks", "story_1"], "no tokenizer here"),
         (
@@ -165,16 +202,17 @@ def test_perplexity_of_local_text(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    bare, other, empty = (tmp_path / name for name in ("bare", "other", "empty"))
-    for folder in (bare, other, empty):
+    bare, other, empty, cut = (tmp_path / name for name in ("bare", "other", "empty", "cut"))
+    for folder in (bare, other, empty, cut):
         folder.mkdir()
     for file in model.iterdir():
         if file.name in ("config.json", "model.safetensors"):
             (bare / file.name).write_bytes(file.read_bytes())
         (other / file.name).write_bytes(file.read_bytes())
+        (cut / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(re.sub(r'"vocab_size": \d+', '"vocab_size": 100', config))
-    result = call(*(a.format(model=model, bare=bare, other=other, empty=empty) for a in arguments))
+    result = call(*(a.format(model=model, bare=bare, other=other, empty=empty, cut=cut) for a in arguments))
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.output

@@ -1,16 +1,20 @@
 """Runs: exact resumption, what a run folder holds, what is refused, what stops a run."""
 
+import contextlib
 import functools
 import json
 import math
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from path_attention.training import Recipe, recipe_from_mapping
+from path_attention.training import Recipe, checkpoint, recipe_from_mapping, trainer
 from path_attention.training import source as sources
 from path_attention.training.divergence import examine
 from path_attention.training.recipe import override
@@ -81,6 +85,47 @@ def test_half_written_checkpoint_is_not_resumed_from(
     assert last_checkpoint(folder) == folder / "checkpoint-10"
     resumed = train(tiny(), tmp_path)[0]
     assert resumed.measurements == finished.measurements
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Files can grow to ``size`` bytes: what a full disk does to those who write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "model"])
+def test_full_disk_stops_the_run_and_leaves_nothing_that_looks_whole(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    folder = tmp_path / "tiny" / "path"
+    of, name = (checkpoint, "save") if what == "checkpoint" else (trainer.RecipeTrainer, "save_model")
+    write, calls = getattr(of, name), 0
+
+    def on_full_disk(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        last = calls == 2 if what == "checkpoint" else not options.get("_internal_call")
+        with full_disk(5000) if last else contextlib.nullcontext():
+            write(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, name, on_full_disk)
+        message = "the checkpoint of step 10" if what == "checkpoint" else "the trained model"
+        last = 5 if what == "checkpoint" else 20
+        with pytest.raises(
+            trainer.NotWritten, match=f"{message} could not be written: .*MiB are free there.*checkpoint-{last}"
+        ):
+            train(tiny(), tmp_path)
+    assert last_checkpoint(folder) == folder / f"checkpoint-{last}"
+    assert not (folder / FINAL).exists()
+    resumed = train(tiny(), tmp_path)[0]
+    assert resumed.measurements == finished.measurements
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in finished.folder.iterdir())
 
 
 def test_run_interrupted_after_its_last_step_is_only_evaluated(finished: Run, tmp_path: Path) -> None:
@@ -192,6 +237,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pyte
     assert (known["step"], known["sequences"], known["last_good_checkpoint"]) == (13, [48, 52], "checkpoint-10")
     (process,) = known["processes"]
     assert process["outputs"][0]["rms"] > 0
+    assert process["losses"] == ["nan"]  # in words that every reader of JSON knows
     # The weights are those before the step; the gradients are not finite.
     assert all(found["not_finite"] == 0 for found in process["weights"].values())
     assert all(found["not_finite"] > 0 for found in process["gradients"].values())

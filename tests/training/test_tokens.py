@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -233,6 +234,39 @@ def test_checkpoint_of_another_configuration_is_refused(texts: Path, tmp_path: P
     file.unlink()
     with pytest.raises(ValueError, match=r"checkpoint-5: wanted a checkpoint with config\.json"):
         train(over_texts(texts), tmp_path)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_serves(
+    finished: Run, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = over_texts(texts, "training.batch_size=40"), tmp_path / "tiny" / "path"
+    for _ in range(2):
+        with pytest.raises(Unfinished):
+            train(recipe, tmp_path, time_limit=1e-3)
+    (file,) = folder.glob("checkpoint-10/state/*.distcp")
+    os.truncate(file, 1000)
+    with pytest.raises(ValueError, match=r"checkpoint-10: the checkpoint is damaged \(.*\); remove it"):
+        train(recipe, tmp_path)
+    shutil.rmtree(folder / "checkpoint-10")
+    assert torch.equal(*(weights(run)["model.embed_tokens.weight"] for run in (train(recipe, tmp_path)[0], finished)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("data.vocab_size=290", r"initial: the text has 290 tokens, the model in .*final knows 280"),
+        ("data.vocab_size=270", r"data\.tokenizer: wanted that of the model to start from"),
+    ],
+)
+def test_text_in_other_tokens_than_the_first_models_is_refused(
+    finished: Run, texts: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    """With more tokens the model has no embedding, with others it would read something else."""
+    changes = [f"initial={finished.folder / FINAL}", "model={}", "training.steps=2", "training.warmup_steps=0"]
+    with pytest.raises(ValueError, match=message):
+        train(over_texts(texts, *changes, change), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert train(over_texts(texts, *changes), tmp_path)[0].facts["steps"] == 2
 
 
 def test_data_shorter_than_a_batch_is_refused(texts: Path, tmp_path: Path) -> None:

@@ -186,10 +186,9 @@ class HubDocuments(Documents):
             self._stream.load_state_dict(state["stream"])
             self._number = state["number"]
         for record in self._records():
-            if not isinstance(text := record.get(self.text_field), str):
-                raise ValueError(
-                    f"data.text_field: {self.name} has no text in {self.text_field!r}; it has {', '.join(record)}"
-                )
+            if self.text_field not in record:
+                raise ValueError(f"data.text_field: {self.name} has no {self.text_field!r}; it has {', '.join(record)}")
+            text = _text(record[self.text_field], self.text_field, self.name)
             number = self._number
             self._number += 1
             self.done += len(text)
@@ -306,10 +305,17 @@ def _json_lines(path: Path, text_field: str) -> Iterator[str]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+            if not isinstance(record, dict) or text_field not in record:
                 has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{path}, line {number}: data.text_field: no text in {text_field!r}; it has {has}")
-            yield record[text_field]
+                raise ValueError(f"{path}, line {number}: data.text_field: no {text_field!r}; it has {has}")
+            yield _text(record[text_field], text_field, f"{path}, line {number}")
+
+
+def _text(value: Any, text_field: str, where: str) -> str:
+    """What a record holds; nothing is an empty text."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: data.text_field: {text_field!r} holds {type(value).__name__}, not text")
+    return value or ""
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -324,6 +330,4 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
         raise ValueError(f"{path}: data.text_field: no {text_field!r}; it has {', '.join(file.schema_arrow.names)}")
     for batch in file.iter_batches(columns=[text_field]):
         for text in batch.column(0).to_pylist():
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"{path}: data.text_field: {text_field!r} holds {type(text).__name__}, not text")
-            yield text or ""
+            yield _text(text, text_field, str(path))

@@ -106,8 +106,7 @@ def by_tasks(
     out: Path | None,
     console: Console,
 ) -> None:
-    """Prints the measurements of questions and tasks, and writes them to OUT."""
-    from path_attention.benchmark.measure import environment
+    """Prints the measurements of questions and tasks, and writes them to OUT after every task."""
     from path_attention.evaluation.harness import evaluate_tasks
 
     try:
@@ -129,12 +128,11 @@ def by_tasks(
             device=place.device,
             dtype=place.dtype,
             work=Path(work),
-            progress=lambda task: console.print(f"{task} ..."),
+            out=out,
+            progress=lambda state: console.print(state, soft_wrap=True),
         )
     console.print(_table(found["tasks"]))
     if out is not None:
-        haystack_name = None if haystack is None else str(haystack)
-        write_whole(out, json.dumps({**environment(), **found, "haystack": haystack_name}, indent=1) + "\n")
         console.print(f"written: {out}", soft_wrap=True)
 
 

@@ -5,20 +5,26 @@ by ``lm_eval --include_path`` with any model; here they are run on a model folde
 local.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
+from path_attention.benchmark import results_file
+from path_attention.benchmark.measure import environment
 from path_attention.evaluation.questions import Kind, fitting, kind, kind_names
 from path_attention.training.run import FINAL
 
+# Measurements are continued where these are the same.
+SAME = ("benchmark", "weights", "dtype", "device", "seed", "questions", "haystack", "max_length", "limit")
 # Of the harness's results, what is no measurement.
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
 _SCORES = '''"""Scores of the questions, for lm-evaluation-harness."""
@@ -116,7 +122,7 @@ def load_model(model: Path, device: torch.device, dtype: str) -> tuple[Any, Any]
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: no tokenizer there, or one of more tokens than the model knows.
+        ValueError: no tokenizer there, or one of more tokens than the model knows; no weights, or damaged ones.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -136,7 +142,10 @@ def load_model(model: Path, device: torch.device, dtype: str) -> tuple[Any, Any]
             f"{model}: the tokenizer has {len(tokenizer)} tokens, the model knows {config.vocab_size}; wanted the "
             "tokenizer that it was trained with"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, SafetensorError) as error:  # no weights there, or damaged ones
+        raise ValueError(f"{model}: the weights cannot be read: {' '.join(str(error).split())}") from error
     return loaded.to(device).eval(), tokenizer
 
 
@@ -149,8 +158,9 @@ def run_tasks(
     max_length: int,
     batch_size: int = 1,
     limit: int | None = None,
+    finished: Callable[[str, dict[str, dict[str, float]]], object] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The harness's measurements of a model.
+    """The harness's measurements of a model, one task after another.
 
     Args:
         model: a causal language model of transformers.
@@ -160,6 +170,7 @@ def run_tasks(
         max_length: tokens that the model is given at most; longer prompts lose their beginning.
         batch_size: of requests.
         limit: documents of each task at most.
+        finished: called with the name and the measurements of each task as soon as there are any.
 
     Returns:
         task -> metric -> value, also standard errors (``METRIC stderr``) and the number of documents (``samples``).
@@ -183,21 +194,27 @@ def run_tasks(
     language_model = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal"
     )
-    try:
-        found = simple_evaluate(
-            model=language_model,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
-    except (OSError, ConnectionError) as error:  # of the hub, without network or data
-        raise ValueError(
-            f"tasks: the data of {', '.join(set(tasks) - own)} cannot be had: {' '.join(str(error).split())[:300]}"
-        ) from error
-    assert found is not None
-    return {task: _metrics(values, found.get("n-samples", {}).get(task)) for task, values in found["results"].items()}
+    measured: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        try:
+            found = simple_evaluate(
+                model=language_model,
+                tasks=[task],
+                task_manager=manager,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+        except (OSError, ConnectionError) as error:  # of the hub, without network or data
+            raise ValueError(
+                f"tasks: the data of {task} cannot be had: {' '.join(str(error).split())[:300]}"
+            ) from error
+        assert found is not None
+        counts = found.get("n-samples", {})
+        measured |= (of := {name: _metrics(values, counts.get(name)) for name, values in found["results"].items()})
+        if finished is not None:
+            finished(task, of)
+    return measured
 
 
 def _metrics(values: dict[str, Any], samples: Any) -> dict[str, float]:
@@ -227,28 +244,86 @@ def evaluate_tasks(
     device: torch.device,
     dtype: str,
     work: Path,
+    out: Path | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Questions made here and tasks of the harness, asked of the model in a folder; see :func:`run_tasks`.
 
     Args:
         work: folder that the questions are written to; what it held of earlier ones goes.
+        out: a JSON that is written after every task; tasks that it has of the same model are not asked again.
 
     Returns:
         ``tasks``, the measurements, beside everything they depend on.
+
+    Raises:
+        FileExistsError: OUT has measurements of another model, or by other settings.
     """
     made = [task for task in tasks if task in kind_names()]
     others = [task for task in tasks if task not in kind_names()]
     loaded, tokenizer = load_model(model, device, dtype)
+    longest = max([max_length or loaded.config.max_position_embeddings, *(lengths if made else ())])
+    options: dict[str, Any] = {"max_length": longest, "batch_size": batch_size, "limit": limit}
+    result = results_file.resume(
+        {
+            "benchmark": "tasks",
+            **environment(),
+            "model": str(model),
+            "weights": _fingerprint(loaded),
+            "mixer": getattr(loaded.config, "mixer", None),
+            "parameters": sum(p.numel() for p in loaded.parameters()),
+            "dtype": dtype,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "seed": seed,
+            "questions": samples,
+            "haystack": None if haystack is None else str(haystack),
+            **options,
+            "tasks": {},
+        },
+        out,
+        SAME,
+    )
+    asked = {name: [n for n in lengths if f"{name}_{n}" not in result["tasks"]] for name in made}
+    written = _write_asked(work, asked, tokenizer, samples=samples, seed=seed, haystack=haystack, progress=progress)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the harness forks after tokenizing
+    left = [*written, *(task for task in others if task not in result["tasks"])]
+    if progress is not None:
+        progress(f"asking the model: {len(left)} tasks")
+
+    def finished(task: str, found: dict[str, dict[str, float]]) -> None:
+        result["tasks"] |= found
+        results_file.write(result, out)
+        if progress is not None:
+            progress(f"{task}: {_one_line(found)}")
+
+    if left:
+        folder = work if written else None
+        run_tasks(loaded, tokenizer, left, folder=folder, finished=finished, **options)
+    return result
+
+
+def _write_asked(
+    work: Path,
+    asked: Mapping[str, Sequence[int]],
+    tokenizer: Any,
+    *,
+    samples: int,
+    seed: int,
+    haystack: Path | None,
+    progress: Callable[[str], object] | None,
+) -> list[str]:
+    """The questions of each kind in the lengths that are left."""
+    if haystack is not None and not haystack.is_file():
+        raise FileNotFoundError(f"--haystack: no file {haystack}")
+    text = None if haystack is None else sentences(haystack.read_text(encoding="utf-8", errors="replace"))
+    if text is not None and not text:
+        raise ValueError(f"--haystack: wanted a text of sentences, got none in {haystack}")
+    shutil.rmtree(work, ignore_errors=True)
     written: list[str] = []
-    if made:
-        shutil.rmtree(work, ignore_errors=True)
-        text = None if haystack is None else sentences(haystack.read_text(encoding="utf-8", errors="replace"))
-        if text is not None and not text:
-            raise ValueError(f"--haystack: wanted a text of sentences, got none in {haystack}")
-        written = write_questions(
+    for name, lengths in asked.items():
+        written += write_questions(
             work,
-            made,
+            [name],
             lengths,
             lambda text: len(tokenizer(text)["input_ids"]),
             samples=samples,
@@ -256,19 +331,16 @@ def evaluate_tasks(
             haystack=text,
             progress=progress,
         )
-    longest = max([max_length or loaded.config.max_position_embeddings, *(lengths if made else ())])
-    if progress is not None:
-        progress("asking the model")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the harness forks after tokenizing
-    options: dict[str, Any] = {"max_length": longest, "batch_size": batch_size, "limit": limit}
-    found = run_tasks(loaded, tokenizer, [*written, *others], folder=work if made else None, **options)
-    return {
-        "model": str(model),
-        "mixer": getattr(loaded.config, "mixer", None),
-        "parameters": sum(p.numel() for p in loaded.parameters()),
-        "dtype": dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "seed": seed,
-        **options,
-        "tasks": found,
-    }
+    return written
+
+
+@torch.no_grad()
+def _fingerprint(model: Any) -> str:
+    """Tells a model from one of other weights: of the sum and the sum of squares of each parameter."""
+    sums = [[name, float(p.double().sum()), float(p.double().square().sum())] for name, p in model.named_parameters()]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+def _one_line(found: dict[str, dict[str, float]]) -> str:
+    values = next(iter(found.values()), {})
+    return ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "samples" and not k.endswith("stderr"))

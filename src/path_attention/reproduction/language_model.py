@@ -8,6 +8,7 @@ text is, is said in the report: the order of the mixers is what may be compared 
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from path_attention.evaluation.perplexity import RANGES, PositionLosses
 from path_attention.evaluation.tables import NAMES, lengths_of
 from path_attention.training.recipe import Recipe, load_recipe
-from path_attention.training.run import Run, Unfinished, train, write_whole
-from path_attention.training.source import open_source
-from path_attention.training.trainer import METRICS, read_metrics
+from path_attention.training.run import (
+    EVALUATION,
+    HOW,
+    HOW_TOO,
+    Run,
+    Unfinished,
+    check_unchanged,
+    open_data,
+    train,
+    write_whole,
+)
+from path_attention.training.trainer import METRICS, TrainingDiverged, read_metrics
 
 NAME = "language-model"
 RECIPE = "python_code"
@@ -67,27 +77,91 @@ def reproduce(
     time_limit: float | None,
     command: str,
     console: Console,
+    commit: str | None = None,
 ) -> bool:
     """Trains what is left of the recipe's models, writes JSON and report; whether all are finished.
 
+    The JSON is written anew after every model. Models that it holds already are finished, also where their run folders
+    are gone: a machine that was lost costs the model that it was training.
+
+    Args:
+        commit: of the sources, where git does not tell.
+
     Raises:
-        ValueError: naming the argument, before anything is computed.
+        ValueError: naming the argument, before anything is computed; OUT holds models of another recipe or other text.
     """
+    started = time.monotonic()
     recipe = load_recipe(RECIPE, [*(QUICK if quick else ()), *overrides])
-    if unknown := [row for row in rows if row not in recipe.mixers]:
-        raise ValueError(f"--rows: no {', '.join(unknown)}; there are {', '.join(recipe.mixers)}")
-    wanted = dataclasses.replace(recipe, mixers=tuple(m for m in recipe.mixers if not rows or m in rows))
+    wanted = _wanted(recipe, rows)
+    file = out / f"{file_name(quick)}.json"
+    earlier = read(file) if file.is_file() else None
+    if earlier is not None:
+        remedy = "Wanted another folder by --out, or the file moved aside."
+        check_unchanged(earlier["recipe"], recipe.to_mapping(), file, HOW, HOW_TOO, remedy)
+    source = open_data(wanted, console)
+    numbers = describe(recipe, source, command, commit) | {"quick": quick}
+    models = _kept(earlier, numbers, file)
+    made = {key: numbers[key] for key in ("date", "commit")}
+
+    def keep(run: Run) -> None:
+        models[run.mixer] = _numbers(run) | {"made": made}
+        _update(numbers, models, recipe, wanted)
+        write_whole(file, _text(numbers))
+
+    _update(numbers, models, recipe, wanted)
+    out.mkdir(parents=True, exist_ok=True)
+    left = [m for m in wanted.mixers if m not in models or (runs / recipe.name / m / EVALUATION).is_file()]
+    for mixer in (m for m in wanted.mixers if m not in left):
+        console.print(f"{mixer}: finished already in {file}", soft_wrap=True)
+    left_s = None if time_limit is None else time_limit - (time.monotonic() - started)
+    complete = True
     try:
-        with fastest_attention():
-            train(wanted, runs, time_limit=time_limit, console=console)
-        complete = True
+        if left:
+            with fastest_attention():
+                to_train = dataclasses.replace(wanted, mixers=tuple(left))
+                train(to_train, runs, time_limit=left_s, console=console, source=source, finished=keep)
     except Unfinished as stopped:
         console.print(str(stopped), soft_wrap=True)
         complete = False
-    numbers = collect(wanted, runs, command) | {"quick": quick}
+    except TrainingDiverged:  # the others' report is worth as much as before
+        write(numbers, out)
+        raise
     for path in write(numbers, out):
         console.print(f"written: {path}", soft_wrap=True)
     return complete
+
+
+def file_name(quick: bool) -> str:
+    """Of JSON, report and plots, without their endings."""
+    return NAME + ("-quick" if quick else "")
+
+
+def _wanted(recipe: Recipe, rows: Sequence[str]) -> Recipe:
+    """The recipe with the mixers that are wanted alone.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if unknown := [row for row in rows if row not in recipe.mixers]:
+        raise ValueError(f"--rows: no {', '.join(unknown)}; there are {', '.join(recipe.mixers)}")
+    if getattr(recipe.evaluation, "long_length", None) is None:
+        raise ValueError("evaluation.long_length: wanted a number of tokens, for losses by position, got nothing")
+    return dataclasses.replace(recipe, mixers=tuple(m for m in recipe.mixers if not rows or m in rows))
+
+
+def _kept(earlier: Mapping[str, Any] | None, numbers: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The models of an earlier call."""
+    if earlier is None or not earlier["models"]:
+        return {}
+    remedy = "Wanted another folder by --out, or the file moved aside."
+    check_unchanged(earlier["corpus"], numbers["corpus"], file, remedy=remedy, of="corpus")
+    return dict(earlier["models"])
+
+
+def _update(numbers: dict[str, Any], models: dict[str, Any], recipe: Recipe, wanted: Recipe) -> None:
+    """Puts the models there are into ``numbers``, in the recipe's order, and what is missing of those wanted."""
+    numbers["missing"] = [mixer for mixer in wanted.mixers if mixer not in models]
+    numbers["models"] = {mixer: models[mixer] for mixer in recipe.mixers if mixer in models}
 
 
 @contextmanager
@@ -101,26 +175,21 @@ def fastest_attention() -> Iterator[None]:
         yield
 
 
-def collect(recipe: Recipe, runs: Path, command: str) -> dict[str, Any]:
-    """What the report is made of."""
+def describe(recipe: Recipe, source: Any, command: str, commit: str | None) -> dict[str, Any]:
+    """What the report says beside the models: machine, recipe and text."""
     from path_attention.benchmark.measure import environment
 
-    corpus = open_source(recipe).corpus.cache.facts  # type: ignore[attr-defined]
+    here = environment()
+    corpus = source.corpus.cache.facts
     documents: Any = recipe.data.documents()  # type: ignore[union-attr]
-    finished = {}
-    for mixer in recipe.mixers:
-        folder = runs / recipe.name / mixer
-        if (folder / "evaluation.json").is_file():
-            finished[mixer] = _numbers(Run.read(folder))
     return {
-        **environment(),
+        **here,
+        "commit": commit or here["commit"],
         "table": NAME,
         "command": command,
         "recipe": recipe.to_mapping(),
         "corpus": {key: value for key, value in corpus.items() if key not in ("key", "dtype", "separator")},
         "held_out": sorted(group.partition(":")[2] for group in getattr(documents, "held_out", ())),
-        "missing": [mixer for mixer in recipe.mixers if mixer not in finished],
-        "models": finished,
     }
 
 
@@ -141,7 +210,7 @@ def _numbers(run: Run) -> dict[str, Any]:
 def write(numbers: Mapping[str, Any], out: Path) -> list[Path]:
     """Writes OUT/language-model.json, .md and two plots, with -quick in the name of a quick one."""
     out.mkdir(parents=True, exist_ok=True)
-    name = NAME + ("-quick" if numbers.get("quick") else "")
+    name = file_name(numbers.get("quick", False))
     paths = [out / f"{name}{end}" for end in (".json", ".md", ".png", "-losses.png")]
     write_whole(paths[0], _text(numbers))
     if not numbers["models"]:
@@ -169,7 +238,10 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is something else.
     """
-    numbers = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(numbers, dict) or numbers.get("table") != NAME or "models" not in numbers:
         raise ValueError(f"{path}: wanted the JSON of {NAME}, got something else")
     return numbers
@@ -198,7 +270,6 @@ def _what(numbers: Mapping[str, Any]) -> list[str]:
     recipe, corpus, models = numbers["recipe"], numbers["corpus"], numbers["models"]
     facts = next(iter(models.values()))["facts"]
     train, held = corpus["train"], corpus["validation"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text = (
         f"Text: {corpus['bytes'] / 1e6:,.0f} MB of source code installed with Python, {corpus['repeated_documents']:,} "
         f"repeated files left out; {train['tokens']:,} tokens of {train['documents']:,} files to train on and "
@@ -209,20 +280,34 @@ def _what(numbers: Mapping[str, Any]) -> list[str]:
     trained = (
         f"Models: about {facts['parameters'] / 1e6:,.1f} million parameters, {facts['tokens'] / 1e6:,.1f} million "
         f"tokens each ({facts['steps']:,} steps, length {recipe['data']['length']:,}), the same sequences in the same "
-        f"order, seed {facts['seed']}. {facts['device']}; {versions}; {numbers['date'][:10]}, commit "
-        f"{numbers['commit']}. Made by `{numbers['command']}`."
+        f"order, seed {facts['seed']}. {_made(models)}. Made by `{numbers['command']}`."
     )
     missing = ["", f"Not finished: {', '.join(numbers['missing'])}."] if numbers["missing"] else []
     return [text, "", trained, *missing]
+
+
+def _made(models: Mapping[str, Any]) -> str:
+    """Device, versions, date and commit: once, or where they differ with the models of each."""
+    found: dict[str, list[str]] = {}
+    for mixer, of in models.items():
+        facts, made = of["facts"], of["made"]
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        commit = f", commit {made['commit']}" if made["commit"] else ""
+        found.setdefault(f"{facts['device']}; {versions}; {made['date'][:10]}{commit}", []).append(mixer)
+    if len(found) == 1:
+        return next(iter(found))
+    return ". ".join(f"{', '.join(NAMES[m] for m in mixers)}: {text}" for text, mixers in found.items())
 
 
 def _table(numbers: Mapping[str, Any]) -> list[str]:
     head = ["model", "parameters", "loss (nats per token)", "perplexity", "tokens/s", "of RoPE's", "peak memory"]
     lines = [f"| {' | '.join(head)} | perplexity in the paper |", "|---" * (len(head) + 1) + "|"]
     models = numbers["models"]
-    rope = models.get("rope", {}).get("facts", {}).get("tokens_per_second")
+    base = models.get("rope", {}).get("facts", {})
     for mixer, found in models.items():
         facts, loss = found["facts"], found["validation"]["value"]
+        # A ratio of two kinds of machines would tell of the machines.
+        rope = base.get("tokens_per_second") if base.get("device") == facts["device"] else None
         rate, memory = facts.get("tokens_per_second"), facts.get("peak_memory_mib")
         lines.append(
             f"| {NAMES.get(mixer, mixer)} | {facts['parameters']:,} | {loss:.4f} | {math.exp(loss):.3f} | "

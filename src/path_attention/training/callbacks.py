@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
+
+from path_attention.training.parallel import any_process
 
 
 class Speed(TrainerCallback):
@@ -66,12 +67,7 @@ class StopInTime(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % int(args.logging_steps) or state.global_step >= state.max_steps:
             return
-        stop = self.told or time.monotonic() >= self.deadline
-        if dist.is_initialized():  # all or none
-            flag = torch.tensor(int(stop), device=args.device)
-            dist.all_reduce(flag)
-            stop = bool(flag)
-        if stop:
+        if any_process(self.told or time.monotonic() >= self.deadline, args.device):  # all or none
             control.should_save = control.should_training_stop = True
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ number of processes, sharded in any way.
 """
 
 import json
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -43,15 +45,21 @@ def load(model: nn.Module, optimizer: Optimizer, folder: Path, group: dist.Proce
     """Read FOLDER/state into the model and the optimiser; every process calls it, or every one of ``group``.
 
     Raises:
-        ValueError: it is the checkpoint of a model of another configuration, or none of ours.
+        ValueError: it is the checkpoint of a model of another configuration, or none of ours, or damaged.
     """
     check_configuration(model, folder)
     if not (folder / STATE).is_dir():
         raise ValueError(f"{folder}: wanted a checkpoint with a folder {STATE!r}, got one of another kind")
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    with _alone_or_not() as alone:
-        dcp.load(state, checkpoint_id=folder / STATE, process_group=group, no_dist=alone)
+    try:
+        with _alone_or_not() as alone:
+            dcp.load(state, checkpoint_id=folder / STATE, process_group=group, no_dist=alone)
+    except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(
+            f"{folder}: the checkpoint is damaged ({reason}); remove it; the same command goes on from the one before"
+        ) from error
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )

@@ -23,6 +23,15 @@ def statistics(x: Tensor) -> dict[str, float]:
     }
 
 
+def named(value: Any) -> Any:
+    """Nested plain data with numbers that are not finite by their names, "nan" and "inf": JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: named(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [named(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextmanager
 def recorded(layers: Sequence[nn.Module], found: list[dict[str, float]]) -> Iterator[None]:
     """Puts the statistics of every layer's output into ``found`` while it is open."""

@@ -31,7 +31,7 @@ def check_processes(settings: Training) -> None:
         return
     if "RANK" not in os.environ:
         raise ValueError(
-            "training.parallel.strategy: fsdp wants processes started by torchrun or accelerate launch (one will do), "
+            "training.parallel.strategy: fsdp wants processes started by torchrun (one will do) or accelerate launch, "
             "got a plain one"
         )
     both = parallel.tensor * parallel.context
@@ -64,6 +64,15 @@ def check_model(settings: Training, config: Any, length: int) -> None:
                 f"training.parallel.context: wanted a length that two pieces for each of {parallel.context} processes "
                 f"divide, got {length}"
             )
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any of the processes there are; all of them call it."""
+    if not dist.is_initialized():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found)
+    return bool(found)
 
 
 def make_mesh(settings: Training, device: torch.device) -> DeviceMesh:

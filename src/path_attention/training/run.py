@@ -39,8 +39,8 @@ RECIPE, FINAL, EVALUATION = "recipe.yaml", "final", "evaluation.json"
 DATA, POSITIONS = "data.json", "positions.json"
 
 # Keys that say how the work is done, not what comes out of it: a run may go on with others.
-_HOW = ("mixers", "description", "data.cache", "training.accumulation_steps", "training.workers", "training.compile")
-_HOW_TOO = ("training.activation_checkpointing", "training.parallel.")
+HOW = ("mixers", "description", "data.cache", "training.accumulation_steps", "training.workers", "training.compile")
+HOW_TOO = ("training.activation_checkpointing", "training.parallel.")
 
 
 class Unfinished(RuntimeError):
@@ -97,6 +97,8 @@ def train(
     restart: bool = False,
     time_limit: float | None = None,
     console: Console | None = None,
+    source: Source | None = None,
+    finished: Callable[[Run], object] | None = None,
 ) -> list[Run]:
     """Trains every mixer of a recipe and evaluates it; what is finished already is not done again.
 
@@ -108,6 +110,8 @@ def train(
         restart: move an existing runs/NAME aside (NAME.1, NAME.2, ...) and start anew.
         time_limit: seconds after which to stop with a checkpoint; None for no limit.
         console: where progress is shown; None shows nothing.
+        source: of the recipe, where it is open already.
+        finished: called with every run as soon as it is finished, on the first process.
 
     Raises:
         ValueError, FileNotFoundError: before anything is computed, where the recipe cannot be run or the run folder
@@ -130,20 +134,27 @@ def train(
             console.print(f"the existing run was moved to {aside}")
     for mixer in recipe.mixers:
         _check_same_recipe(recipe, folder / mixer)
-    source = _open(recipe, console)
+    source = source or open_data(recipe, console)
     configs = {mixer: model_config(recipe, source, mixer) for mixer in recipe.mixers}
     for mixer, config in configs.items():
         parallel.check_model(recipe.training, config, source.length)
         _check_same_data(source, folder / mixer)
-    finished = []
+    runs_of: list[Run] = []
+    trained = False
     for mixer, config in configs.items():
         if (folder / mixer / EVALUATION).is_file():
             if console:
                 console.print(f"{mixer}: finished already in {folder / mixer} (--restart trains anew)")
-            finished.append(Run.read(folder / mixer))
+            runs_of.append(Run.read(folder / mixer))
         else:
-            finished.append(_train_one(recipe, source, mixer, config, folder / mixer, deadline, console))
-    return finished
+            # A model that would be compiled for the few steps to its first checkpoint waits for the next call.
+            if trained and parallel.any_process(time.monotonic() >= deadline, _device(recipe)):
+                raise Unfinished(f"{mixer}: not begun, time is up; the same command goes on with it")
+            runs_of.append(_train_one(recipe, source, mixer, config, folder / mixer, deadline, console))
+            trained = True
+        if finished is not None and os.environ.get("RANK", "0") == "0":
+            finished(runs_of[-1])
+    return runs_of
 
 
 def evaluate(folder: Path, *, console: Console | None = None) -> Run:
@@ -156,7 +167,7 @@ def evaluate(folder: Path, *, console: Console | None = None) -> Run:
 
     before = Run.read(folder)
     recipe = read_recipe(folder)
-    source = _open(recipe, console)
+    source = open_data(recipe, console)
     model: torch.nn.Module = PaTHForCausalLM.from_pretrained(folder / FINAL)
     model.to(_device(recipe))
     run = dataclasses.replace(before, measurements=_measure(source, model, before.mixer, folder, console))
@@ -188,12 +199,15 @@ def model_config(recipe: Recipe, source: Source, mixer: str) -> Any:
     """The ``PaTHConfig`` of one of a recipe's models.
 
     Raises:
-        ValueError: for a key of ``model`` that PaTHConfig does not have, or a value it refuses.
+        ValueError: for a key of ``model`` that PaTHConfig does not have, or a value it refuses; the text is in other
+            tokens than those of the model to start from.
     """
     from path_attention.models import PaTHConfig
 
     if recipe.initial:
-        return _initial_config(recipe, mixer)
+        config = _initial_config(recipe, mixer)
+        _check_vocabulary(recipe, source, config)
+        return config
     known = {f.name for f in dataclasses.fields(PaTHConfig)} - {"vocab_size", "mixer"}
     strict.check_keys(recipe.model, known, "model")
     values = source.model_settings() | dict(recipe.model)
@@ -214,6 +228,26 @@ def _initial_config(recipe: Recipe, mixer: str) -> Any:
     if config.mixer != mixer:
         raise ValueError(f"mixers: wanted [{config.mixer}], the mixer of the model in {folder}, got {mixer}")
     return config
+
+
+def _check_vocabulary(recipe: Recipe, source: Source, config: Any) -> None:
+    """Raises a ValueError where text is in tokens that the model to start from does not know, or knows as others."""
+    if recipe.data is None:  # a task is written in the model's own
+        return
+    if source.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"initial: the text has {source.vocab_size} tokens, the model in {recipe.initial} knows {config.vocab_size}"
+        )
+    folder = Path(recipe.initial).expanduser()
+    if source.tokenizer is None or not (folder / "tokenizer_config.json").is_file():
+        return
+    from path_attention.data.tokenizer import load_tokenizer
+
+    if load_tokenizer(str(folder), "initial").get_vocab() != source.tokenizer.get_vocab():
+        raise ValueError(
+            f"data.tokenizer: wanted that of the model to start from, {folder}, got another one: the same numbers "
+            "would stand for other texts"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -256,9 +290,7 @@ def _train_one(
     parameters = sum(p.numel() for p in model.parameters())
     trainer = RecipeTrainer(model, source, recipe.training, folder, console=console, title=mixer, deadline=deadline)
     fit(trainer, folder, console, mixer)
-    trainer.save_model(str(folder / FINAL))
-    if source.tokenizer is not None and trainer.is_world_process_zero():
-        source.tokenizer.save_pretrained(folder / FINAL)
+    _save_final(trainer, source.tokenizer, folder)
     if trainer.mesh is not None:  # its own shards are no model that reads long sequences on one device
         dist.barrier()
         whole: torch.nn.Module = PaTHForCausalLM.from_pretrained(folder / FINAL)
@@ -269,6 +301,20 @@ def _train_one(
     if trainer.is_world_process_zero():
         run.write()
     return run
+
+
+def _save_final(trainer: Any, tokenizer: Any, folder: Path) -> None:
+    """FOLDER/final, whole or not at all."""
+    from path_attention.training.trainer import writing
+
+    partial = folder / f"{FINAL}.partial"
+    with writing("the trained model", folder):
+        trainer.save_model(str(partial))
+        if trainer.is_world_process_zero():
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            shutil.rmtree(folder / FINAL, ignore_errors=True)
+            os.rename(partial, folder / FINAL)
 
 
 def fit(trainer: Any, folder: Path, console: Console | None, title: str) -> None:
@@ -347,7 +393,8 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device("cpu")
 
 
-def _open(recipe: Recipe, console: Console | None) -> Source:
+def open_data(recipe: Recipe, console: Console | None) -> Source:
+    """The source of a recipe, with progress on the console; raises as :func:`open_source`."""
     report = Report(console)
     try:
         return open_source(recipe, report)
@@ -427,7 +474,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     if not (folder / RECIPE).is_file():
         return
     remedy = "Give this one another name (name=...) or move the old one aside (--restart)."
-    check_unchanged(read_recipe(folder).to_mapping(), recipe.to_mapping(), folder, _HOW, _HOW_TOO, remedy)
+    check_unchanged(read_recipe(folder).to_mapping(), recipe.to_mapping(), folder, HOW, HOW_TOO, remedy)
 
 
 def check_unchanged(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
@@ -34,6 +37,34 @@ COMPLETE = "complete"
 
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is no longer a finite number."""
+
+
+class NotWritten(RuntimeError):
+    """A checkpoint, or the trained model, could not be written: the disk is full, or not ours to write on."""
+
+
+# In the messages of what torch's writers raise, which is no OSError: its own file format's, and a process's.
+_WRITERS_ERRORS = ("inline_container", "PytorchStreamWriter", "[Errno ")
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turns the errors of writers into one that says where the training stands.
+
+    Raises:
+        NotWritten: what is written within could not be.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
+        if isinstance(error, RuntimeError | CheckpointException) and not any(x in str(error) for x in _WRITERS_ERRORS):
+            raise
+        reason = str(error).strip().splitlines()[-1][:200]
+        free, last = shutil.disk_usage(folder).free / 2**20, last_checkpoint(folder)
+        raise NotWritten(
+            f"{folder}: {what} could not be written: {reason}; {free:,.0f} MiB are free there. The same command goes "
+            f"on from {f'its last checkpoint, {last.name}' if last else 'the beginning: there is no checkpoint yet'}"
+        ) from error
 
 
 def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArguments:
@@ -241,7 +272,9 @@ class RecipeTrainer(Trainer):
             "processes": processes,
         }
         if self.is_world_process_zero():
-            (self.folder / DIVERGENCE).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            (self.folder / DIVERGENCE).write_text(
+                json.dumps(divergence.named(known), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
         losses = ", ".join(f"{x:.4g}" for process in processes for x in process["losses"])
         first = next((p["first"] for p in processes if not p["first"].startswith("nothing")), processes[0]["first"])
         raise TrainingDiverged(
@@ -320,6 +353,10 @@ class RecipeTrainer(Trainer):
             weights.pop("lm_head.weight", None)  # it is the embeddings', and may be a copy by now
         if self.args.should_save:
             self.language_model.save_pretrained(folder, state_dict=weights)
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        with writing(f"the checkpoint of step {self.state.global_step}", self.folder):
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         checkpoint.save(self.language_model, self._optimizer(), Path(output_dir))

@@ -1,0 +1,89 @@
+"""The benchmark of whole language models, in miniature: rows are written as they come, and a later call goes on."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "language_model.py"
+TINY = ["--size", "tiny", "--device", "cpu", "--batch", "1", "--length", "32", "--long", "64", "--repeats", "1"]
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_language_model", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(
+        sys, "argv", [str(SCRIPT), *TINY, "--no-compile", "--commit", "abc", *(str(a) for a in arguments)]
+    )
+    script.main()
+
+
+def rows(out: Path, part: str) -> list[tuple[str, int]]:
+    return [(row["mixer"], row["call"]) for row in json.loads(out.read_text())[part]]
+
+
+def test_what_is_measured_stays_and_the_same_command_goes_on(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    read = script.one_pass
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "one_pass", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(script, monkeypatch, "--out", out)
+    # What the paper's claim is about comes first, between two measurements of what it is compared with.
+    assert rows(out, "training") == [("rope", 1), ("path", 1), ("rope", 1)]
+    assert rows(out, "long") == []
+    monkeypatch.setattr(script, "one_pass", read)
+    call(script, monkeypatch, "--out", out)
+    # The machine may be another one: rope is measured again, for the others alone.
+    assert rows(out, "training")[3:] == [("rope", 2), ("path_fox", 2), ("fox", 2), ("rope", 2)]
+    assert rows(out, "long") == [("path", 2), ("rope", 2), ("fox", 2), ("path_fox", 2)]
+    found = json.loads(out.read_text())["training"]
+    for of_call in (1, 2):
+        base = [row["tokens_per_second"] for row in found if (row["mixer"], row["call"]) == ("rope", of_call)]
+        for row in (row for row in found if row["call"] == of_call):
+            assert row["of_rope"] == pytest.approx(row["tokens_per_second"] / (sum(base) / 2), abs=1e-4)
+    before = out.read_bytes()
+    call(script, monkeypatch, "--out", out)
+    assert json.loads(out.read_text()) == json.loads(before)  # nothing was left
+    with pytest.raises(SystemExit, match="results of commit abc, not def"):
+        call(script, monkeypatch, "--commit", "def", "--out", out)
+
+
+def test_a_row_that_fails_leaves_the_others_and_is_tried_again(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    read = script.one_pass
+
+    def full(size: str, mixer: str, *rest: Any) -> Any:
+        if mixer == "path":
+            raise torch.OutOfMemoryError("no memory")
+        return read(size, mixer, *rest)
+
+    monkeypatch.setattr(script, "one_pass", full)
+    with pytest.raises(SystemExit, match="path: OutOfMemoryError: no memory"):
+        call(script, monkeypatch, "--mixers", "rope,path", "--out", out)
+    assert [("failed" in row) for row in json.loads(out.read_text())["long"]] == [True, False]
+    monkeypatch.setattr(script, "one_pass", read)
+    call(script, monkeypatch, "--mixers", "rope,path", "--out", out)
+    assert rows(out, "long") == [("rope", 1), ("path", 2)]
+    call(script, monkeypatch, "--mixers", "path_fox", "--time-limit", 0, "--out", out)
+    assert len(rows(out, "training")) == 3  # no row was begun
