@@ -293,7 +293,7 @@ def _longest(devices: Devices, options: Options, formula: str) -> None:
         return devices.attempt(weigh, work)
 
     lengths = [probe * devices.size for probe in options.probes]
-    # Each is run twice: kernels are compiled for what divides a length, and the first opens connections.
+    # Each is run twice: a number of levels may want kernels of its own, and the first opens connections.
     probes = [(run(length), run(length))[1] for length in lengths]
     if failed := [x["failed"] for x in probes if "failed" in x]:
         devices.rows.add(key | {"failed": failed[0]})

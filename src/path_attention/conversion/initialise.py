@@ -13,7 +13,7 @@ from path_attention.layers.decay import ForgettingAttention
 from path_attention.models import PaTHConfig, PaTHForCausalLM
 
 # Those that ``beta: nearest`` tries, for which docs/conversion.md has losses: next to no transition, a whole
-# projection, and between them the optima of the teachers that were measured, 0.04 to 0.3. Seven, so that it
+# projection, and between them the optima of the teachers that were measured, 0.04 and 0.1. Seven, so that it
 # costs no more than what is measured after a stage: 7 times ``quick_windows``, 8 by default, are fewer than 64 windows.
 BETAS = (0.001, 0.04, 0.1, 0.2, 0.3, 0.4, 1.0)
 
