@@ -68,8 +68,7 @@ def dense_forward(
     table: LeafTable, query_rows: Tensor, key_rows: Tensor, values: Tensor, out: Tensor, log_sum_exp: Tensor
 ) -> None:
     """As :func:`path_attention.ops.kernels.dense.dense_forward`, without gates."""
-    portable.dense_forward(table, query_rows, key_rows, values, None, None, out, log_sum_exp, num_levels=1)
-    if table.num_levels < 2:
+    if table.num_levels == 0:
         return
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
     options = _OPTIONS[dim]

@@ -1,9 +1,9 @@
-"""Attention between sibling spans on Hopper, forward: all levels above the lowest in one warp-specialised kernel.
+"""Attention between sibling spans on Hopper, forward: all levels in one warp-specialised kernel.
 
 A program has one pair of leaves, 128 rows, and one query head. A producer warp group has the copy engine (TMA) fetch
 the pair's queries at each level and tiles of 128 keys and values; two consumer warp groups, a leaf of 64 rows each,
-compute. From level 1 on both leaves have the same left siblings, complete ones, so no tile needs a mask; level 0, where
-one leaf of the pair meets the other, is left to the portable kernel.
+compute. From level 1 on both leaves have the same left siblings, complete ones, so no tile needs a mask. Level 0, where
+the right leaf of the pair meets the left one, is a step of its own for the right leaf's group, ahead of the others.
 
 Order of work in a consumer, for tile i: the logits Q K_i^T and the product P_{i-1} V_{i-1} are issued together, the
 softmax of tile i runs under the latter. The wait for the next keys stands between softmax and the wait for the product:
@@ -67,14 +67,27 @@ def _advance(i_stage, s_phase, STAGES: gl.constexpr):
 @gluon.jit
 def _produce(
     t_query_rows, t_key_rows, t_values, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    i_row, i_index, i_query_base, i_key_base, i_query_column, i_key_column, i_value_column, num_levels, query_slots,
-    key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
+    i_row, i_index, has_right, i_query_base, i_key_base, i_query_column, i_key_column, i_value_column, num_levels,
+    query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Queries of every level that the pair has a left sibling at, lowest first, and that sibling's keys and values."""
-    i_stage = 0
+    i_stage = has_right
     s_phase = 1
-    i_q = 0
+    i_q = has_right
     s_q_phase = 1
+    if has_right == 1:
+        # Whole tiles, of which the left leaf's rows count.
+        i_half = i_index // 2
+        mbarrier.expect(q_full.index(0), LEAF * D * 2)
+        tma.async_copy_global_to_shared(
+            t_query_rows, [(i_query_base + i_half) * LEAF, i_query_column], q_full.index(0), s_q.index(1)
+        )
+        mbarrier.expect(k_full.index(0), PAIR * D * 2)
+        tma.async_copy_global_to_shared(
+            t_key_rows, [(i_key_base + i_half) * LEAF, i_key_column], k_full.index(0), s_k.index(0)
+        )
+        mbarrier.expect(v_full.index(0), PAIR * DV * 2)
+        tma.async_copy_global_to_shared(t_values, [i_row, i_value_column], v_full.index(0), s_v.index(0))
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_first = ((i_index >> level) - 1) << level
@@ -115,43 +128,49 @@ def _softmax(b_s, b_max, b_sum):
 
 
 @gluon.jit
-def _consume(
-    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, i_row, s_tokens,
-    s_tiles, i_query_head, s_query_heads, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr
+def _attend_left_leaf(
+    b_max, b_sum, b_o, s_q, s_k, s_v, q_full, k_full, v_full, D: gl.constexpr, DV: gl.constexpr
 ):  # fmt: skip
-    """Rows of leaf C of the pair: go on from the leaf's own attention over s_tiles > 0 tiles of keys."""
+    """Level 0: the pair's right leaf goes on over the left one's keys, the first rows of a tile."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEAF, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    b_zero = gl.full([LEAF, LEAF], 0.0, gl.float32, S)
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full, 0)
+    b_s = warpgroup_mma(s_q, s_k.slice(0, LEAF, 0).permute((1, 0)), b_zero, use_acc=False)
+    b_p, b_decay, b_max, b_sum = _softmax(b_s, gl.convert_layout(b_max, ROW), gl.convert_layout(b_sum, ROW))
+    b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
+    b_weights = gl.convert_layout(b_p.to(s_v.dtype), gl.DotOperandLayout(0, O, 2))
+    mbarrier.wait(v_full, 0)
+    b_o = warpgroup_mma(b_weights, s_v.slice(0, LEAF, 0), b_o)
+    return b_max, b_sum, b_o
+
+
+@gluon.jit
+def _attend_left_spans(
+    b_max, b_sum, b_o, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, i_first, s_tiles,
+    C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr
+):  # fmt: skip
+    """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on, which begin in stage and query buffer i_first."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    # Rows as memory has them: 16 bytes a thread.
-    M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = s_v.dtype
-    o_row = i_row + C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S))
-    m_row = C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S)) < s_tokens
-    p_lse = p_log_sum_exp + gl.cast(o_row, gl.int64) * s_query_heads + i_query_head
-    o_out = gl.arange(0, LEAF, gl.SliceLayout(1, M))
-    o_column = gl.arange(0, DV, gl.SliceLayout(0, M))
-    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * s_query_heads + i_query_head) * DV
-    p_tile = p_tile + (o_out[:, None] * (s_query_heads * DV) + o_column[None, :])
-    m_out = (C * LEAF + o_out < s_tokens)[:, None]
-    b_max = gl.load(p_lse, mask=m_row, other=0.0)
-    b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
-    b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
     b_zero = gl.full([LEAF, PAIR], 0.0, gl.float32, S)
-    i_stage = 0
+    i_stage = i_first
     s_phase = 0
-    i_q = 0
+    i_q = i_first
     s_q_phase = 0
     s_turn = 0
     # Bit b of the number of tiles is a level that has 2^b of them, lowest first.
     s_bits = s_tiles & (s_tiles - 1)
     s_left = s_tiles - s_bits - 1  # tiles of this level after the current one
-    mbarrier.wait(q_full.index(0), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    b_s = warpgroup_mma(s_q.index(C), s_k.index(0).permute((1, 0)), b_zero, use_acc=False)
-    mbarrier.arrive(k_empty.index(0), count=1)
-    mbarrier.arrive(q_empty.index(0), count=1, pred=s_left == 0)
+    mbarrier.wait(q_full.index(i_q), 0)
+    mbarrier.wait(k_full.index(i_stage), 0)
+    b_s = warpgroup_mma(s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_zero, use_acc=False)
+    mbarrier.arrive(k_empty.index(i_stage), count=1)
+    mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
     b_p, b_decay, b_max, b_sum = _softmax(b_s, b_max, b_sum)
     b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     b_weights = gl.convert_layout(b_p.to(dtype), P)
@@ -193,8 +212,51 @@ def _consume(
         b_weights = gl.convert_layout(b_p.to(dtype), P)
     mbarrier.wait(v_full.index(i_v), s_v_phase)
     b_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o)
+    return b_max, b_sum, b_o
+
+
+@gluon.jit
+def _consume(
+    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, i_row, s_tokens,
+    has_right, s_tiles, i_query_head, s_query_heads, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr
+):  # fmt: skip
+    """Rows of leaf C of the pair: go on from the leaf's own attention over the left leaf, if C is a right one, and
+    s_tiles tiles of keys.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
+    # Rows as memory has them: 16 bytes a thread.
+    M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    o_row = i_row + C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S))
+    m_row = C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S)) < s_tokens
+    p_lse = p_log_sum_exp + gl.cast(o_row, gl.int64) * s_query_heads + i_query_head
+    o_out = gl.arange(0, LEAF, gl.SliceLayout(1, M))
+    o_column = gl.arange(0, DV, gl.SliceLayout(0, M))
+    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * s_query_heads + i_query_head) * DV
+    p_tile = p_tile + (o_out[:, None] * (s_query_heads * DV) + o_column[None, :])
+    m_out = (C * LEAF + o_out < s_tokens)[:, None]
+    b_max = gl.load(p_lse, mask=m_row, other=0.0)
+    b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
+    b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
+    if C == 1:
+        if has_right == 1:
+            b_low_max, b_low_sum, b_o = _attend_left_leaf(
+                b_max, b_sum, b_o, s_q.index(1), s_k.index(0), s_v.index(0), q_full.index(0), k_full.index(0),
+                v_full.index(0), D, DV
+            )  # fmt: skip
+            b_max = gl.convert_layout(b_low_max, gl.SliceLayout(1, S))
+            b_sum = gl.convert_layout(b_low_sum, gl.SliceLayout(1, S))
+    mbarrier.arrive(q_empty.index(0), count=1, pred=has_right == 1)
+    mbarrier.arrive(k_empty.index(0), count=1, pred=has_right == 1)
+    mbarrier.arrive(v_empty.index(0), count=1, pred=has_right == 1)
+    if s_tiles > 0:
+        b_max, b_sum, b_o = _attend_left_spans(
+            b_max, b_sum, b_o, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, has_right,
+            s_tiles, C, D, DV, STAGES, TURNS
+        )  # fmt: skip
     b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
-    gl.store(p_tile, gl.convert_layout(b_o.to(dtype), M), mask=m_out)
+    gl.store(p_tile, gl.convert_layout(b_o.to(s_v.dtype), M), mask=m_out)
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
 
 
@@ -203,7 +265,7 @@ def dense_forward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
-    p_out,  # (T, HQ, DV): in, attention within the leaf and at level 0; out, the whole attention
+    p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
     p_table,
     table_leaves,
@@ -224,7 +286,7 @@ def dense_forward_kernel(
     TURNS: gl.constexpr,
     SECTION: gl.constexpr,  # heads whose keys and values fit the L2 cache: their programs run side by side
 ):
-    """Levels from 1 on of one pair of leaves and one query head."""
+    """All levels of one pair of leaves and one query head."""
     i = gl.program_id(0)
     i_section = i // (SECTION * num_turns)
     s_heads = gl.minimum(SECTION, num_groups - i_section * SECTION)
@@ -236,7 +298,8 @@ def dense_forward_kernel(
     i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
         i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
     )
-    if (s_tokens == 0) | (i_index == 0):
+    has_right = gl.where(s_tokens > LEAF, 1, 0)  # a right leaf
+    if (s_tokens == 0) | (i_index + has_right == 0):
         return
     i_head = i_query_head // GROUP
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -269,22 +332,22 @@ def dense_forward_kernel(
                 _produce,
                 (
                     t_query_rows, t_key_rows, t_values, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, i_row, i_index, i_query_base, i_key_base, i_query_head * D, i_head * D, i_head * DV,
-                    num_levels, query_slots, key_slots, D, DV, STAGES
+                    v_empty, i_row, i_index, has_right, i_query_base, i_key_base, i_query_head * D, i_head * D,
+                    i_head * DV, num_levels, query_slots, key_slots, D, DV, STAGES
                 ),
             ),
             (
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-                    i_row, s_tokens, i_index // 2, i_query_head, HQ, 0, D, DV, STAGES, TURNS
+                    i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 0, D, DV, STAGES, TURNS
                 ),
             ),
             (
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-                    i_row, s_tokens, i_index // 2, i_query_head, HQ, 1, D, DV, STAGES, TURNS
+                    i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 1, D, DV, STAGES, TURNS
                 ),
             ),
         ],
