@@ -111,15 +111,15 @@ def problem(
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    queries = (table.num_levels, table.query_slots, LEAF, query_heads)
+    queries = (table.num_levels, table.query_slots, LEAF)
     keys = (table.num_levels, table.key_slots, LEAF)
     x = Problem(
         table=table,
-        query_rows=normal(*queries, dim) * dim**-0.5,
+        query_rows=normal(*queries, query_heads, dim) * dim**-0.5,
         key_rows=normal(*keys, heads, dim),
         values=normal(tokens, heads, value_dim),
-        gate_query=-normal(*queries, dtype=torch.float32).abs() if gate else None,
-        gate_key=-normal(*keys, query_heads, dtype=torch.float32).abs() if gate else None,
+        gate_query=-normal(query_heads, *queries, dtype=torch.float32).abs() if gate else None,
+        gate_key=-normal(query_heads, *keys, dtype=torch.float32).abs() if gate else None,
         own_out=normal(tokens, query_heads, value_dim),
         own_log_sum_exp=normal(tokens, query_heads, dtype=torch.float32) + 4,
         d_out=normal(tokens, query_heads, value_dim),
@@ -133,14 +133,13 @@ def poison_unused_slots(x: Problem) -> Problem:
     for pair in pairs(x.table):
         used_queries[pair.level, pair.query_slot] = True
         used_keys[pair.level, pair.key_slots] = True
-    for rows, used in (
-        (x.query_rows, used_queries),
-        (x.gate_query, used_queries),
-        (x.key_rows, used_keys),
-        (x.gate_key, used_keys),
+    for rows, gates, used in (
+        (x.query_rows, x.gate_query, used_queries),
+        (x.key_rows, x.gate_key, used_keys),
     ):
-        if rows is not None:
-            rows[~used.to(rows.device)] = NAN
+        rows[~used.to(rows.device)] = NAN
+        if gates is not None:
+            gates[:, ~used.to(gates.device)] = NAN
     return x
 
 
@@ -161,8 +160,8 @@ def scores(x: Problem, pair: Pair) -> Tensor:
     k = x.key_rows[pair.level, pair.key_slots].flatten(0, 1).repeat_interleave(x.group, 1)
     logits = torch.einsum("ihd,jhd->hij", q, k)
     if x.gate_query is not None and x.gate_key is not None:
-        logits = logits + x.gate_query[pair.level, pair.query_slot, : pair.length].T[:, :, None]
-        logits = logits + x.gate_key[pair.level, pair.key_slots].flatten(0, 1).T[:, None, :]
+        logits = logits + x.gate_query[:, pair.level, pair.query_slot, : pair.length, None]
+        logits = logits + x.gate_key[:, pair.level, pair.key_slots].flatten(1)[:, None]
     return logits
 
 

@@ -56,8 +56,8 @@ def logits(levels: linear.Levels, pair: Pair, group: int) -> tuple[Tensor, Tenso
     k = levels.key_rows[pair.level, pair.key_slots].flatten(0, 1).repeat_interleave(group, 1)
     scores = torch.einsum("ihd,jhd->hij", q, k)
     if levels.gate_query is not None and levels.gate_key is not None:
-        scores = scores + levels.gate_query[pair.level, pair.query_slot, : pair.length].T[:, :, None]
-        scores = scores + levels.gate_key[pair.level, pair.key_slots].flatten(0, 1).T[:, None, :]
+        scores = scores + levels.gate_query[:, pair.level, pair.query_slot, : pair.length, None]
+        scores = scores + levels.gate_key[:, pair.level, pair.key_slots].flatten(1)[:, None]
     return scores, q, k
 
 

@@ -122,7 +122,6 @@ def _arguments(
     values: Tensor,
     gate_query: Tensor | None,
     gate_key: Tensor | None,
-    num_levels: int | None,
 ) -> dict[str, object]:
     """What all three kernels take."""
     query_heads, heads = query_rows.shape[3], key_rows.shape[3]
@@ -137,7 +136,7 @@ def _arguments(
         "p_gate_key": gate_key,
         **table.arguments,
         "num_leaves": table.num_leaves,
-        "num_levels": table.num_levels if num_levels is None else num_levels,
+        "num_levels": table.num_levels,
         "query_slots": table.query_slots,
         "key_slots": table.key_slots,
         "H": heads,
@@ -156,18 +155,14 @@ def dense_forward(
     gate_key: Tensor | None,
     out: Tensor,
     log_sum_exp: Tensor,
-    num_levels: int | None = None,
 ) -> None:
-    """Go on from the leaves' own attention, out (T, HQ, DV) and log_sum_exp (T, HQ) float32, to the whole, in place.
-
-    num_levels: only that many levels, the lowest; None for all. So in the backward functions.
-    """
+    """Go on from the leaves' own attention, out (T, HQ, DV) and log_sum_exp (T, HQ) float32, to the whole, in place."""
     if table.num_levels == 0:
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None, values.dtype).forward
     dense_forward_kernel[(table.num_leaves * query_heads,)](
-        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
+        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_key_rows=_descriptor(key_rows, dim, launch),
         t_values=_descriptor(values, value_dim, launch),
         p_out=out,
@@ -194,7 +189,6 @@ def dense_backward_queries(
     delta: Tensor,
     d_query_rows: Tensor,
     gate_row: Tensor | None,
-    num_levels: int | None = None,
 ) -> None:
     """Write d_query_rows, like query_rows, and with gates gate_row (T, HQ) float32, the sums of each row of dS.
 
@@ -207,7 +201,7 @@ def dense_backward_queries(
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None, values.dtype).backward_queries
     dense_backward_queries_kernel[(table.num_leaves * query_heads,)](
-        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
+        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_key_rows=_descriptor(key_rows, dim, launch),
         t_values=_descriptor(values, value_dim, launch),
         p_d_out=d_out,
@@ -238,7 +232,6 @@ def dense_backward_keys(
     d_key_rows: Tensor,
     d_values: Tensor,
     gate_column: Tensor | None,
-    num_levels: int | None = None,
 ) -> None:
     """Write d_key_rows, like key_rows, d_values (T, H, DV) float32, summed over the levels, and with gates gate_column
     (T, HQ) float32, the sums of each column of dS. The rest as for :func:`dense_backward_queries`.
@@ -252,7 +245,7 @@ def dense_backward_keys(
     dim, value_dim = query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None, values.dtype).backward_keys
     dense_backward_keys_kernel[(table.num_leaves * heads,)](
-        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key, num_levels),
+        **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_query_rows=_descriptor(query_rows, dim, launch),
         t_d_out=_descriptor(d_out, value_dim, launch),
         p_d_out=d_out,

@@ -21,7 +21,7 @@ descriptor (t_) where the launcher could make one, else by pointers (p_): descri
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import COUNTS, LOG2_E, load_piece, place, within
+from path_attention.ops.kernels.tiles import COUNTS, LOG2_E, gates_of_head, load_piece, place, within
 
 LEAF = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 
@@ -140,20 +140,20 @@ def _head_rows(p_x, i_row, row_stride, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _bias(m_row, p_gate, i_row, row_stride, ROWS: tl.constexpr):
+def _bias(m_row, p_gate, i_row, ROWS: tl.constexpr):
     """What is added to the logits of each row in base 2: its gate, if there are gates; minus infinity outside m_row."""
     b_bias = tl.where(m_row, 0.0, float("-inf"))
     if p_gate is not None:
-        b_bias += tl.load(_head_rows(p_gate, i_row, row_stride, ROWS), mask=m_row, other=0.0) * LOG2_E
+        b_bias += tl.load(_head_rows(p_gate, i_row, 1, ROWS), mask=m_row, other=0.0) * LOG2_E
     return b_bias
 
 
 @triton.jit
-def _scaled(b_s, p_gate_key, i_key, row_stride, KEYS: tl.constexpr):
+def _scaled(b_s, p_gate_key, i_key, KEYS: tl.constexpr):
     """Logits of KEYS keys in base 2, with the keys' gates."""
     b_s *= LOG2_E
     if p_gate_key is not None:
-        b_s += tl.load(_head_rows(p_gate_key, i_key, row_stride, KEYS))[None, :] * LOG2_E
+        b_s += tl.load(_head_rows(p_gate_key, i_key, 1, KEYS))[None, :] * LOG2_E
     return b_s
 
 
@@ -180,7 +180,7 @@ def _attend_in_pieces(
             p_query_rows, i_query, LEAF, H * GROUP * D, p_key_rows + i_head * D, i_key + i, KEYS, H * D, D, LEAF, KEYS,
             PIECE
         )  # fmt: skip
-        b_s = _scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS)
+        b_s = _scaled(b_s, p_gate_key, i_key + i, KEYS)
         b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
         b_v = _stream(None, p_values, i_value + i, i_head * DV, H * DV, DV, KEYS)
         b_acc = _dot(b_p, b_v, b_acc * b_decay[:, None])
@@ -216,7 +216,7 @@ def _attend(
     for _ in tl.range(0, s_keys - KEYS, KEYS, num_stages=STAGES):
         b_k = _stream(t_key_rows, p_key_rows, i_key + KEYS, i_head * D, H * D, D, KEYS)
         b_s_next = _dot(b_q, tl.trans(b_k))
-        b_s = _scaled(b_s, p_gate_key, i_key, H * GROUP, KEYS)
+        b_s = _scaled(b_s, p_gate_key, i_key, KEYS)
         b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
         b_acc *= b_decay[:, None]
         b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
@@ -224,7 +224,7 @@ def _attend(
         b_s = b_s_next
         i_key += KEYS
         i_value += KEYS
-    b_s = _scaled(b_s, p_gate_key, i_key, H * GROUP, KEYS)
+    b_s = _scaled(b_s, p_gate_key, i_key, KEYS)
     b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
     b_acc *= b_decay[:, None]
     b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
@@ -239,8 +239,8 @@ def dense_forward_kernel(
     p_query_rows,  # (levels, query_slots, 64, HQ, D)
     p_key_rows,  # (levels, key_slots, 64, H, D)
     p_values,  # (T, H, DV)
-    p_gate_query,  # (levels, query_slots, 64, HQ) float32 or None
-    p_gate_key,  # (levels, key_slots, 64, HQ) float32 or None
+    p_gate_query,  # (HQ, levels, query_slots, 64) float32 or None
+    p_gate_key,  # (HQ, levels, key_slots, 64) float32 or None
     p_table,
     table_leaves,
     table_length,
@@ -277,8 +277,8 @@ def dense_forward_kernel(
     p_query_rows += i_query_head * D
     p_out += i_query_head * DV
     if p_gate_query is not None:
-        p_gate_query += i_query_head
-        p_gate_key += i_query_head
+        p_gate_query += gates_of_head(i_query_head, num_levels, query_slots)
+        p_gate_key += gates_of_head(i_query_head, num_levels, key_slots)
     o = tl.arange(0, ROWS)
     m_row = o < s_rows
     p_lse = _head_rows(p_log_sum_exp + i_query_head, i_row, HQ, ROWS)
@@ -291,12 +291,12 @@ def dense_forward_kernel(
         m_right = m_row & (o >= ROWS - LEAF)
         if PIECE is not None:
             b_max, b_sum, b_acc = _attend_in_pieces(
-                _bias(m_right, p_gate_query, i_query, HQ, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
+                _bias(m_right, p_gate_query, i_query, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
                 p_values, p_gate_key, i_query, i_key, i_row - LEAF, LEAF, i_head, H, GROUP, D, DV, KEYS, PIECE
             )  # fmt: skip
         else:
             b_q = _load(p_query_rows, i_query, m_right, HQ * D, D, ROWS)
-            b_bias = _bias(m_right, p_gate_query, i_query, HQ, ROWS)
+            b_bias = _bias(m_right, p_gate_query, i_query, ROWS)
             b_max, b_sum, b_acc = _attend(
                 b_q, b_bias, b_max, b_sum, b_acc, None, None, p_key_rows, p_values, p_gate_key, i_key,
                 i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
@@ -308,13 +308,13 @@ def dense_forward_kernel(
             i_key = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
             if PIECE is not None:
                 b_max, b_sum, b_acc = _attend_in_pieces(
-                    _bias(m_row, p_gate_query, i_query, HQ, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
+                    _bias(m_row, p_gate_query, i_query, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
                     p_values, p_gate_key, i_query, i_key, i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H,
                     GROUP, D, DV, KEYS, PIECE
                 )  # fmt: skip
             else:
                 b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
-                b_bias = _bias(m_row, p_gate_query, i_query, HQ, ROWS)
+                b_bias = _bias(m_row, p_gate_query, i_query, ROWS)
                 b_max, b_sum, b_acc = _attend(
                     b_q, b_bias, b_max, b_sum, b_acc, t_key_rows, t_values, p_key_rows, p_values, p_gate_key, i_key,
                     i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
@@ -353,7 +353,7 @@ def _query_gradients(
         b_s = _dot(b_q, tl.trans(b_k))
         b_v = _stream(t_values, p_values, i_value + i, i_head * DV, H * DV, DV, KEYS)
         b_d_p = _dot(b_d_out, tl.trans(b_v))
-        b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS) + b_shift[:, None])
+        b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, KEYS) + b_shift[:, None])
         b_d_s = b_p * (b_d_p - b_delta[:, None])
         if p_gate_key is not None:
             b_row_sum += tl.sum(b_d_s, axis=1)
@@ -378,7 +378,7 @@ def _query_gradients_in_pieces(
             p_d_out, i_row, s_rows, H * GROUP * DV, p_values + i_head * DV, i_value + i, KEYS, H * DV, DV, LEAF, KEYS,
             PIECE
         )  # fmt: skip
-        b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, H * GROUP, KEYS) + b_shift[:, None])
+        b_p = tl.exp2(_scaled(b_s, p_gate_key, i_key + i, KEYS) + b_shift[:, None])
         b_d_s = b_p * (b_d_p - b_delta[:, None])
         if p_gate_key is not None:
             b_row_sum += tl.sum(b_d_s, axis=1)
@@ -435,8 +435,8 @@ def dense_backward_queries_kernel(
     p_d_query_rows += i_query_head * D
     p_d_out += i_query_head * DV
     if p_gate_query is not None:
-        p_gate_query += i_query_head
-        p_gate_key += i_query_head
+        p_gate_query += gates_of_head(i_query_head, num_levels, query_slots)
+        p_gate_key += gates_of_head(i_query_head, num_levels, key_slots)
     o = tl.arange(0, ROWS)
     m_row = o < s_rows
     m_slot = o < tl.cdiv(s_rows, LEAF) * LEAF  # rows past a sequence's end belong to its last slot: they get zeros
@@ -449,13 +449,13 @@ def dense_backward_queries_kernel(
         m_right = o >= ROWS - LEAF
         if PIECE is not None:
             b_d_q, b_row_sum = _query_gradients_in_pieces(
-                _bias(m_row & m_right, p_gate_query, i_query, HQ, ROWS) - b_lse, b_delta, b_row_sum, p_query_rows,
+                _bias(m_row & m_right, p_gate_query, i_query, ROWS) - b_lse, b_delta, b_row_sum, p_query_rows,
                 p_d_out, p_key_rows, p_values, p_gate_key, i_query, i_row, s_rows, i_key, i_row - LEAF, LEAF, i_head, H,
                 GROUP, D, DV, KEYS, PIECE
             )  # fmt: skip
         else:
             b_q = _load(p_query_rows, i_query, m_row & m_right, HQ * D, D, ROWS)
-            b_shift = _bias(m_row & m_right, p_gate_query, i_query, HQ, ROWS) - b_lse
+            b_shift = _bias(m_row & m_right, p_gate_query, i_query, ROWS) - b_lse
             b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)
             b_d_q, b_row_sum = _query_gradients(
                 b_q, b_d_out, b_shift, b_delta, b_row_sum, None, None, p_key_rows, p_values, p_gate_key, i_key,
@@ -469,13 +469,13 @@ def dense_backward_queries_kernel(
             i_key = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
             if PIECE is not None:
                 b_d_q, b_row_sum = _query_gradients_in_pieces(
-                    _bias(m_row, p_gate_query, i_query, HQ, ROWS) - b_lse, b_delta, b_row_sum, p_query_rows, p_d_out,
+                    _bias(m_row, p_gate_query, i_query, ROWS) - b_lse, b_delta, b_row_sum, p_query_rows, p_d_out,
                     p_key_rows, p_values, p_gate_key, i_query, i_row, s_rows, i_key,
                     i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, PIECE
                 )  # fmt: skip
             else:
                 b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
-                b_shift = _bias(m_row, p_gate_query, i_query, HQ, ROWS) - b_lse
+                b_shift = _bias(m_row, p_gate_query, i_query, ROWS) - b_lse
                 b_d_out = _load(p_d_out, i_row, m_row, HQ * DV, DV, ROWS)  # again, not to hold it in registers
                 b_d_q, b_row_sum = _query_gradients(
                     b_q, b_d_out, b_shift, b_delta, b_row_sum, t_key_rows, t_values, p_key_rows, p_values, p_gate_key,
@@ -522,7 +522,7 @@ def _key_step(
         b_delta = tl.load(_head_rows(p_delta, i_row, HQ, LEAF), mask=m_row, other=0.0)
         b_d_out = _load(p_d_out + i_query_head * DV, i_row, m_row, HQ * DV, DV, LEAF)
     if p_gate_query is not None:
-        b_shift += tl.load(_head_rows(p_gate_query, i_query, HQ, LEAF)) * LOG2_E
+        b_shift += tl.load(_head_rows(p_gate_query, i_query, 1, LEAF)) * LOG2_E
     b_s = b_s * LOG2_E + b_shift[None, :]
     if b_bias is not None:
         b_s += b_bias[:, None]
@@ -596,7 +596,7 @@ def _key_gradients_in_pieces(
         b_shift = tl.load(_head_rows(p_log_sum_exp, i_row + i, HQ, QUERIES), mask=m_row, other=float("inf")) * -LOG2_E
         b_delta = tl.load(_head_rows(p_delta, i_row + i, HQ, QUERIES), mask=m_row, other=0.0)
         if p_gate_query is not None:
-            b_shift += tl.load(_head_rows(p_gate_query, i_query + i, HQ, QUERIES)) * LOG2_E
+            b_shift += tl.load(_head_rows(p_gate_query, i_query + i, 1, QUERIES)) * LOG2_E
         b_s = b_s * LOG2_E + b_shift[None, :]
         if b_bias is not None:
             b_s += b_bias[:, None]
@@ -632,6 +632,8 @@ def _key_level(
     i_query,
     i_row,  # first token of the queries
     s_rows,
+    s_gate_queries,  # from the gates of a head to the next one's
+    s_gate_keys,
     i_head,
     H,
     MASK_KEYS: tl.constexpr,
@@ -654,10 +656,10 @@ def _key_level(
         b_bias = None
         p_gate = None
         if p_gate_key is not None:
-            b_bias = _bias(m_key, p_gate_key + i_query_head, i_key, HQ, KEYS)
-            p_gate = p_gate_query + i_query_head
+            b_bias = _bias(m_key, p_gate_key + i_query_head * s_gate_keys, i_key, KEYS)
+            p_gate = p_gate_query + i_query_head * s_gate_queries
         elif MASK_KEYS:
-            b_bias = _bias(m_key, None, i_key, HQ, KEYS)
+            b_bias = _bias(m_key, None, i_key, KEYS)
         if PIECE is not None:
             b_d_k, b_d_v, b_column_sum = _key_gradients_in_pieces(
                 b_bias, b_d_k, b_d_v, tl.zeros((KEYS,), tl.float32), p_key_rows, p_values, p_query_rows, p_gate,
@@ -724,6 +726,8 @@ def dense_backward_keys_kernel(
     o = tl.arange(0, KEYS)
     m_own = o < s_own
     b_d_v = tl.zeros((KEYS, block_of(DV)), tl.float32)
+    s_gate_queries = gates_of_head(1, num_levels, query_slots)
+    s_gate_keys = gates_of_head(1, num_levels, key_slots)
     if p_gate_column is not None:
         for i_group in range(GROUP):
             p_column = _head_rows(p_gate_column + i_head * GROUP + i_group, i_row, H * GROUP, KEYS)
@@ -734,8 +738,8 @@ def dense_backward_keys_kernel(
                 b_d_v, m_own, o < LEAF, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,
                 p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row, s_own,
                 (i_key_base + within(i_index, 0)) * LEAF, (i_query_base + within(i_index + 1, 0)) * LEAF, i_row + LEAF,
-                _tokens(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys), i_head, H, True,
-                GROUP, D, DV, KEYS, STAGES, QUERIES, PIECE
+                _tokens(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys), s_gate_queries,
+                s_gate_keys, i_head, H, True, GROUP, D, DV, KEYS, STAGES, QUERIES, PIECE
             )  # fmt: skip
     for level in range(LEAVES - 1, num_levels):
         i_first = ((i_index >> level) + 1) << level  # of the right sibling, which the sequence's end may cut short
@@ -749,7 +753,7 @@ def dense_backward_keys_kernel(
             b_d_v = _key_level(
                 b_d_v, m_own, m_own, t_query_rows, t_d_out, p_query_rows, p_key_rows, p_values, p_gate_query,
                 p_gate_key, p_d_out, p_log_sum_exp, p_delta, p_d_key_rows, p_gate_column, i_row, s_own, i_key,
-                i_query, i_row + (i_first - i_index) * LEAF, s_rows, i_head, H, False, GROUP, D, DV, KEYS, STAGES,
-                QUERIES, PIECE
+                i_query, i_row + (i_first - i_index) * LEAF, s_rows, s_gate_queries, s_gate_keys, i_head, H, False,
+                GROUP, D, DV, KEYS, STAGES, QUERIES, PIECE
             )  # fmt: skip
     _store(p_d_values + i_head * DV, b_d_v, i_row, m_own, H * DV, DV, KEYS)

@@ -149,8 +149,8 @@ class Levels(_Rows):
 
     query_rows: Tensor  # (levels, query_slots, 64, HQ, D), times scale
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
-    gate_query: Tensor | None  # (levels, query_slots, 64, HQ) float32
-    gate_key: Tensor | None  # (levels, key_slots, 64, HQ) float32
+    gate_query: Tensor | None  # (HQ, levels, query_slots, 64) float32
+    gate_key: Tensor | None  # (HQ, levels, key_slots, 64) float32
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,8 @@ def _levels(
     result = Levels(
         query_rows=inputs.empty(*queries, query_heads, dim, dtype=row_dtype),
         key_rows=inputs.empty(*keys, heads, dim, dtype=row_dtype),
-        gate_query=inputs.empty(*queries, query_heads, dtype=torch.float32) if gated else None,
-        gate_key=inputs.empty(*keys, query_heads, dtype=torch.float32) if gated else None,
+        gate_query=inputs.empty(query_heads, *queries, dtype=torch.float32) if gated else None,
+        gate_key=inputs.empty(query_heads, *keys, dtype=torch.float32) if gated else None,
     )
     if levels == 0:
         return result

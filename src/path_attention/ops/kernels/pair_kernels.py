@@ -56,7 +56,7 @@ def pair_forward_kernel(
     i_row = i_query_head * s_rows + tl.program_id(0) * LEAF
     m_row = _all(LEAF)
     b_q = _load(p_queries, i_row, m_row, D, D, LEAF)
-    b_bias = _bias(m_row, p_gate_query, i_row, 1, LEAF)
+    b_bias = _bias(m_row, p_gate_query, i_row, LEAF)
     b_max = tl.full((LEAF,), float("-inf"), tl.float32)
     b_sum = tl.zeros((LEAF,), tl.float32)
     b_acc = tl.zeros((LEAF, block_of(DV)), tl.float32)
@@ -100,7 +100,7 @@ def pair_backward_queries_kernel(
     b_q = _load(p_queries, i_row, m_row, D, D, LEAF)
     b_lse = tl.load(_head_rows(p_log_sum_exp, i_row, 1, LEAF)) * LOG2_E
     b_delta = tl.load(_head_rows(p_delta, i_row, 1, LEAF))
-    b_shift = _bias(m_row, p_gate_query, i_row, 1, LEAF) - b_lse
+    b_shift = _bias(m_row, p_gate_query, i_row, LEAF) - b_lse
     b_d_out = _load(p_d_out, i_row, m_row, DV, DV, LEAF)
     i_key = (i_head * s_keys).to(tl.int32)
     p_gate_key += (i_query_head - i_head) * s_keys
@@ -148,7 +148,7 @@ def pair_backward_keys_kernel(
         i_column = i_query_head * s_keys + i_own
         i_row = (i_query_head * s_rows).to(tl.int32)
         b_d_k, b_d_v, b_column_sum = _key_gradients(
-            b_k, b_v, _bias(m_key, p_gate_key, i_column, 1, LEAF), b_d_k, b_d_v, tl.zeros((LEAF,), tl.float32),
+            b_k, b_v, _bias(m_key, p_gate_key, i_column, LEAF), b_d_k, b_d_v, tl.zeros((LEAF,), tl.float32),
             t_queries, t_d_out, p_queries, p_gate_query, p_d_out, p_log_sum_exp, p_delta, i_row, i_row, s_rows, 0, 1,
             D, DV, STAGES
         )  # fmt: skip

@@ -121,6 +121,12 @@ def place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
 
 
 @triton.jit
+def gates_of_head(i_query_head, num_levels, slots):
+    """Where a query head's gates begin in (HQ, levels, slots, 64)."""
+    return tl.cast(i_query_head, tl.int64) * (num_levels * slots * ROWS)
+
+
+@triton.jit
 def within(i_leaf, level):
     """The leaf's index with bit ``level`` taken out: its place among the leaves of its kind at that level."""
     return ((i_leaf >> (level + 1)) << level) | (i_leaf & ((1 << level) - 1))

@@ -17,6 +17,7 @@ from path_attention.ops.kernels.tiles import (
     ROWS,
     columns_times,
     dot,
+    gates_of_head,
     inverse_of,
     load_rows,
     load_square,
@@ -97,7 +98,7 @@ def query_transport_kernel(
     table_queries,
     table_keys,
     p_query_rows,  # out (levels, query_slots, 64, HQ, D)
-    p_gate_query,  # out (levels, query_slots, 64, HQ) float32 or None: the gates from the edge up to each query
+    p_gate_query,  # out (HQ, levels, query_slots, 64) float32 or None: the gates from the edge up to each query
     H,
     query_slots,
     num_levels,
@@ -125,13 +126,13 @@ def query_transport_kernel(
     if p_g is not None:
         b_g = _gates_of_pair(p_g + i_query_head, i_row, s_tokens, HQ).to(tl.float32)
         b_gate = tl.reshape(tl.cumsum(b_g, axis=1), (PAIR,))
-        p_gate_query += i_query_head
+        p_gate_query += gates_of_head(i_query_head, num_levels, query_slots)
         p_gate_node += i_query_head
     if s_leaves == 2:
         i_slot = (i_base + within(i_index + 1, 0) - 1) * ROWS
         store_where(p_query_rows, b_moved, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
         if p_gate_query is not None:
-            tl.store(p_gate_query + tl.cast(i_slot, tl.int64) * HQ + o * HQ, b_gate, mask=m_right)
+            tl.store(p_gate_query + i_slot + o, b_gate, mask=m_right)
         if i_index != 0:
             if PIECE is not None:
                 b_product = _moved_in_pieces(
@@ -152,7 +153,7 @@ def query_transport_kernel(
                 p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
             )  # zeros for a leaf that is not there
             if p_gate_query is not None:
-                tl.store(p_gate_query + tl.cast(i_slot, tl.int64) * HQ + o * HQ, b_gate, mask=m_pair)
+                tl.store(p_gate_query + i_slot + o, b_gate)
             if (i_index >> (level + 1)) != 0:
                 i_left = ((i_index >> level) - 1) << level
                 i_node = 2 * (i_leaf - i_index) + node(i_left, level)
@@ -180,7 +181,7 @@ def key_transport_kernel(
     table_queries,
     table_keys,
     p_key_rows,  # out (levels, key_slots, 64, H, D)
-    p_gate_key,  # out (levels, key_slots, 64, HQ) float32 or None: the gates after each key up to the edge
+    p_gate_key,  # out (HQ, levels, key_slots, 64) float32 or None: the gates after each key up to the edge
     H,
     key_slots,
     num_levels,
@@ -203,6 +204,7 @@ def key_transport_kernel(
     o_group = tl.arange(0, BLOCK_GROUP)
     m_group = o_group < GROUP
     o_gate = o[:, None] * HQ + (i_head * GROUP + o_group)[None, :]
+    o_gate_out = o[:, None] + gates_of_head(i_head * GROUP + o_group, num_levels, key_slots)[None, :]
     p_key_rows += i_head * D
     p_k_right += i_head * D
     b_moved = load_rows(p_k_right, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
@@ -215,9 +217,7 @@ def key_transport_kernel(
     i_slot = (i_base + within(i_index, 0)) * ROWS
     store_where(p_key_rows, b_moved, i_slot, m_left, H * D, D, BLOCK_D, PAIR)
     if p_gate_key is not None:
-        tl.store(
-            p_gate_key + tl.cast(i_slot, tl.int64) * HQ + o_gate, b_gate, mask=(m_left[:, None] & m_group[None, :])
-        )
+        tl.store(p_gate_key + i_slot + o_gate_out, b_gate, mask=m_left[:, None] & m_group[None, :])
     if i_index + 2 < s_count:
         if PIECE is not None:
             b_product = _moved_in_pieces(
@@ -237,7 +237,7 @@ def key_transport_kernel(
             i_slot = (level * key_slots + i_base + within(i_index, level)) * ROWS
             store_rows(p_key_rows, b_moved, i_slot, PAIR, H * D, D, BLOCK_D, PAIR)
             if p_gate_key is not None:
-                tl.store(p_gate_key + tl.cast(i_slot, tl.int64) * HQ + o_gate, b_gate, mask=m_group[None, :])
+                tl.store(p_gate_key + i_slot + o_gate_out, b_gate, mask=m_group[None, :])
             if i_right + (1 << level) < s_count:
                 i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                 if PIECE is not None:

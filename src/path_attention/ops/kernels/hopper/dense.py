@@ -1,6 +1,4 @@
-"""Launchers of the attention between sibling spans on Hopper; operands are those of kernels/dense.py, which does level
-0.
-"""
+"""Launchers of the attention between sibling spans on Hopper; operands are those of kernels/dense.py."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +9,6 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from path_attention.ops.kernels import dense as portable
 from path_attention.ops.kernels.dense import heads_of_a_section
 from path_attention.ops.kernels.hopper.dense_backward import dense_backward_kernel
 from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
@@ -136,12 +133,10 @@ def dense_backward(
 
     d_out is (T, HQ, DV); log_sum_exp, of the whole attention, and delta = rowsum(d_out * out) are (T, HQ) float32.
     """
-    operands = (table, query_rows, key_rows, values, None, None, d_out, log_sum_exp - factor.log(), delta)
-    portable.dense_backward_queries(*operands, d_query_rows, None, num_levels=1)
-    portable.dense_backward_keys(*operands, d_key_rows, d_values, None, num_levels=1)
-    if table.num_levels < 2:
+    if table.num_levels == 0:
+        d_values.zero_()
         return
-    d_query_rows[1:].zero_()
+    d_query_rows[1:].zero_()  # programs add to them; at level 0 each stands alone
     log_sum_exp_rows, delta_rows = _output_rows(table, log_sum_exp, delta, factor)
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
     options = _OPTIONS[dim]
@@ -151,18 +146,17 @@ def dense_backward(
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
         t_d_out=_descriptor(d_out, options.rows, dim),
-        t_log_sum_exp=_descriptor(log_sum_exp_rows.view(-1, 1, options.rows), 1, options.rows, swizzled=False),
-        t_delta=_descriptor(delta_rows.view(-1, 1, options.rows), 1, options.rows, swizzled=False),
+        t_log_sum_exp=_descriptor(log_sum_exp_rows.flatten(1)[:, None], 1, options.rows, swizzled=False),
+        t_delta=_descriptor(delta_rows.flatten(1)[:, None], 1, options.rows, swizzled=False),
         t_d_query_rows=_descriptor(d_query_rows, 64, 64),
         t_d_key_rows=_descriptor(d_key_rows, LEAF, dim),
-        t_d_values=_descriptor(d_values, LEAF, dim),
+        p_d_values=d_values,
         **table.arguments,
         num_turns=turns,
         num_groups=groups,
         num_levels=table.num_levels,
         query_slots=table.query_slots,
         key_slots=table.key_slots,
-        row_slots=table.row_slots,
         H=heads,
         GROUP=query_heads // heads,
         ROWS=options.rows,
