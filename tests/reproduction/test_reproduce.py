@@ -193,6 +193,23 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return Player.started
 
 
+def test_turns_are_as_long_as_the_deadline_can_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 0.3 s by the clock: one to begin with, then three in a second, whatever is made ready at once."""
+    made = cells("table1", quick=True, rows=["path"], overrides=[*TINY, "training.steps=12", "training.eval_every=0"])
+    sizes, now, original = [], [0.0], LeanTraining.advance
+
+    def slow(self: LeanTraining, until: int) -> None:
+        first = self.step
+        original(self, until)
+        sizes.append(self.step - first)
+        now[0] += 0.3 * sizes[-1]
+
+    monkeypatch.setattr(LeanTraining, "advance", slow)
+    monkeypatch.setattr(work.time, "monotonic", lambda: now[0])
+    work.work(made, plan(tmp_path), 1e6, silent)
+    assert sizes == [1, 3, 3, 3, 2]
+
+
 def test_a_worker_whose_graphs_fail_is_replaced_and_does_that_row_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], played: list[int]
 ) -> None:

@@ -33,6 +33,8 @@ SAVE_EVERY = 60.0
 # Seconds after the deadline in which workers end by themselves: a turn, then a checkpoint of each model in hand. One
 # that has not by then, because it compiles kernels, is stopped: it loses what its last checkpoints lack.
 GRACE = 10.0
+# Seconds that the steps of a turn take at most, as far as the turn before tells: so late is the deadline noticed.
+TURN = 1.0
 # Seconds between two looks at whether the workers live, and at whether any model's steps have ended.
 LOOK_EVERY, POLL_EVERY = 0.5, 0.0005
 # A cell that no worker has taken.
@@ -200,6 +202,7 @@ class _CellInHand:
         self.saved_at = self.resumed_at = time.monotonic()
         self.seconds_before = self.training.seconds
         self.recorded = False
+        self.steps = 1  # of the next turn
         self.turns = self._turns()
 
     def turn(self) -> bool:
@@ -244,12 +247,15 @@ class _CellInHand:
             while training.step < until:
                 # The turn before is waited for, not this one: the other cells' steps run meanwhile.
                 training.check()
-                training.advance(until)
+                first, launched = training.step, time.monotonic()
+                training.advance(min(until, first + self.steps))
                 self.recorded = self.recorded or training.graph is not None
                 self.report(self.cell.name, training.step, "")
                 if time.monotonic() - self.saved_at > SAVE_EVERY:
                     self.save()
                 yield True
+                of_step = (time.monotonic() - launched) / (training.step - first)
+                self.steps = max(1, min(training.chunk, int(TURN / max(of_step, 1e-9))))
             training.check()
             if settings.eval_every and self.cell.stop_at is not None and not training.done:
                 quick = Evaluation(
