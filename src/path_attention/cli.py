@@ -324,24 +324,28 @@ def reproduce(
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which to stop in good order, to be continued by the next call.")
     ] = None,
-    processes: Annotated[int | None, typer.Option(help="Processes that share the models.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that share the models: by default one a GPU, on a CPU one a core.")
+    ] = None,
     concurrent: Annotated[
         int | None, typer.Option(help="Models at a time in a process, on a GPU each on a stream of its own.")
     ] = None,
     graphs: Annotated[bool, typer.Option(help="Record the training step as a CUDA graph.")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu; cuda, for all visible GPUs; cuda:1, for one of them. By default GPUs where there are."),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints and of each model's result.")] = _RUNS / "reproduce",
     out: Annotated[Path, typer.Option(help="Folder of the JSON, the report and the plot.")] = Path("results"),
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Make the report anew from the JSON; train nothing.")
     ] = False,
-    commit: Annotated[
-        str | None, typer.Option(help="For language-model: of the sources, where git does not tell.")
-    ] = None,
+    commit: Annotated[str | None, typer.Option(help="Of the sources, where git does not tell.")] = None,
 ) -> None:
     """Reproduce a result of the paper: state tracking, all mixers, several seeds; or language models of code.
 
-    Finished models are never trained again; a call that was cut off is continued by the same call.
+    Finished models are never trained again: those in the table's JSON, or in the run folder. A call that was cut off is
+    continued by the same call; rows and seeds that it does not ask for stay in the table.
     """
     _quiet()
     from path_attention.reproduction import command as reproduction
@@ -356,18 +360,23 @@ def reproduce(
         limits: dict[str, Any] = {"time_limit": time_limit, "device": device, "commit": commit}
         _language_model(table, overrides or (), quick, rows, runs, out, report_only, console, **limits)
         return
-    if commit is not None:
-        raise ValueError(f"--commit: wanted none for {table}, got {commit}")
     if report_only:
         path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
         reproduction.remake(path, path.parent, console)
         return
-    plan = reproduction.default_plan(
-        runs, device=device, processes=processes, concurrent=concurrent, use_graphs=graphs, time_limit=time_limit
-    )
     parts = ["path-attention reproduce", table, *(overrides or ()), *(["--quick"] if quick else [])]
     parts += [f"--seeds {seeds}"] if seeds is not None else []
     parts += [f"--rows {rows}"] if rows else []
+    plan = reproduction.default_plan(
+        runs,
+        device=device,
+        processes=processes,
+        concurrent=concurrent,
+        use_graphs=graphs,
+        time_limit=time_limit,
+        command=" ".join(parts),
+        commit=commit,
+    )
     reproduction.reproduce(
         table,
         quick=quick,
@@ -376,7 +385,6 @@ def reproduce(
         overrides=overrides or (),
         plan=plan,
         out=out,
-        command=" ".join(parts),
         console=console,
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from path_attention.layers import ALiBiAttention, ForgettingAttention, StickBreakingAttention
+from path_attention.layers import ALiBiAttention, ForgettingAttention, StickBreakingAttention, stick_breaking
 from path_attention.layers.attention import Attention
 
 HIDDEN, HEADS, KV_HEADS = 24, 4, 2
@@ -83,6 +83,27 @@ def test_stick_breaking_is_its_definition(length: int) -> None:
     weights = stick_breaking_by_definition(q @ k.mT / math.sqrt(DIM))
     torch.testing.assert_close(layer(x), output(layer, weights, v), rtol=0, atol=1e-12)
     torch.testing.assert_close(layer.attention_weights(x), weights, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("entries", [1, 2 * HEADS * 37**2])
+def test_stick_breaking_without_gradients_takes_some_sequences_at_a_time(
+    entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output is the same, and no more weights than allowed are made at once, but for a single sequence's."""
+    layer, _ = layer_and_tokens(StickBreakingAttention, 37)
+    x = torch.randn(5, 37, HIDDEN, dtype=torch.float64)
+    whole, sizes = layer(x), []
+    original = stick_breaking.stick_breaking_weights
+
+    def noted(q: Tensor, *arguments: object) -> Tensor:
+        sizes.append(len(q))
+        return original(q, *arguments)
+
+    monkeypatch.setattr(stick_breaking, "ENTRIES", entries)
+    monkeypatch.setattr(stick_breaking, "stick_breaking_weights", noted)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole, rtol=0, atol=1e-12)
+    assert sizes == ([1] * 5 if entries == 1 else [2, 2, 1])
 
 
 def test_stick_breaking_weights_add_up_to_one_and_stay_finite_for_extreme_logits() -> None:

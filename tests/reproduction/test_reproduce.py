@@ -1,20 +1,37 @@
 """Cells, their resumption, the deadline, processes, and the report from the JSON alone."""
 
+import itertools
 import json
+import multiprocessing
 import queue
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from path_attention import cli
 from path_attention.layers import mixer_names
 from path_attention.reproduction import report, work
+from path_attention.reproduction.command import default_plan
 from path_attention.reproduction.lean import GraphCaptureFailed, LeanTraining
 from path_attention.reproduction.tables import TABLES, Cell, cells
-from path_attention.reproduction.work import CHECKPOINT, RESULT, Plan, read_result, run, unfinished
+from path_attention.reproduction.work import (
+    CHECKPOINT,
+    FREE,
+    RESULT,
+    Plan,
+    device_of,
+    read_result,
+    run,
+    take,
+    unfinished,
+)
+from path_attention.training import Recipe
 
 # Seconds for a whole table: two mixers, models of 16 dimensions, a few steps.
 TINY = (
@@ -134,60 +151,170 @@ def test_a_deadline_stops_in_good_order_and_the_next_call_goes_on(tmp_path: Path
         ]
 
 
-def test_a_worker_whose_graphs_fail_is_replaced_by_one_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+class Player:
+    """A process played by a call when it is started: what it says, how it exits and what is done then is all real."""
+
+    started: ClassVar[list[int]] = []
+
+    def __init__(self, target: Callable[..., None], args: tuple[Any, ...], daemon: bool) -> None:
+        self.target, self.args, self.exitcode = target, args, 0
+
+    def start(self) -> None:
+        self.started.append(self.args[0])
+        try:
+            self.target(*self.args)
+        except SystemExit as error:
+            self.exitcode = error.code
+        except OSError:
+            self.exitcode = 1
+
+    def is_alive(self) -> bool:
+        return False
+
+    def terminate(self) -> None:
+        pass
+
+
+class Messages(queue.Queue):
+    def close(self) -> None:
+        pass
+
+    join_thread = close
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processes are calls; the numbers of the workers that were started."""
+    monkeypatch.setattr(Player, "started", [])
+    array = multiprocessing.get_context("spawn").Array
+    context = SimpleNamespace(Process=Player, Queue=Messages, Array=array)
+    monkeypatch.setattr(work.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(work, "LOOK_EVERY", 0.01)
+    return Player.started
+
+
+def test_turns_are_as_long_as_the_deadline_can_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 0.3 s by the clock: one to begin with, then three in a second, whatever is made ready at once."""
+    made = cells("table1", quick=True, rows=["path"], overrides=[*TINY, "training.steps=12", "training.eval_every=0"])
+    sizes, now, original = [], [0.0], LeanTraining.advance
+
+    def slow(self: LeanTraining, until: int) -> None:
+        first = self.step
+        original(self, until)
+        sizes.append(self.step - first)
+        now[0] += 0.3 * sizes[-1]
+
+    monkeypatch.setattr(LeanTraining, "advance", slow)
+    monkeypatch.setattr(work.time, "monotonic", lambda: now[0])
+    work.work(made, plan(tmp_path), 1e6, silent)
+    assert sizes == [1, 3, 3, 3, 2]
+
+
+def test_a_worker_whose_graphs_fail_is_replaced_and_does_that_row_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], played: list[int]
 ) -> None:
-    """Processes are played by calls: what they say, how they exit and what is started then is all real."""
-    original, told, started = LeanTraining.advance, [], []
+    """Only models of the row that cannot be recorded go without graphs; every cell is finished in the end."""
+    original, told, asked = LeanTraining.__init__, [], []
+
+    def noted(self: LeanTraining, recipe: Recipe, device: object, *, use_graphs: bool) -> None:
+        asked.append((recipe.mixers[0], use_graphs))
+        original(self, recipe, device, use_graphs=False)
+        self.refuses = use_graphs and recipe.mixers[0] == "path"
 
     def refuses(self: LeanTraining, until: int) -> None:
-        if wants_graphs[-1]:
+        if self.refuses:
             raise GraphCaptureFailed("no")
-        original(self, until)
+        advance(self, until)
 
-    class Process:
-        def __init__(self, target: object, args: tuple[object, ...], daemon: bool) -> None:
-            self.target, self.args, self.exitcode = target, args, 0
-
-        def start(self) -> None:
-            wants_graphs.append(self.args[2])
-            started.append([cell.name for cell in self.args[0]])
-            try:
-                self.target(*self.args)
-            except SystemExit as error:
-                self.exitcode = error.code
-
-        def is_alive(self) -> bool:
-            return False
-
-        def terminate(self) -> None:
-            pass
-
-    class Messages(queue.Queue):
-        def close(self) -> None:
-            pass
-
-        join_thread = close
-
-    wants_graphs: list[bool] = []
+    advance = LeanTraining.advance
+    monkeypatch.setattr(LeanTraining, "__init__", noted)
     monkeypatch.setattr(LeanTraining, "advance", refuses)
-    context = SimpleNamespace(Process=Process, Queue=Messages)
-    monkeypatch.setattr(work.multiprocessing, "get_context", lambda _: context)
-    assert run(tiny_cells(), plan(tmp_path, processes=2), lambda *message: told.append(message))
-    assert wants_graphs == [True, True, False, False]
-    assert started[2:] == started[:2]
-    assert sum("without them" in note for _, _, note in told) == 2
-    assert "could not be recorded as a CUDA graph: no" in capsys.readouterr().err
+    assert run(tiny_cells(2), plan(tmp_path, processes=2), lambda *message: told.append(message))
+    assert played == [0, 1, 0]  # by the time worker 1 takes a cell of PaTH, it is known
+    assert asked.count(("path", True)) == 1
+    assert asked.count(("path", False)) == 2
+    assert asked.count(("rope", True)) == 2
+    assert sum("go on without" in note for _, _, note in told) == 1
+    assert "of path could not be recorded as a CUDA graph: no" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_leaves_the_others_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: list[int]
+) -> None:
+    original = LeanTraining.__init__
+
+    def breaks(self: LeanTraining, recipe: Recipe, *arguments: object, **options: object) -> None:
+        if recipe.mixers == ("path",) and recipe.training.seed == 0:
+            raise OSError("the machine is on fire")
+        original(self, recipe, *arguments, **options)
+
+    monkeypatch.setattr(LeanTraining, "__init__", breaks)
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        run(tiny_cells(2), plan(tmp_path, processes=2), silent)
+    assert played == [0, 1]
+    assert [cell.name for cell in unfinished(tiny_cells(2), tmp_path)] == ["flip_flop-path-0"]
+
+
+def test_cells_are_dealt_then_taken(tmp_path: Path) -> None:
+    """Every cell once, whoever asks; a worker's own first; one that starts again gets what it has not finished."""
+    made = tiny_cells(3)
+    names = [cell.name for cell in made]
+    owners = multiprocessing.get_context("spawn").Array("i", [0, 1, 0, 1, FREE, FREE])
+    first, second = take(made, owners, 0, tmp_path), take(made, owners, 1, tmp_path)
+    taken = [next(who).name for who in (first, first, first, second, second, second)]
+    assert taken == [names[n] for n in (0, 2, 4, 1, 3, 5)]
+    assert next(first, None) is None
+    assert next(second, None) is None
+    assert run(made[:2], plan(tmp_path), silent)
+    assert [cell.name for cell in take(made, owners, 0, tmp_path)] == [names[n] for n in (2, 4)]
+
+
+@pytest.mark.parametrize(
+    "device, gpus, wanted",
+    [
+        ("cpu", 1, ["cpu"] * 5),
+        ("cuda", 1, ["cuda:0"] * 5),
+        ("cuda", 4, ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0"]),
+        ("cuda:2", 1, ["cuda:2"] * 5),
+    ],
+)
+def test_workers_are_spread_over_the_gpus(device: str, gpus: int, wanted: list[str], tmp_path: Path) -> None:
+    one = Plan(runs=tmp_path, device=device, gpus=gpus, processes=5)
+    assert [device_of(one, worker) for worker in range(5)] == wanted
+
+
+@pytest.mark.parametrize(
+    "options, processes, gpus",
+    [({}, 4, 4), ({"processes": 8}, 8, 4), ({"processes": 2}, 2, 2), ({"device": "cuda:3"}, 1, 1)],
+)
+def test_a_process_a_gpu_unless_told_otherwise(
+    options: dict[str, Any], processes: int, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    given: dict[str, Any] = {"device": None, "processes": None, "concurrent": None} | options
+    made = default_plan(tmp_path, use_graphs=True, time_limit=None, commit="abc", **given)
+    assert (made.processes, made.gpus, made.concurrent, made.commit) == (processes, gpus, 4, "abc")
+    with pytest.raises(ValueError, match=r"--device.*cuda:3\), got 'cuda:4'"):
+        default_plan(tmp_path, use_graphs=True, time_limit=None, **(given | {"device": "cuda:4"}))
+
+
+def test_seed_by_seed_and_the_expensive_first() -> None:
+    made = cells("a5")
+    assert [cell.seed for cell in made] == sorted(cell.seed for cell in made)
+    of_seed = [cell for cell in made if cell.seed == 1]
+    assert [cell.cost for cell in of_seed] == sorted((cell.cost for cell in of_seed), reverse=True)
+    assert {cell.name for cell in of_seed[:2]} == {"layers4-path_2-1", "layers4-path_fox_2-1"}
+    assert of_seed[-1].variant.name == "layers1"
 
 
 def test_diverged_cells_are_finished_and_say_so(tmp_path: Path) -> None:
     made = cells("table1", quick=True, rows=["rope"], overrides=[*TINY, "training.learning_rate=1e30"])
-    assert run(made, plan(tmp_path), silent)
+    assert run(made, plan(tmp_path, command="command"), silent)
     result = read_result(made[0], tmp_path)
     assert result is not None
     assert "training diverged" in result["failure"]
-    numbers = report.collect("table1", made, tmp_path, "command", 1.0)
-    numbers["quick"] = True
+    numbers = {"quick": True, "command": ""} | report.collect("table1", made, {made[0].name: result})
     assert "Diverged, and left out" in report.markdown(TABLES["table1"], numbers, "x.png")
 
 
@@ -212,6 +339,136 @@ def test_command_in_two_processes_then_the_report_alone(tmp_path: Path) -> None:
     assert call("reproduce", tmp_path / "out" / "table1-quick.json", "--report-only").exit_code == 0
     assert (tmp_path / "out" / "table1-quick.md").read_text() == page
     assert (tmp_path / "out" / "table1-quick.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def quick_table(tmp_path: Path) -> Callable[..., Result]:
+    """Calls that make a tiny quick table in OUT, with empty folders of runs unless told otherwise."""
+    count = itertools.count()
+
+    def again(*arguments: object) -> Result:
+        options = ["--runs", tmp_path / f"runs{next(count)}", "--out", tmp_path, "--device", "cpu", "--processes", 1]
+        return call("reproduce", "table1", *TINY, "--quick", *options, *arguments)
+
+    return again
+
+
+def names_in(file: Path) -> list[str]:
+    return [cell["cell"] for cell in json.loads(file.read_text())["cells"]]
+
+
+def test_goes_on_from_the_json_alone_and_keeps_all_that_is_in_it(
+    tmp_path: Path, quick_table: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and seeds only ever join: the JSON is the union of what it held and what was asked for, in table order."""
+    file = tmp_path / "table1-quick.json"
+    assert quick_table("--rows", "rope", "--seeds", 2, "--commit", "aaa").exit_code == 0
+    first = {cell["cell"]: cell for cell in json.loads(file.read_text())["cells"]}
+    more = quick_table("--rows", "path,rope", "--seeds", 1, "--commit", "bbb")
+    assert "2 models, 1 finished already" in more.output.replace("\n", " ")
+    assert names_in(file) == ["flip_flop-path-0", "flip_flop-rope-0", "flip_flop-rope-1"]
+    numbers = json.loads(file.read_text())
+    assert [cell for cell in numbers["cells"] if cell["row"] == "rope"] == list(first.values())
+    assert [cell["made"]["commit"] for cell in numbers["cells"]] == ["bbb", "aaa", "aaa"]
+    assert numbers["commit"] == "bbb"
+    assert numbers["date"][:2] == "20"
+    page = (tmp_path / "table1-quick.md").read_text()
+    for text in (
+        "1 of PaTH (seed 0)",
+        "2 of RoPE (seeds 0, 1)",
+        "commit aaa",
+        "commit bbb",
+        "PaTH: 1 seed; RoPE: 2 seeds",
+    ):
+        assert text in page
+    monkeypatch.setattr(work, "LeanTraining", None)
+    assert quick_table("--rows", "path", "--seeds", 1).exit_code == 0
+    assert json.loads(file.read_text())["cells"] == numbers["cells"]
+    assert (tmp_path / "table1-quick.md").read_text() == page
+
+
+def test_json_of_another_recipe_or_table_is_refused_and_left_alone(
+    tmp_path: Path, quick_table: Callable[..., Result]
+) -> None:
+    file = tmp_path / "table1-quick.json"
+    assert quick_table("--rows", "rope").exit_code == 0
+    before = file.read_bytes()
+    # Also where what the JSON holds is not asked for: its rows would stand beside rows of another budget.
+    refused = quick_table("--rows", "path", "training.steps=7")
+    assert refused.exit_code == 2
+    assert "flip_flop-rope-0 in " in refused.stderr
+    assert "was made by another recipe" in refused.stderr
+    assert file.read_bytes() == before
+    file.write_text(before.decode().replace('"flip_flop-rope-0"', '"flip_flop-roap-0"'))
+    assert "holds flip_flop-roap-0, which table1 does not have" in quick_table().stderr
+    file.write_text(before.decode().replace('"table": "table1"', '"table": "a5"'))
+    assert "wanted the JSON of table1, got that of a5-quick" in quick_table().stderr
+
+
+def test_cells_without_their_own_date_get_what_their_json_says(
+    tmp_path: Path, quick_table: Callable[..., Result]
+) -> None:
+    """Tables of before cells had it: their command is kept as theirs, and what is not known is said to be so."""
+    file = tmp_path / "table1-quick.json"
+    assert quick_table("--rows", "rope").exit_code == 0
+    numbers = json.loads(file.read_text())
+    del numbers["date"], numbers["commit"], numbers["cells"][0]["made"], numbers["cells"][0]["facts"]["gpus"]
+    file.write_text(json.dumps(numbers | {"command": "an earlier command"}))
+    assert call("reproduce", file, "--report-only").exit_code == 0
+    assert "date not recorded, commit not recorded" in (tmp_path / "table1-quick.md").read_text()
+    assert quick_table("--rows", "path").exit_code == 0
+    page = (tmp_path / "table1-quick.md").read_text()
+    assert "1 of RoPE (seed 0): cpu" in page
+    assert "`an earlier command`" in page
+    assert "date not recorded, commit not recorded" in page
+
+
+def test_the_json_has_a_model_as_soon_as_it_is_finished(
+    tmp_path: Path, quick_table: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that is killed in its second model has lost nothing of the first, nor of what the JSON held."""
+    file = tmp_path / "table1-quick.json"
+    assert quick_table("--rows", "none").exit_code == 0
+    original = LeanTraining.__init__
+    seen: list[list[str]] = []
+
+    def noted(self: LeanTraining, *arguments: object, **options: object) -> None:
+        seen.append(names_in(file))
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(LeanTraining, "__init__", noted)
+    assert quick_table("--rows", "path,rope").exit_code == 0
+    assert seen == [["flip_flop-none-0"], ["flip_flop-path-0", "flip_flop-none-0"]]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+ENDLESS = (*TINY, "training.steps=1000000")
+
+
+def test_workers_end_at_the_time_limit_and_leave_checkpoints(tmp_path: Path, played: list[int]) -> None:
+    """Models that would take hours: the one that a worker has in hand at the limit leaves a checkpoint."""
+    made = cells("table1", quick=True, rows=["path", "rope"], overrides=ENDLESS)
+    began = time.monotonic()
+    assert not run(made, plan(tmp_path, processes=2, time_limit=1.0), silent)
+    assert played == [0, 1]
+    assert 1.0 < time.monotonic() - began < 1.0 + work.GRACE
+    # Played by calls, workers come one after another: the second finds that there is no time left.
+    assert torch.load(made[0].folder(tmp_path) / CHECKPOINT)["step"] > 0
+    assert not (made[1].folder(tmp_path) / CHECKPOINT).exists()
+
+
+def test_workers_that_hang_are_stopped_after_the_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: list[int]
+) -> None:
+    stopped, told = [], []
+    monkeypatch.setattr(Player, "start", lambda self: None)
+    monkeypatch.setattr(Player, "is_alive", lambda self: True)
+    monkeypatch.setattr(Player, "terminate", lambda self: stopped.append(self.args[0]))
+    monkeypatch.setattr(work, "GRACE", 0.1)
+    made = cells("table1", quick=True, rows=["path", "rope"], overrides=ENDLESS)
+    assert not run(made, plan(tmp_path, processes=2, time_limit=0.1), lambda *message: told.append(message))
+    assert stopped == [0, 1]
+    assert "2 worker(s) stopped" in told[-1][2]
 
 
 def test_time_limit_leaves_work_and_says_so(tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ from torch.nn import functional as F
 from path_attention.checks import bad
 from path_attention.layers.attention import Attention
 
+# Weights that are made at once where no backward pass keeps them: 1 GiB in float32, of which some six are alive
+# together.
+ENTRIES = 2**28
+
 
 class StickBreakingAttention(Attention):
     """With z_ij = q_i k_j^T / sqrt(D), and j strictly before i,
@@ -57,8 +61,13 @@ class StickBreakingAttention(Attention):
         weights = stick_breaking_weights(q, keys.transpose(1, 2), group, rows, real).to(values.dtype)
         return (weights @ values.repeat_interleave(group, dim=1)).transpose(1, 2)
 
-    @staticmethod
-    def _mix(group: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @classmethod
+    def _mix(cls, group: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            size = max(1, ENTRIES // max(1, q.shape[2] * q.shape[1] * k.shape[1]))
+            if size < len(q):
+                parts = zip(*(x.split(size) for x in (q, k, v)), strict=True)
+                return torch.cat([cls._mix(group, *part) for part in parts])
         weights = stick_breaking_weights(q, k, group).to(v.dtype)
         return (weights @ v.transpose(1, 2).repeat_interleave(group, dim=1)).transpose(1, 2)
 

@@ -36,6 +36,8 @@ EAGER_STEPS = 3
 class GraphCaptureFailed(RuntimeError):
     """CUDA refused to record a training step. The process is best left: its CUDA state may be damaged."""
 
+    row = ""  # of the cell, where there is one
+
 
 class LeanTraining:
     """One model in training on one device, from a recipe with a task and one mixer.
@@ -171,6 +173,10 @@ class LeanTraining:
         except RuntimeError as error:
             raise GraphCaptureFailed(" ".join(str(error).split())) from error
         self.graph = graph
+
+    def ready(self) -> bool:
+        """Whether the device has done all that was launched, so that :meth:`check` would not wait."""
+        return self.stream is None or self.stream.query()
 
     def check(self) -> None:
         """Waits for the steps launched so far.

@@ -1,15 +1,17 @@
 """The report of a table from its JSON alone: Markdown and a plot."""
 
 import json
+import os
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from path_attention.evaluation.tables import percent
-from path_attention.reproduction.tables import TABLES, Cell, Table
-from path_attention.reproduction.work import read_result
+from path_attention.reproduction.tables import TABLES, Cell, Table, cells
+from path_attention.reproduction.work import check_recipe
 from path_attention.training.run import write_whole
 
 # The share of words without a wrong answer from which on a length counts as solved; figure 2 of the paper.
@@ -19,37 +21,72 @@ _QUANTITY = {"errors": "rate of wrong answers", "accuracy": "rate of right answe
 LENGTHS = (4, 8, 12, 16, 20)
 
 
-def collect(name: str, cells: Sequence[Cell], runs: Path, command: str, seconds: float) -> dict[str, Any]:
-    """What the report is made of: the results of all finished cells, and what is missing.
+def kept(name: str, quick: bool, overrides: Sequence[str], file: Path) -> dict[str, dict[str, Any]]:
+    """The finished cells of an earlier call in a table's JSON, by name; none where there is no file.
+
+    All of them count, also those that this call does not ask for: rows and seeds only ever join a table. Each was made
+    by the recipe that it would have now.
+
+    Raises:
+        ValueError: the file is something else, or holds a cell of another recipe.
+    """
+    if not file.is_file():
+        return {}
+    earlier = read(file)
+    if earlier["table"] != name or bool(earlier.get("quick")) != quick:
+        raise ValueError(f"{file}: wanted the JSON of {name}, got that of {file_name(earlier)}: give another --out")
+    results = {result["cell"]: result for result in earlier["cells"]}
+    seeds = max((result["seed"] for result in results.values()), default=0) + 1
+    known = {cell.name: cell for cell in cells(name, quick=quick, seeds=seeds, overrides=overrides)}
+    for cell, result in results.items():
+        if cell not in known:
+            raise ValueError(f"{file} holds {cell}, which {name} does not have: give another --out, or move it aside")
+        check_recipe(result, known[cell], f"{cell} in {file}", "--out")
+        # Of results that do not say it themselves: what is known of the call that wrote them.
+        result.setdefault("made", {key: earlier.get(key) for key in ("date", "commit", "command")})
+    return results
+
+
+def collect(name: str, wanted: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the report is made of: all results, in the table's order, and what is missing.
 
     Args:
         name: of the table, as in TABLES.
-        cells: all of them.
-        runs: folder of the cells' folders.
-        command: that makes them.
-        seconds: this call took; those of earlier calls are in the cells.
+        wanted: the cells that were asked for.
+        results: of finished cells by name, among them others than those.
     """
-    found = {cell.name: read_result(cell, runs) for cell in cells}
+    table = TABLES[name]
+    variants, rows = [v.name for v in table.variants], [r.name for r in table.rows]
+
+    def place(cell: Mapping[str, Any]) -> tuple[int, int, int]:
+        return cell["seed"], variants.index(cell["variant"]), rows.index(cell["row"])
+
     return {
         "table": name,
-        "command": command,
-        "seconds_of_last_call": round(seconds, 1),
         "host": platform.machine(),
-        "missing": [cell for cell, result in found.items() if result is None],
-        "cells": [result for result in found.values() if result is not None],
+        "missing": [cell.name for cell in wanted if cell.name not in results],
+        "cells": sorted(results.values(), key=place),
     }
+
+
+def write_json(numbers: Mapping[str, Any], out: Path) -> Path:
+    """Writes OUT/NAME.json alone, at once or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{file_name(numbers)}.json"
+    write_whole(path, _text(numbers))
+    return path
 
 
 def write(numbers: Mapping[str, Any], out: Path) -> list[Path]:
     """Writes OUT/NAME.json, NAME.md and NAME.png, where NAME is that of the table, with -quick for a quick one."""
-    out.mkdir(parents=True, exist_ok=True)
     table, name = TABLES[numbers["table"]], file_name(numbers)
-    paths = [out / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
-    write_whole(paths[0], _text(numbers))
+    paths = [write_json(numbers, out), out / f"{name}.md", out / f"{name}.png"]
     if not numbers["cells"]:
         return paths[:1]
     write_whole(paths[1], markdown(table, numbers, paths[2].name))
-    figure(table, numbers).savefig(paths[2], dpi=130)
+    partial = paths[2].with_name(f"{paths[2].name}.{os.getpid()}.partial")
+    figure(table, numbers).savefig(partial, dpi=130, format="png")
+    os.replace(partial, paths[2])
     return paths
 
 
@@ -144,11 +181,10 @@ def markdown(table: Table, numbers: Mapping[str, Any], picture: str) -> str:
             lines.append(f"| {row.label} | " + " | ".join(texts) + " |")
     for label, published in table.published.items():
         lines.append(f"| {label} | " + " | ".join([*published, *[""] * (len(columns) - len(published))]) + " |")
-    seeds = len({cell["seed"] for cell in numbers["cells"]})
-    lines += ["", f"Median over {seeds} seed{'s' if seeds > 1 else ''}, in parentheses the range."]
+    lines += ["", _seeds(table, numbers)]
     if table.name == "a5":
         lines += ["", *_fewest_layers(table, numbers)]
-    lines += ["", f"![{table.title}]({picture})", "", *_answers(table, numbers), "", *_facts(numbers)]
+    lines += ["", f"![{table.title}]({picture})", "", *_answers(table, numbers), "", *_facts(table, numbers)]
     return "\n".join(lines) + "\n"
 
 
@@ -179,22 +215,77 @@ def _answers(table: Table, numbers: Mapping[str, Any]) -> list[str]:
     return ["Each model was asked (at least): " + "; ".join(parts) + "."]
 
 
-def _facts(numbers: Mapping[str, Any]) -> list[str]:
+def _seeds(table: Table, numbers: Mapping[str, Any]) -> str:
+    """Over how many seeds the medians are, which may differ from row to row."""
+    counts: dict[str, list[str]] = {}
+    for row in table.rows:
+        per_column = Counter(cell["variant"] for cell in numbers["cells"] if cell["row"] == row.name)
+        if per_column:
+            low, high = min(per_column.values()), max(per_column.values())
+            text = f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
+            counts.setdefault(text, []).append(row.label)
+    if len(counts) == 1:
+        return f"Median over {next(iter(counts))}, in parentheses the range."
+    parts = "; ".join(f"{', '.join(labels)}: {text}" for text, labels in counts.items())
+    return f"Medians, in parentheses the range. {parts}."
+
+
+def _facts(table: Table, numbers: Mapping[str, Any]) -> list[str]:
     cells = numbers["cells"]
-    facts = cells[0]["facts"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
         f"{len(cells)} models, {sum(c['facts']['steps'] for c in cells):,} steps; the models' own times add up to "
-        f"{sum(c['facts']['seconds'] for c in cells):,.0f} s, {facts['concurrent']} at a time "
-        f"in each of {facts['processes']} process(es). {facts['device']}; {versions}.",
+        f"{sum(c['facts']['seconds'] for c in cells):,.0f} s. {_machines(table, numbers)}",
         "",
-        f"Made by `{numbers['command']}`.",
+        f"Made by {_commands(numbers)}.",
     ]
     if failed := [f"{c['cell']}: {c['failure']}" for c in cells if c["failure"]]:
         lines += ["", "Diverged, and left out: " + "; ".join(failed) + "."]
     if numbers["missing"]:
         lines += ["", f"Not finished: {', '.join(numbers['missing'])}. The same command goes on with them."]
     return lines
+
+
+def _commands(numbers: Mapping[str, Any]) -> str:
+    """Each command once, in the order of its first cell."""
+    found = [_made(cell, numbers).get("command") or numbers["command"] for cell in numbers["cells"]]
+    return ", ".join(f"`{command}`" for command in dict.fromkeys(found))
+
+
+def _made(cell: Mapping[str, Any], numbers: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Date, commit and command: the cell's own, or of a JSON that has them for all."""
+    return cell.get("made") or {key: numbers.get(key) for key in ("date", "commit", "command")}
+
+
+def _machines(table: Table, numbers: Mapping[str, Any]) -> str:
+    """Where, with what and when the models were made: once, or where that differs with the models of each."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in numbers["cells"]:
+        found.setdefault(_machine(cell, _made(cell, numbers)), []).append(cell)
+    if len(found) == 1:
+        return f"{next(iter(found))}."
+    parts = (f"- {_models(table, of)}: {text}." for text, of in found.items())
+    return "\n".join(["Of them", "", *parts])
+
+
+def _machine(cell: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+    facts = cell["facts"]
+    processes, gpus = facts["processes"], facts.get("gpus") or 1
+    where = f"in each of {processes} processes" if processes > 1 else "in one process"
+    where += f" on {gpus} GPUs" if gpus > 1 else ""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    date = made["date"][:10] if made.get("date") else "date not recorded"
+    commit = f"commit {made['commit']}" if made.get("commit") else "commit not recorded"
+    return f"{facts['device']}, {facts['concurrent']} models at a time {where}; {versions}; {date}, {commit}"
+
+
+def _models(table: Table, cells: Sequence[Mapping[str, Any]]) -> str:
+    """Rows and, of each, how many models with which seeds."""
+    parts = []
+    for row in table.rows:
+        if seeds := [cell["seed"] for cell in cells if cell["row"] == row.name]:
+            numbers = ", ".join(str(seed) for seed in sorted(set(seeds)))
+            parts.append(f"{len(seeds)} of {row.label} (seed{'s' if len(set(seeds)) > 1 else ''} {numbers})")
+    return ", ".join(parts)
 
 
 def figure(table: Table, numbers: Mapping[str, Any]) -> Any:

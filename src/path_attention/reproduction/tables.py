@@ -119,6 +119,17 @@ class Cell:
         return runs / self.table / self.name
 
     @property
+    def cost(self) -> int:
+        """Of a training step, in relation to those of the same table; it decides the order alone.
+
+        In layers; twice for stick-breaking, which writes its matrix of weights out, and three times for several
+        reflections a token, whose leaves are some forty torch operators in place of one kernel.
+        """
+        model = self.recipe.model
+        weight = 3 if model.get("num_reflections", 1) > 1 else 2 if self.row.mixer == "stick_breaking" else 1
+        return weight * int(model.get("num_hidden_layers", 1))
+
+    @property
     def task(self) -> Task:
         assert self.recipe.task is not None
         return self.recipe.task
@@ -299,7 +310,8 @@ def cells(
     rows: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> list[Cell]:
-    """The cells of a table; cells that cost alike stand far apart, so that processes that share them finish together.
+    """The cells of a table in the order in which they are done: seed by seed, so that a table that is cut off has all
+    of its rows; within a seed the expensive ones first, so that processes that share them end together.
 
     Args:
         name: of the table.
@@ -320,7 +332,7 @@ def cells(
     count = (1 if quick else table.seeds) if seeds is None else seeds
     if count < 1:
         raise ValueError(f"--seeds: got {count}; wanted at least 1")
-    return [
+    made = [
         Cell(
             table=f"{table.name}-quick" if quick else table.name,
             row=row,
@@ -336,6 +348,7 @@ def cells(
         for row in table.rows
         if not rows or row.name in rows
     ]
+    return sorted(made, key=lambda cell: (cell.seed, -cell.cost))
 
 
 def _recipe(table: Table, row: Row, variant: Variant, seed: int, quick: bool, overrides: Sequence[str]) -> Recipe:
