@@ -2,11 +2,12 @@
 
 ``emulated_gluon()`` puts this module's classes in the place of Gluon while the kernels' modules are imported, so that
 the kernels' own source and their own launchers run. Time is taken as badly as the hardware allows: a copy to shared
-memory lands when it is issued, a matrix product reads shared memory when it is waited for, a copy from shared memory
-reads when store_wait comes, and a thread that lets others go on comes after them. So these show before a GPU hangs or
-computes nonsense: a stage that is released too early, a wrong phase, a deadlock, more arrivals than a barrier expects,
-an accumulator that is used in flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, and a
-missing fence before the copy engine or a product reads what a thread stored.
+memory destroys what lay there when it is issued and lands then or, sometimes, after later ones, a matrix product reads
+shared memory when it is waited for, a copy from shared memory reads when store_wait comes, and a thread that lets
+others go on comes after them. So these show before a GPU hangs or computes nonsense: a stage that is released too
+early, a wait left out, a wrong phase, a deadlock, more arrivals than a barrier expects, an accumulator that is used in
+flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, and a missing fence before the copy
+engine or a product reads what a thread stored.
 
 Not modelled: layouts and swizzles, registers, 32-bit overflow, barriers among the threads of one partition.
 """
@@ -32,6 +33,8 @@ TIMEOUT = 20.0
 # A thread sleeps after an arrival that lets others go on, so that they do before it does anything more; and before a
 # product is waited for with this probability. Seconds: some ten times what the others need to wake up.
 SLEEP_PROBABILITY, SLEEP_SECONDS = 0.1, 1e-3
+# After which a copy lands that is late, with the same probability: later than others that are issued after it.
+LATE_SECONDS = 5e-3
 # Launch options, which the functions do not take.
 _OPTIONS = {"num_warps", "num_stages", "maxnreg", "num_ctas"}
 
@@ -291,9 +294,17 @@ class tma:
     ) -> None:
         assert list(into.tensor.shape) == t.block, (into.tensor.shape, t.block)
         matrix, tile = t.box(coordinates)
-        into.tensor.zero_()
-        into.tensor[tile] = t.tensor[matrix]
-        _one(barrier).receive(into.tensor.nbytes)
+        into.tensor.fill_(float("nan"))
+
+        def land() -> None:
+            into.tensor.zero_()
+            into.tensor[tile] = t.tensor[matrix]
+            _one(barrier).receive(into.tensor.nbytes)
+
+        if random.random() < SLEEP_PROBABILITY:
+            threading.Timer(LATE_SECONDS, land).start()
+        else:
+            land()
 
     @staticmethod
     def async_copy_shared_to_global(t: TensorDescriptor, coordinates: Sequence[Any], source: Shared) -> None:

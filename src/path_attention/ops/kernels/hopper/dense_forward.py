@@ -247,6 +247,11 @@ def _consume(
             )  # fmt: skip
             b_max = gl.convert_layout(b_low_max, gl.SliceLayout(1, S))
             b_sum = gl.convert_layout(b_low_sum, gl.SliceLayout(1, S))
+    else:
+        # Waits for all the same: a barrier that is a phase behind would let the next wait pass.
+        mbarrier.wait(q_full.index(0), 0, pred=has_right == 1)
+        mbarrier.wait(k_full.index(0), 0, pred=has_right == 1)
+        mbarrier.wait(v_full.index(0), 0, pred=has_right == 1)
     mbarrier.arrive(q_empty.index(0), count=1, pred=has_right == 1)
     mbarrier.arrive(k_empty.index(0), count=1, pred=has_right == 1)
     mbarrier.arrive(v_empty.index(0), count=1, pred=has_right == 1)
