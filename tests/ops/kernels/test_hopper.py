@@ -54,8 +54,8 @@ def test_engine_equals_the_definition(hopper: dict[str, ModuleType], case: dict)
     """As near as the portable kernels: less than rounding the results to bfloat16 would cost, 1.7e-3."""
     for x, y in errors("hopper", dtype=torch.float16, **case):
         assert (x.double() - y).norm() <= 1.7e-3 * y.norm()
-    _, _, query_heads, heads, _ = case["shape"]
+    _, length, query_heads, heads, _ = case["shape"]
     assert hopper["leaf"].leaf_forward_kernel.launches == 2  # once more in the backward pass
     assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
-    assert hopper["dense_backward"].dense_backward_kernel.launches == 1
+    assert hopper["dense_backward"].dense_backward_kernel.launches == (length > 128)

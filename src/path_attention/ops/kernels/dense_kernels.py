@@ -757,3 +757,63 @@ def dense_backward_keys_kernel(
                 GROUP, D, DV, KEYS, STAGES, QUERIES, PIECE
             )  # fmt: skip
     _store(p_d_values + i_head * DV, b_d_v, i_row, m_own, H * DV, DV, KEYS)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def lowest_level_backward_kernel(
+    p_query_rows,
+    p_key_rows,
+    p_values,
+    p_d_out,  # (T, HQ, DV)
+    p_log_sum_exp_rows,  # (HQ, row_slots, 64) float32: base 2; infinity where no token is
+    p_delta_rows,  # (HQ, row_slots, 64) float32
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    p_d_query_rows,  # out, like p_query_rows: level 0 of it
+    p_d_key_rows,  # out, like p_key_rows, likewise
+    p_d_values,  # out (T, H, DV) float32: of level 0, zeros for leaves that are no keys there
+    num_leaves,
+    row_slots,
+    H,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """Gradients of a pair of leaves at level 0, where the right one's queries have the left one's keys: in one pass,
+    for no other program has a share in them.
+    """
+    HQ = H * GROUP
+    i_leaf = tl.program_id(0) // H
+    i_head = tl.program_id(0) % H
+    i_row, s_rows, i_index, s_count, i_query_base, i_key_base, i_slot = place(
+        i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
+    )
+    if s_rows == 0:
+        return
+    o = tl.arange(0, LEAF)
+    b_d_v = tl.zeros((LEAF, block_of(DV)), tl.float32)
+    if i_index % 2 == 0 and i_index + 1 < s_count:
+        s_queries = _tokens(i_leaf + 1, p_table, table_leaves, table_length, table_queries, table_keys)
+        i_query = (i_query_base + i_index // 2) * LEAF
+        i_key = (i_key_base + i_index // 2) * LEAF
+        m_all = o < LEAF
+        b_k = _load(p_key_rows + i_head * D, i_key, m_all, H * D, D, LEAF)
+        b_v = _load(p_values + i_head * DV, i_row, m_all, H * DV, DV, LEAF)
+        b_d_k = tl.zeros((LEAF, block_of(D)), tl.float32)
+        for i_group in range(GROUP):
+            i_query_head = i_head * GROUP + i_group
+            o_number = (tl.cast(i_query_head, tl.int64) * row_slots + i_slot + 1) * LEAF + o
+            b_q = _load(p_query_rows + i_query_head * D, i_query, m_all, HQ * D, D, LEAF)
+            b_d_out = _load(p_d_out + i_query_head * DV, i_row + LEAF, o < s_queries, HQ * DV, DV, LEAF)
+            b_s = _dot(b_k, tl.trans(b_q)) * LOG2_E
+            b_p = tl.exp2(b_s - tl.load(p_log_sum_exp_rows + o_number)[None, :])
+            b_d_p = _dot(b_v, tl.trans(b_d_out))
+            b_d_v = _dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v)
+            b_d_s = (b_p * (b_d_p - tl.load(p_delta_rows + o_number)[None, :])).to(b_q.dtype)
+            b_d_k = _dot(b_d_s, b_q, b_d_k)
+            _store(p_d_query_rows + i_query_head * D, _dot(tl.trans(b_d_s), b_k), i_query, m_all, HQ * D, D, LEAF)
+        _store(p_d_key_rows + i_head * D, b_d_k, i_key, m_all, H * D, D, LEAF)
+    _store(p_d_values + i_head * DV, b_d_v, i_row, o < s_rows, H * DV, DV, LEAF)

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from path_attention.ops.kernels.dense import heads_of_a_section
+from path_attention.ops.kernels.dense_kernels import lowest_level_backward_kernel
 from path_attention.ops.kernels.hopper.dense_backward import dense_backward_kernel
 from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
@@ -32,11 +33,12 @@ class Options:
     registers: int  # of a consumer's thread
     rows: int  # queries of a tile of the backward kernel
     backward_stages: int
+    lowest_warps: int  # of the backward kernel of level 0
 
 
 _OPTIONS = {
-    64: Options(stages=2, turns=True, registers=240, rows=128, backward_stages=2),
-    128: Options(stages=2, turns=True, registers=240, rows=64, backward_stages=2),
+    64: Options(stages=2, turns=True, registers=240, rows=128, backward_stages=2, lowest_warps=4),
+    128: Options(stages=2, turns=True, registers=240, rows=64, backward_stages=2, lowest_warps=8),
 }
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -136,10 +138,32 @@ def dense_backward(
     if table.num_levels == 0:
         d_values.zero_()
         return
-    d_query_rows[1:].zero_()  # programs add to them; at level 0 each stands alone
     log_sum_exp_rows, delta_rows = _output_rows(table, log_sum_exp, delta, factor)
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
     options = _OPTIONS[dim]
+    lowest_level_backward_kernel[(table.num_leaves * heads,)](
+        p_query_rows=query_rows,
+        p_key_rows=key_rows,
+        p_values=values,
+        p_d_out=d_out,
+        p_log_sum_exp_rows=log_sum_exp_rows,
+        p_delta_rows=delta_rows,
+        **table.arguments,
+        p_d_query_rows=d_query_rows,
+        p_d_key_rows=d_key_rows,
+        p_d_values=d_values,
+        num_leaves=table.num_leaves,
+        row_slots=table.row_slots,
+        H=heads,
+        GROUP=query_heads // heads,
+        D=dim,
+        DV=dim,
+        num_warps=options.lowest_warps,
+        num_stages=1,
+    )
+    if table.num_levels < 2:
+        return
+    d_query_rows[1:].zero_()  # programs add to them
     turns, groups = _turns(table, heads)
     dense_backward_kernel[(turns * groups,)](
         t_query_rows=_descriptor(query_rows, options.rows, dim),
@@ -150,7 +174,7 @@ def dense_backward(
         t_delta=_descriptor(delta_rows.flatten(1)[:, None], 1, options.rows, swizzled=False),
         t_d_query_rows=_descriptor(d_query_rows, 64, 64),
         t_d_key_rows=_descriptor(d_key_rows, LEAF, dim),
-        p_d_values=d_values,
+        t_d_values=_descriptor(d_values, LEAF, dim),
         **table.arguments,
         num_turns=turns,
         num_groups=groups,

@@ -1,4 +1,4 @@
-"""Attention between sibling spans on Hopper, backward: all levels in one pass over the logits.
+"""Attention between sibling spans on Hopper, backward: all levels above the lowest in one pass over the logits.
 
 A program has one pair of leaves as 128 keys of one key head, two consumer warp groups of 64 keys each, and goes through
 the right siblings' queries in tiles of ROWS:
@@ -10,8 +10,8 @@ the right siblings' queries in tiles of ROWS:
 dV stays in registers over all levels and query heads, dK over one level, whose keys a second buffer lets the producer
 fetch ahead; a tile's share of dQ is added to float32 memory by the copy engine. All gradients carry the power of two
 that log_sum_exp is shifted by, so that dS is an operand in float16. Rows that no token stands at have a log_sum_exp of
-plus infinity: no tile needs a mask. Level 0, where the pair's left leaf has its right one's queries, is that leaf's
-group's alone, ahead of the others.
+plus infinity: no tile needs a mask. Level 0 is a kernel of its own (dense_kernels.py): in this one it would cost
+registers that the loop does not have.
 """
 
 from triton._C.libtriton import ir
@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E, PAIR, _advance, place_of_pair, within
+from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E, PAIR, _advance, within
 from path_attention.ops.kernels.tiles import COUNTS
 
 
@@ -39,22 +39,20 @@ def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
 
 @gluon.jit
 def place_of_keys(i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys):
-    """First leaf's row, tokens of both leaves, index of the first, its sequence's leaves, first query, key and row
-    slots; the first pairs, which have the most queries, come first.
+    """First leaf's row, index, its sequence's leaves, first query, key and row slots; the first pairs, which have the
+    most queries, come first. Without a pair the index is that of the last leaf.
     """
     if p_table is None:
         i_index = 2 * i_turn
         i_row = i_sequence * table_length + i_index * LEAF
-        s_tokens = gl.minimum(PAIR, table_length - i_index * LEAF)
-        i_row_base = i_sequence * (table_leaves + table_leaves % 2)
-        return (
-            i_row, s_tokens, i_index, table_leaves, i_sequence * table_queries, i_sequence * table_keys, i_row_base
-        )  # fmt: skip
+        s_even = table_leaves + table_leaves % 2
+        return i_row, i_index, table_leaves, i_sequence * table_queries, i_sequence * table_keys, i_sequence * s_even
     else:
-        i_row, s_tokens, i_index, s_count, i_query_base, i_key_base = place_of_pair(
-            i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
-        )
-        return i_row, s_tokens, i_index, s_count, i_query_base, i_key_base, gl.load(p_table + i_turn * 8 + 6)
+        p = p_table + i_turn * 8  # COLUMNS of leaf_table.py
+        i_index = gl.load(p + 2)
+        s_count = gl.load(p + 3)
+        i_index = gl.where((i_index % 2 == 0) & (gl.load(p + 1) > 0), i_index, s_count)
+        return gl.load(p), i_index, s_count, gl.load(p + 4), gl.load(p + 5), gl.load(p + 6)
 
 
 @gluon.jit
@@ -74,16 +72,13 @@ def _produce(
     i_head, num_levels, query_slots, key_slots, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Keys of every level that the pair has a right sibling at, lowest first, and that sibling's queries; at level 0
-    whole tiles, of which the first leaf's rows count.
-    """
     mbarrier.expect(v_full, PAIR * DV * 2)
     tma.async_copy_global_to_shared(t_values, [i_row, i_head * DV], v_full, s_v)
     i_stage = 0
     s_phase = 1
     i_k = 0
     s_k_phase = 1
-    for level in range(num_levels):
+    for level in range(1, num_levels):
         i_first, s_leaves = right_sibling(i_index, s_count, level)
         if s_leaves > 0:
             i_key_row = (level * key_slots + i_key_base + within(i_index, level)) * LEAF
@@ -170,52 +165,11 @@ def _step(
 
 
 @gluon.jit
-def _lone_step(
-    b_dk, b_dv, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds, s_dq, q_full, q_empty, do_full, do_empty, t_d_query_rows,
-    i_d_row, i_d_column, s_phase, D: gl.constexpr, DV: gl.constexpr
-):  # fmt: skip
-    """One leaf's keys and one leaf's queries, which no other program has at this level: dQ is stored, not added."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEAF, 16])
-    K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    b_zero = gl.full([LEAF, LEAF], 0.0, gl.float32, S)
-    mbarrier.wait(q_full, s_phase)
-    b_s = warpgroup_mma(s_k, s_q.permute((1, 0)), b_zero, use_acc=False)
-    b_p = gl.exp2(b_s * LOG2_E - s_lse.load(S))
-    mbarrier.wait(do_full, s_phase)
-    b_dp = warpgroup_mma(s_v, s_do.permute((1, 0)), b_zero, use_acc=False)
-    b_ds = (b_p * (b_dp - s_delta.load(S))).to(s_q.dtype)
-    s_ds.store(b_ds)
-    fence_async_shared()
-    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(s_do.dtype), gl.DotOperandLayout(0, V, 2)), s_do, b_dv)
-    mbarrier.arrive(do_empty, count=1)
-    b_dk = warpgroup_mma(gl.convert_layout(b_ds, gl.DotOperandLayout(0, K, 2)), s_q, b_dk)
-    mbarrier.arrive(q_empty, count=1)
-    for i in gl.static_range(D // 64):
-        b_dq = warpgroup_mma(s_ds.permute((1, 0)), s_k.slice(i * 64, 64, 1), b_zero, use_acc=False)
-        tma.store_wait(0)
-        s_dq.store(b_dq)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(t_d_query_rows, [i_d_row, i_d_column + i * 64], s_dq)
-    return b_dk, b_dv
-
-
-@gluon.jit
-def _store_keys(t_d_key_rows, b_dk, s_dq, i_row, i_column, D: gl.constexpr):
-    """A leaf's gradients of keys to memory, by way of the tile for those of queries."""
-    tma.store_wait(0)
-    s_dk = s_dq._reinterpret(t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
-    s_dk.store(b_dk.to(t_d_key_rows.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(t_d_key_rows, [i_row, i_column], s_dk)
-
-
-@gluon.jit
 def _consume(
-    t_d_query_rows, t_d_key_rows, p_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds, s_dq, k_full, k_empty, v_full,
-    q_full, q_empty, do_full, do_empty, ds_full, i_row, s_tokens, i_index, s_count, i_query_base, i_key_base, i_head,
-    H, num_levels, query_slots, key_slots, C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, STAGES: gl.constexpr
+    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds, s_dq, k_full,
+    k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index, s_count, i_query_base,
+    i_key_base, i_head, num_levels, query_slots, key_slots, C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Keys of leaf C of the pair."""
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -228,29 +182,6 @@ def _consume(
     i_k = 0
     s_k_phase = 0
     s_steps = 0
-    if (num_levels > 0) & (i_index + 1 < s_count):
-        mbarrier.wait(k_full.index(0), 0)
-        b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
-        for i_group in range(GROUP):
-            if C == 0:
-                b_dk, b_dv = _lone_step(
-                    b_dk, b_dv, s_k.index(0).slice(0, LEAF, 0), b_v, s_q.index(i_stage).slice(0, LEAF, 0),
-                    s_do.index(i_stage).slice(0, LEAF, 0), s_lse.index(i_stage).slice(0, LEAF, 1),
-                    s_delta.index(i_stage).slice(0, LEAF, 1), s_ds.index(0).slice(0, LEAF, 0).slice(0, LEAF, 1),
-                    s_dq.index(0), q_full.index(i_stage), q_empty.index(i_stage), do_full.index(i_stage),
-                    do_empty.index(i_stage), t_d_query_rows, (i_query_base + i_index // 2) * LEAF,
-                    (i_head * GROUP + i_group) * D, s_phase, D, DV
-                )  # fmt: skip
-            else:
-                mbarrier.wait(q_full.index(i_stage), s_phase)
-                mbarrier.arrive(q_empty.index(i_stage), count=1)
-                mbarrier.wait(do_full.index(i_stage), s_phase)
-                mbarrier.arrive(do_empty.index(i_stage), count=1)
-            i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
-        mbarrier.arrive(k_empty.index(0), count=1)
-        i_k = 1
-        if C == 0:
-            _store_keys(t_d_key_rows, b_dk, s_dq.index(0), (i_key_base + i_index // 2) * LEAF, i_head * D, D)
     for level in range(1, num_levels):
         i_first, s_leaves = right_sibling(i_index, s_count, level)
         if s_leaves > 0:
@@ -278,12 +209,19 @@ def _consume(
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
             mbarrier.arrive(k_empty.index(i_k), count=1)
             i_k, s_k_phase = _advance(i_k, s_k_phase, 2)
+            tma.store_wait(0)
+            s_dk = s_dq.index(C)._reinterpret(t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
+            s_dk.store(b_dk.to(t_d_key_rows.dtype))
+            fence_async_shared()
             i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
-            _store_keys(t_d_key_rows, b_dk, s_dq.index(C), i_key_row, i_head * D, D)
-    o_row = C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, V))[:, None]
-    o_column = gl.arange(0, DV, gl.SliceLayout(0, V))[None, :]
-    p_tile = p_d_values + (gl.cast(i_row, gl.int64) * H + i_head) * DV
-    gl.store(p_tile + (o_row * (H * DV) + o_column), b_dv, mask=o_row < s_tokens)
+            tma.async_copy_shared_to_global(t_d_key_rows, [i_key_row, i_head * D], s_dk)
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)  # the other consumer may still read the last queries
+    s_tiles_read = s_q if C == 0 else s_do
+    s_dv = s_tiles_read._reinterpret(gl.float32, [128 // DV, LEAF, DV], t_d_values.layout).index(0)
+    s_dv.store(b_dv)
+    fence_async_shared()
+    tma_reduce_add(t_d_values, [i_row + C * LEAF, i_head * DV], s_dv)
     tma.store_wait(0)
 
 
@@ -297,7 +235,7 @@ def dense_backward_kernel(
     t_delta,  # likewise
     t_d_query_rows,  # descriptor of float32 zeros like the query rows in tiles of 64 x 64
     t_d_key_rows,  # descriptor of out (levels * key_slots * 64, H * D) in tiles of a leaf
-    p_d_values,  # out (T, H, DV) float32
+    t_d_values,  # descriptor of (T, H * DV) float32 in tiles of a leaf: added to
     p_table,
     table_leaves,
     table_length,
@@ -317,7 +255,7 @@ def dense_backward_kernel(
     REGISTERS: gl.constexpr,
     SECTION: gl.constexpr,
 ):
-    """All levels of one pair of leaves as keys, and one key head with its query heads."""
+    """Levels from 1 on of one pair of leaves as keys, and one key head with its query heads."""
     i = gl.program_id(0)
     i_section = i // (SECTION * num_turns)
     s_heads = gl.minimum(SECTION, num_groups - i_section * SECTION)
@@ -326,10 +264,10 @@ def dense_backward_kernel(
     i_head_of_all = i_section * SECTION + i % s_heads
     i_sequence = i_head_of_all // H
     i_head = i_head_of_all - i_sequence * H
-    i_row, s_tokens, i_index, s_count, i_query_base, i_key_base, i_row_base = place_of_keys(
+    i_row, i_index, s_count, i_query_base, i_key_base, i_row_base = place_of_keys(
         i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
     )
-    if s_tokens == 0:
+    if i_index + 2 >= s_count:
         return
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAIR, ROWS], t_query_rows.dtype)
@@ -345,12 +283,14 @@ def dense_backward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(v_full, count=1)
     mbarrier.init(ds_full, count=2)
+    mbarrier.init(done, count=2)
     for i_k in gl.static_range(2):
         mbarrier.init(k_full.index(i_k), count=1)
         mbarrier.init(k_empty.index(i_k), count=2)
@@ -375,19 +315,19 @@ def dense_backward_kernel(
             (
                 _consume,
                 (
-                    t_d_query_rows, t_d_key_rows, p_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds, s_dq, k_full,
-                    k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, i_row, s_tokens, i_index, s_count,
-                    i_query_base, i_key_base, i_head, H, num_levels, query_slots, key_slots, 0, GROUP, ROWS, D, DV,
-                    STAGES
+                    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds,
+                    s_dq, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
+                    s_count, i_query_base, i_key_base, i_head, num_levels, query_slots, key_slots, 0, GROUP, ROWS,
+                    D, DV, STAGES
                 ),
             ),
             (
                 _consume,
                 (
-                    t_d_query_rows, t_d_key_rows, p_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds, s_dq, k_full,
-                    k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, i_row, s_tokens, i_index, s_count,
-                    i_query_base, i_key_base, i_head, H, num_levels, query_slots, key_slots, 1, GROUP, ROWS, D, DV,
-                    STAGES
+                    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds,
+                    s_dq, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
+                    s_count, i_query_base, i_key_base, i_head, num_levels, query_slots, key_slots, 1, GROUP, ROWS,
+                    D, DV, STAGES
                 ),
             ),
         ],
