@@ -210,6 +210,13 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.tensor.view(-1)[offset[meant]] = value[meant].to(pointer.tensor.dtype)
 
 
+def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str | None = None) -> None:
+    offset, meant = pointer.places(mask)
+    value = torch.as_tensor(value).as_subclass(torch.Tensor).expand(offset.shape)
+    with _here.program.lock:
+        pointer.tensor.view(-1).index_add_(0, offset[meant], value[meant].to(pointer.tensor.dtype))
+
+
 class Shared:
     """Shared memory, or a view of it."""
 
@@ -445,6 +452,7 @@ class language:
     allocate_shared_memory = staticmethod(_allocate)
     warp_specialize = staticmethod(_warp_specialize)
     load, store, where = staticmethod(_load), staticmethod(_store), staticmethod(_where)
+    atomic_add = staticmethod(_atomic_add)
     static_range = range
     program_id = staticmethod(lambda axis: _here.program.index[axis])
     arange = staticmethod(lambda start, end, layout: _tile(torch.arange(start, end)))

@@ -14,20 +14,25 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: on a GPU, test_cuda.py runs the engine", allow_module_level=True)
 
-from path_attention.ops.engines import siblings
+from path_attention.ops.engines import cuda, siblings
 from tests.ops.kernels.gluon_emulator import emulated_gluon
 from tests.ops.kernels.test_engine import errors
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+def hopper() -> Iterator[dict[str, ModuleType]]:
     """The modules of kernels/hopper/ on top of the emulator."""
-    # Beside float16 inputs the portable kernels keep gradients in float32, which these do not write.
-    monkeypatch.setattr(siblings, "_row_gradient_dtype", lambda inputs: torch.float16)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     with emulated_gluon("path_attention.ops.kernels.hopper") as modules:
         yield modules
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def as_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 inputs take the way of bfloat16 ones: leaves by the kernels for Hopper, gradients of rows in 16 bits."""
+    monkeypatch.setattr(siblings, "_row_gradient_dtype", lambda inputs: torch.float16)
+    monkeypatch.setattr(cuda, "_leaves_by", lambda by, q, v, w, g: "hopper" if g is None else "triton")
 
 
 # (batch, length, query heads, key heads, dim): six leaves, an odd number with a last one of 10 tokens in a batch, fewer
@@ -49,13 +54,42 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_engine_equals_the_definition(hopper: dict[str, ModuleType], case: dict) -> None:
+# Shapes that place gates differently.
+GATED = {
+    name: {**CASES[name], "gate": True}
+    for name in ("odd number of leaves", "two leaves", "one more than eight", "grouped", "128, grouped", "packed")
+}
+
+
+def check_errors(**case: object) -> None:
     """As near as the portable kernels: less than rounding the results to bfloat16 would cost, 1.7e-3."""
     for x, y in errors("hopper", dtype=torch.float16, **case):
         assert (x.double() - y).norm() <= 1.7e-3 * y.norm()
+
+
+@pytest.mark.usefixtures("as_for_bfloat16")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_engine_equals_the_definition(hopper: dict[str, ModuleType], case: dict) -> None:
+    check_errors(**case)
     _, length, query_heads, heads, _ = case["shape"]
     assert hopper["leaf"].leaf_forward_kernel.launches == 2  # once more in the backward pass
     assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
     assert hopper["dense_backward"].dense_backward_kernel.launches == (length > 128)
+
+
+@pytest.mark.usefixtures("as_for_bfloat16")
+@pytest.mark.parametrize("case", GATED.values(), ids=GATED.keys())
+def test_gates_equal_the_definition(hopper: dict[str, ModuleType], case: dict) -> None:
+    check_errors(**case)
+    assert hopper["dense_forward"].dense_forward_kernel.launches == 1
+    assert hopper["dense_backward"].dense_backward_kernel.launches == (case["shape"][1] > 128)
+
+
+@pytest.mark.parametrize("name", ["odd number of leaves", "128, grouped"])
+@pytest.mark.parametrize("gate", [False, True])
+def test_float16_equals_the_definition(hopper: dict[str, ModuleType], name: str, gate: bool) -> None:
+    """Leaves by the portable kernels, gradients of rows in float32."""
+    check_errors(**CASES[name], gate=gate)
+    assert hopper["leaf"].leaf_forward_kernel.launches == 0
+    assert hopper["dense_backward"].dense_backward_kernel.launches == 1

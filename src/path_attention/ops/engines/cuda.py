@@ -59,7 +59,7 @@ def unsupported_reason(
     if siblings_by == "triton":
         return None
     if siblings_by == "hopper":
-        return _reason_against_hopper(q, v, g)
+        return _reason_against_hopper(q, v)
     if q.dtype == torch.float32:
         return "q is torch.float32, not bfloat16 or float16: the kernels of torch that are fast are for these"
     leaves = length // LEAF
@@ -74,27 +74,26 @@ def unsupported_reason(
     return None
 
 
-def _reason_against_hopper(q: Tensor, v: Tensor, g: Tensor | None) -> str | None:
+def _reason_against_hopper(q: Tensor, v: Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(q.device)
     if capability != HOPPER:
         return f"compute capability {capability[0]}.{capability[1]}, not {HOPPER[0]}.{HOPPER[1]}"
     version = ".".join(triton.__version__.split(".")[:2])
     if version not in TRITON_VERSIONS:
         return f"Triton {version}, not one that these kernels were tested with: {', '.join(TRITON_VERSIONS)}"
-    if q.dtype != torch.bfloat16:
-        return f"q is {q.dtype}, not bfloat16"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q is {q.dtype}, not bfloat16 or float16"
     if q.shape[3] != v.shape[3] or q.shape[3] not in HOPPER_DIMS:
         return f"head_dim {q.shape[3]} and value_dim {v.shape[3]} are not both one of {HOPPER_DIMS}"
-    if g is not None:
-        return "its kernels take no forget gates"
     return None
 
 
-def _leaves_by(siblings_by: Siblings, q: Tensor, v: Tensor, w: Tensor) -> linear.LeavesBy:
+def _leaves_by(siblings_by: Siblings, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None) -> linear.LeavesBy:
     """How a call's leaves are computed. w is (B, L, R, H, D)."""
     if w.shape[2] > 1 or q.dtype == torch.float32 or max(q.shape[3], v.shape[3]) > MAX_LEAF_DIM:
         return "torch"
-    return "hopper" if siblings_by == "hopper" else "triton"
+    # Those for Hopper keep what bfloat16 asks for.
+    return "hopper" if siblings_by == "hopper" and g is None and q.dtype == torch.bfloat16 else "triton"
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ class _Part(NamedTuple):
             beta=_by_head(beta)[self.keys].flatten(0, 1).contiguous(),
             g=None if g is None else g[self.queries].flatten(0, 1).contiguous(),
             scale=scale,
-            leaves=_leaves_by(siblings_by, q, v, w),
+            leaves=_leaves_by(siblings_by, q, v, w, g),
             in_pieces=in_pieces,
         )
 

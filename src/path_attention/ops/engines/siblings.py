@@ -2,7 +2,7 @@
 
 ``sdpa``: level by level in torch's fastest attention kernel, partial results joined by our merge kernels.
 ``triton``: one kernel of ours over all levels (kernels/dense.py), which takes gates, packed rows and any length.
-``hopper``: the same for Hopper GPUs (kernels/hopper/), without gates.
+``hopper``: the same for Hopper GPUs (kernels/hopper/).
 """
 
 from collections.abc import Iterator
@@ -68,10 +68,12 @@ def triton_backward(
 def hopper_forward(
     inputs: linear.Inputs, table: LeafTable, levels: linear.Levels, out: Tensor, log_sum_exp: Tensor
 ) -> None:
-    """As :func:`triton_forward`, on Hopper GPUs, without gates."""
+    """As :func:`triton_forward`, on Hopper GPUs."""
     from path_attention.ops.kernels.hopper import dense as hopper_dense  # only some versions of Triton have Gluon
 
-    hopper_dense.dense_forward(table, levels.query_rows, levels.key_rows, inputs.v, out, log_sum_exp)
+    hopper_dense.dense_forward(
+        table, levels.query_rows, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key, out, log_sum_exp
+    )
 
 
 def hopper_backward(
@@ -83,19 +85,19 @@ def hopper_backward(
     delta: Tensor,
     factor: Tensor,
 ) -> linear.DenseGradients:
-    """As :func:`triton_backward`, on Hopper GPUs, without gates."""
+    """As :func:`triton_backward`, on Hopper GPUs."""
     from path_attention.ops.kernels.hopper import dense as hopper_dense
 
     result = linear.DenseGradients(
         query_rows=torch.empty_like(levels.query_rows, dtype=torch.float32),
         key_rows=torch.empty_like(levels.key_rows, dtype=_row_gradient_dtype(inputs)),
         values=torch.empty(inputs.v.shape, dtype=torch.float32, device=d_out.device),
-        gate=None,
+        gate=None if inputs.g is None else torch.empty_like(delta),
         factor=factor,
     )
     hopper_dense.dense_backward(
-        table, levels.query_rows, levels.key_rows, inputs.v, d_out, log_sum_exp, delta, factor, result.query_rows,
-        result.key_rows, result.values
+        table, levels.query_rows, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key, d_out, log_sum_exp,
+        delta, factor, result.query_rows, result.key_rows, result.values, result.gate
     )  # fmt: skip
     return result
 

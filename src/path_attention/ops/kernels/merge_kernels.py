@@ -6,7 +6,7 @@ Used where the levels run in torch's own attention kernels: each level brings te
 import triton
 import triton.language as tl
 
-from path_attention.ops.kernels.tiles import COUNTS, LOG2_E, ROWS, load_rows, place, store_rows, within
+from path_attention.ops.kernels.tiles import COUNTS, LOG2_E, ROWS, gates_of_head, load_rows, place, store_rows, within
 
 
 @triton.jit
@@ -151,7 +151,8 @@ def output_rows_kernel(
     p_log_sum_exp,  # (T, HQ) float32
     p_delta,  # (T, HQ) float32
     p_factor,  # (1,) float32
-    p_log_sum_exp_rows,  # out (HQ, row_slots, 64) float32: base 2, less log2 of the factor; infinity where no token is
+    p_gate_query,  # (HQ, levels, query_slots, 64) float32 or None
+    p_log_sum_exp_rows,  # out (HQ, row_slots, 64) float32, with gates (HQ, levels, query_slots, 64): see below
     p_delta_rows,  # out (HQ, row_slots, 64) float32; 0 where no token is
     p_table,
     table_leaves,
@@ -159,12 +160,18 @@ def output_rows_kernel(
     table_queries,
     table_keys,
     HQ,
+    num_levels,
+    query_slots,
     row_slots,
     BLOCK_HEADS: tl.constexpr,
 ):
-    """One leaf's numbers for each head side by side, and those of a slot that no leaf of its sequence stands at."""
+    """One leaf's numbers for each head side by side, and those of a slot that no leaf of its sequence stands at.
+
+    The log-sum-exp is in base 2, less log2 of the factor, and infinity where no token is; with gates it is wanted at
+    each level that the leaf has a left sibling at, less the row's gate there.
+    """
     i_leaf = tl.program_id(0)
-    i_row, s_rows, i_index, s_count, _, _, i_slot = place(
+    i_row, s_rows, i_index, s_count, i_base, _, i_slot = place(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
     )
     o = tl.arange(0, ROWS)
@@ -176,11 +183,49 @@ def output_rows_kernel(
     b_log_sum_exp = b_log_sum_exp * LOG2_E - tl.log2(tl.load(p_factor))
     b_delta = tl.load(p_delta + o_given, mask=m_given, other=0.0)
     o_rows = (tl.cast(o_head, tl.int64) * row_slots + i_slot)[None, :] * ROWS + o[:, None]
-    if s_rows > 0:
+    if s_rows == 0:
+        return
+    tl.store(p_delta_rows + o_rows, b_delta, mask=m_head)
+    b_none = tl.full((ROWS, BLOCK_HEADS), float("inf"), tl.float32)
+    is_alone = (i_index % 2 == 0) & (i_index + 1 == s_count)
+    if is_alone:
+        tl.store(p_delta_rows + o_rows + ROWS, tl.zeros((ROWS, BLOCK_HEADS), tl.float32), mask=m_head)
+    if p_gate_query is None:
         tl.store(p_log_sum_exp_rows + o_rows, b_log_sum_exp, mask=m_head)
-        tl.store(p_delta_rows + o_rows, b_delta, mask=m_head)
-        if (i_index % 2 == 0) & (i_index + 1 == s_count):
-            tl.store(
-                p_log_sum_exp_rows + o_rows + ROWS, tl.full((ROWS, BLOCK_HEADS), float("inf"), tl.float32), mask=m_head
-            )
-            tl.store(p_delta_rows + o_rows + ROWS, tl.zeros((ROWS, BLOCK_HEADS), tl.float32), mask=m_head)
+        if is_alone:
+            tl.store(p_log_sum_exp_rows + o_rows + ROWS, b_none, mask=m_head)
+    else:
+        o_gates = gates_of_head(o_head, num_levels, query_slots)[None, :] + o[:, None]
+        for level in range(num_levels):
+            if ((i_index >> level) & 1) == 1:
+                i_query = (level * query_slots + i_base + within(i_index, level)) * ROWS
+                b_gate = tl.load(p_gate_query + i_query + o_gates, mask=m_head, other=0.0)
+                tl.store(p_log_sum_exp_rows + i_query + o_gates, b_log_sum_exp - b_gate * LOG2_E, mask=m_head)
+                if is_alone:
+                    tl.store(p_log_sum_exp_rows + i_query + ROWS + o_gates, b_none, mask=m_head)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def token_rows_kernel(
+    p_rows,  # (HQ, row_slots, 64) float32
+    p_factor,  # (1,) float32
+    p_out,  # out (T, HQ) float32: divided by the factor
+    p_table,
+    table_leaves,
+    table_length,
+    table_queries,
+    table_keys,
+    HQ,
+    row_slots,
+    BLOCK_HEADS: tl.constexpr,
+):
+    """One leaf's numbers from where output_rows_kernel has its own back to the tokens."""
+    i_row, s_rows, _, _, _, _, i_slot = place(
+        tl.program_id(0), p_table, table_leaves, table_length, table_queries, table_keys
+    )
+    o = tl.arange(0, ROWS)
+    o_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    mask = (o < s_rows)[:, None] & (o_head < HQ)[None, :]
+    o_rows = (tl.cast(o_head, tl.int64) * row_slots + i_slot)[None, :] * ROWS + o[:, None]
+    b_x = tl.load(p_rows + o_rows, mask=mask, other=0.0) / tl.load(p_factor)
+    tl.store(p_out + tl.cast(i_row, tl.int64) * HQ + o[:, None] * HQ + o_head[None, :], b_x, mask=mask)

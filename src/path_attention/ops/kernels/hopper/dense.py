@@ -14,7 +14,7 @@ from path_attention.ops.kernels.dense_kernels import lowest_level_backward_kerne
 from path_attention.ops.kernels.hopper.dense_backward import dense_backward_kernel
 from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
-from path_attention.ops.kernels.merge_kernels import output_rows_kernel
+from path_attention.ops.kernels.merge_kernels import output_rows_kernel, token_rows_kernel
 
 # Head dims that the kernels' layouts of registers and shared memory are made for; head_dim and value_dim are alike.
 DIMS = (64, 128)
@@ -63,10 +63,22 @@ def _turns(table: LeafTable, heads: int) -> tuple[int, int]:
     return (table.leaves + 1) // 2, table.num_leaves // table.leaves * heads
 
 
+def _number_descriptor(x: Tensor, tile: int) -> TensorDescriptor:
+    """Of numbers (HQ, ...), those of a head side by side, in tiles of so many."""
+    return _descriptor(x.flatten(1)[:, None], 1, tile, swizzled=False)
+
+
 def dense_forward(
-    table: LeafTable, query_rows: Tensor, key_rows: Tensor, values: Tensor, out: Tensor, log_sum_exp: Tensor
+    table: LeafTable,
+    query_rows: Tensor,
+    key_rows: Tensor,
+    values: Tensor,
+    gate_query: Tensor | None,
+    gate_key: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
 ) -> None:
-    """As :func:`path_attention.ops.kernels.dense.dense_forward`, without gates."""
+    """As :func:`path_attention.ops.kernels.dense.dense_forward`."""
     if table.num_levels == 0:
         return
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
@@ -76,6 +88,8 @@ def dense_forward(
         t_query_rows=_descriptor(query_rows, LEAF, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
+        t_gate_query=None if gate_query is None else _number_descriptor(gate_query, PAIR),
+        t_gate_key=None if gate_key is None else _number_descriptor(gate_key, PAIR),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
         **table.arguments,
@@ -96,20 +110,24 @@ def dense_forward(
     )
 
 
-def _output_rows(table: LeafTable, log_sum_exp: Tensor, delta: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """(HQ, row_slots, 64) of both, as output_rows_kernel says."""
+def _output_rows(
+    table: LeafTable, log_sum_exp: Tensor, delta: Tensor, factor: Tensor, gate_query: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both head by head, as output_rows_kernel says."""
     query_heads = log_sum_exp.shape[1]
-    log_sum_exp_rows, delta_rows = (
-        torch.empty(query_heads, table.row_slots, LEAF, dtype=torch.float32, device=delta.device) for _ in range(2)
-    )
+    delta_rows = torch.empty(query_heads, table.row_slots, LEAF, dtype=torch.float32, device=delta.device)
+    log_sum_exp_rows = torch.empty_like(delta_rows if gate_query is None else gate_query)
     output_rows_kernel[(table.num_leaves, triton.cdiv(query_heads, HEADS))](
         p_log_sum_exp=log_sum_exp,
         p_delta=delta,
         p_factor=factor,
+        p_gate_query=gate_query,
         p_log_sum_exp_rows=log_sum_exp_rows,
         p_delta_rows=delta_rows,
         **table.arguments,
         HQ=query_heads,
+        num_levels=table.num_levels,
+        query_slots=table.query_slots,
         row_slots=table.row_slots,
         BLOCK_HEADS=HEADS,
         num_warps=4,
@@ -122,6 +140,8 @@ def dense_backward(
     query_rows: Tensor,
     key_rows: Tensor,
     values: Tensor,
+    gate_query: Tensor | None,
+    gate_key: Tensor | None,
     d_out: Tensor,
     log_sum_exp: Tensor,
     delta: Tensor,
@@ -129,22 +149,29 @@ def dense_backward(
     d_query_rows: Tensor,
     d_key_rows: Tensor,
     d_values: Tensor,
+    gate: Tensor | None,
 ) -> None:
-    """Write d_query_rows, like query_rows in float32, d_key_rows, like key_rows in the dtype of values, and d_values
-    (T, H, DV) float32, summed over the levels; all times factor (1,).
+    """Write d_query_rows, like query_rows in float32, d_key_rows, like key_rows in
+    bfloat16 or float32, and d_values
+    (T, H, DV) float32, summed over the levels; all times factor (1,). With gates also gate (T, HQ) float32, row sums
+    less column sums of dS over all levels, without the factor.
 
     d_out is (T, HQ, DV); log_sum_exp, of the whole attention, and delta = rowsum(d_out * out) are (T, HQ) float32.
     """
     if table.num_levels == 0:
         d_values.zero_()
+        if gate is not None:
+            gate.zero_()
         return
-    log_sum_exp_rows, delta_rows = _output_rows(table, log_sum_exp, delta, factor)
+    log_sum_exp_rows, delta_rows = _output_rows(table, log_sum_exp, delta, factor, gate_query)
+    gate_rows = None if gate is None else torch.empty_like(delta_rows)
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
     options = _OPTIONS[dim]
     lowest_level_backward_kernel[(table.num_leaves * heads,)](
         p_query_rows=query_rows,
         p_key_rows=key_rows,
         p_values=values,
+        p_gate_key=gate_key,
         p_d_out=d_out,
         p_log_sum_exp_rows=log_sum_exp_rows,
         p_delta_rows=delta_rows,
@@ -152,7 +179,10 @@ def dense_backward(
         p_d_query_rows=d_query_rows,
         p_d_key_rows=d_key_rows,
         p_d_values=d_values,
-        num_leaves=table.num_leaves,
+        p_gate=gate_rows,
+        num_levels=table.num_levels,
+        query_slots=table.query_slots,
+        key_slots=table.key_slots,
         row_slots=table.row_slots,
         H=heads,
         GROUP=query_heads // heads,
@@ -161,26 +191,64 @@ def dense_backward(
         num_warps=options.lowest_warps,
         num_stages=1,
     )
-    if table.num_levels < 2:
-        return
-    d_query_rows[1:].zero_()  # programs add to them
+    if table.num_levels > 1:
+        d_query_rows[1:].zero_()  # programs add to them
+        _upper_levels_backward(
+            table, query_rows, key_rows, values, gate_key, d_out, log_sum_exp_rows, delta_rows, d_query_rows,
+            d_key_rows, d_values, gate_rows
+        )  # fmt: skip
+    if gate is not None:
+        token_rows_kernel[(table.num_leaves, triton.cdiv(query_heads, HEADS))](
+            p_rows=gate_rows,
+            p_factor=factor,
+            p_out=gate,
+            **table.arguments,
+            HQ=query_heads,
+            row_slots=table.row_slots,
+            BLOCK_HEADS=HEADS,
+            num_warps=4,
+        )
+
+
+def _upper_levels_backward(
+    table: LeafTable,
+    query_rows: Tensor,
+    key_rows: Tensor,
+    values: Tensor,
+    gate_key: Tensor | None,
+    d_out: Tensor,
+    log_sum_exp_rows: Tensor,
+    delta_rows: Tensor,
+    d_query_rows: Tensor,
+    d_key_rows: Tensor,
+    d_values: Tensor,
+    gate_rows: Tensor | None,
+) -> None:
+    """Levels from 1 on: d_key_rows there, and what is added to the others."""
+    query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
+    options = _OPTIONS[dim]
     turns, groups = _turns(table, heads)
+    is_float32 = d_key_rows.dtype == torch.float32
     dense_backward_kernel[(turns * groups,)](
         t_query_rows=_descriptor(query_rows, options.rows, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
         t_d_out=_descriptor(d_out, options.rows, dim),
-        t_log_sum_exp=_descriptor(log_sum_exp_rows.flatten(1)[:, None], 1, options.rows, swizzled=False),
-        t_delta=_descriptor(delta_rows.flatten(1)[:, None], 1, options.rows, swizzled=False),
+        t_log_sum_exp=_number_descriptor(log_sum_exp_rows, options.rows),
+        t_delta=_number_descriptor(delta_rows, options.rows),
         t_d_query_rows=_descriptor(d_query_rows, 64, 64),
-        t_d_key_rows=_descriptor(d_key_rows, LEAF, dim),
+        t_d_key_rows=None if is_float32 else _descriptor(d_key_rows, LEAF, dim),
         t_d_values=_descriptor(d_values, LEAF, dim),
+        p_d_key_rows=d_key_rows if is_float32 else None,
+        p_gate_key=gate_key,
+        p_gate=gate_rows,
         **table.arguments,
         num_turns=turns,
         num_groups=groups,
         num_levels=table.num_levels,
         query_slots=table.query_slots,
         key_slots=table.key_slots,
+        row_slots=table.row_slots,
         H=heads,
         GROUP=query_heads // heads,
         ROWS=options.rows,

@@ -10,8 +10,9 @@ the right siblings' queries in tiles of ROWS:
 dV stays in registers over all levels and query heads, dK over one level, whose keys a second buffer lets the producer
 fetch ahead; a tile's share of dQ is added to float32 memory by the copy engine. All gradients carry the power of two
 that log_sum_exp is shifted by, so that dS is an operand in float16. Rows that no token stands at have a log_sum_exp of
-plus infinity: no tile needs a mask. Level 0 is a kernel of its own (dense_kernels.py): in this one it would cost
-registers that the loop does not have.
+plus infinity: no tile needs a mask. With gates that number is another one at every level, less the row's gate there;
+sums of dS over queries stay in registers, those over keys are a product with ones. Level 0 is a kernel of its own
+(dense_kernels.py): in this one it would cost registers that the loop does not have.
 """
 
 from triton._C.libtriton import ir
@@ -26,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E, PAIR, _advance, within
+from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E, PAIR, _advance, gates_of_head, within
 from path_attention.ops.kernels.tiles import COUNTS
 
 
@@ -70,7 +71,7 @@ def _produce(
     t_query_rows, t_key_rows, t_values, t_d_out, t_log_sum_exp, t_delta, s_k, s_v, s_q, s_do, s_lse, s_delta, k_full,
     k_empty, v_full, q_full, q_empty, do_full, do_empty, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base,
     i_head, num_levels, query_slots, key_slots, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, STAGES: gl.constexpr
+    DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     mbarrier.expect(v_full, PAIR * DV * 2)
     tma.async_copy_global_to_shared(t_values, [i_row, i_head * DV], v_full, s_v)
@@ -102,8 +103,9 @@ def _produce(
                     q_full.index(i_stage),
                     s_q.index(i_stage),
                 )
+                i_lse = i_query_row + i_tile * ROWS if GATED else i_number
                 tma.async_copy_global_to_shared(
-                    t_log_sum_exp, [i_query_head, i_number], q_full.index(i_stage), s_lse.index(i_stage)
+                    t_log_sum_exp, [i_query_head, i_lse], q_full.index(i_stage), s_lse.index(i_stage)
                 )
                 mbarrier.wait(do_empty.index(i_stage), s_phase)
                 mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2 + ROWS * 4)
@@ -118,40 +120,66 @@ def _produce(
 
 @gluon.jit
 def _step(
-    b_dk, b_dv, b_k, b_v, s_k, s_q, s_do, s_lse, s_delta, s_ds, s_dq, q_full, q_empty, do_full, do_empty, ds_full,
-    t_d_query_rows, i_d_row, i_d_column, s_phase, s_ds_phase, C: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr
+    b_dk, b_dv, b_column, b_k, b_v, s_k, s_q, s_do, s_lse, s_delta, s_ds, s_dq, s_ones, q_full, q_empty, do_full,
+    do_empty, ds_full, t_d_query_rows, i_d_row, i_d_column, p_gate_key, p_gate, s_phase, s_ds_phase, C: gl.constexpr,
+    ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """One tile of queries. The products are issued ahead of the arithmetic that does not need them."""
+    """One tile of queries. The products are issued ahead of the arithmetic that does not need them.
+
+    p_gate_key: the gates of this group's keys; p_gate: where sums of dS over keys are added for this group's queries.
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     b_zero = gl.full([LEAF, ROWS], 0.0, gl.float32, S)
+    o_leaf = gl.arange(0, LEAF, gl.SliceLayout(1, S))
+    if GATED:
+        b_gate = gl.load(p_gate_key + o_leaf)
     mbarrier.wait(q_full, s_phase)
     t_s = warpgroup_mma(b_k, s_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(do_full, s_phase)
     t_dp = warpgroup_mma(b_v, s_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_lse = s_lse.load(S)
     b_s = warpgroup_mma_wait(1, (t_s,))
+    if GATED:
+        b_s += b_gate[:, None]
     b_p = gl.exp2(b_s * LOG2_E - b_lse)
     b_weights = gl.convert_layout(b_p.to(s_do.dtype), gl.DotOperandLayout(0, V, 2))
     t_dv = warpgroup_mma(b_weights, s_do, b_dv, is_async=True)
     b_dp = warpgroup_mma_wait(1, (t_dp,))
     b_delta = s_delta.load(S)
-    b_ds = (b_p * (b_dp - b_delta)).to(s_q.dtype)
+    b_ds = b_p * (b_dp - b_delta)
+    if GATED:
+        b_column += gl.sum(b_ds, 1)
+    b_ds = b_ds.to(s_q.dtype)
     # Two buffers: whoever is a tile ahead writes to the one that no product still reads.
     s_ds.slice(C * LEAF, LEAF, 0).store(b_ds)
     fence_async_shared()
     mbarrier.arrive(ds_full, count=1)
     b_ds_operand = gl.convert_layout(b_ds, gl.DotOperandLayout(0, K, 2))
     mbarrier.wait(ds_full, s_ds_phase)
+    if GATED:
+        R: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+        t_row = gl.full([LEAF, 8], 0.0, gl.float32, R)
+        if ROWS == 64:  # all rows, of this group's keys
+            t_row = warpgroup_mma(s_ds.slice(C * LEAF, LEAF, 0).permute((1, 0)), s_ones, t_row, is_async=True)
+        else:  # 64 of the rows, of all keys
+            s_rows = s_ds.slice(C * LEAF, LEAF, 1)
+            t_row = warpgroup_mma(s_rows.slice(0, LEAF, 0).permute((1, 0)), s_ones, t_row, is_async=True)
+            t_row = warpgroup_mma(s_rows.slice(LEAF, LEAF, 0).permute((1, 0)), s_ones, t_row, is_async=True)
     b_zero = gl.full([LEAF, 64], 0.0, gl.float32, Q)
     if ROWS == 64:  # 128 columns of dQ: half of them for each consumer
         t_dq = warpgroup_mma(s_ds.permute((1, 0)), s_k.slice(C * 64, 64, 1), b_zero, use_acc=False, is_async=True)
     else:  # 128 rows
         t_dq = warpgroup_mma(s_ds.slice(C * 64, 64, 1).permute((1, 0)), s_k, b_zero, use_acc=False, is_async=True)
-    b_dv, _ = warpgroup_mma_wait(1, (t_dv, b_weights))
+    if GATED:
+        b_dv, b_row, _ = warpgroup_mma_wait(1, (t_dv, t_row, b_weights))
+        # Eight equal columns: their sum is eight times one of them, exactly.
+        o_row = gl.arange(0, LEAF, gl.SliceLayout(1, R))
+        gl.atomic_add(p_gate + o_row, gl.sum(b_row, 1) * 0.125, sem="relaxed")
+    else:
+        b_dv, _ = warpgroup_mma_wait(1, (t_dv, b_weights))
     mbarrier.arrive(do_empty, count=1)
     t_dk = warpgroup_mma(b_ds_operand, s_q, b_dk, is_async=True)
     b_dq = warpgroup_mma_wait(1, (t_dq,))
@@ -161,19 +189,21 @@ def _step(
     tma_reduce_add(t_d_query_rows, [i_d_row, i_d_column], s_dq)
     b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
     mbarrier.arrive(q_empty, count=1)
-    return b_dk, b_dv
+    return b_dk, b_dv, b_column
 
 
 @gluon.jit
 def _consume(
-    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds, s_dq, k_full,
-    k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index, s_count, i_query_base,
-    i_key_base, i_head, num_levels, query_slots, key_slots, C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
+    t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do, s_lse, s_delta,
+    s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
+    s_count, i_query_base, i_key_base, i_row_base, i_head, H, num_levels, query_slots, key_slots, row_slots,
+    C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr
 ):  # fmt: skip
     """Keys of leaf C of the pair."""
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    KEY: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16]))
     b_dv = gl.full([LEAF, DV], 0.0, gl.float32, V)
     mbarrier.wait(v_full, 0)
     b_v = s_v.slice(C * LEAF, LEAF, 0)
@@ -190,31 +220,54 @@ def _consume(
             mbarrier.wait(k_full.index(i_k), s_k_phase)
             s_keys = s_k.index(i_k)
             b_k = s_keys.slice(C * LEAF, LEAF, 0)
+            i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
             b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
+            b_column = gl.full([LEAF], 0.0, gl.float32, KEY)
             for i in range(s_tiles * GROUP):
                 i_group = i // s_tiles
-                i_d_row = i_query_row + (i - i_group * s_tiles) * ROWS
-                i_d_column = (i_head * GROUP + i_group) * D
+                i_tile_row = (i - i_group * s_tiles) * ROWS
+                i_query_head = i_head * GROUP + i_group
+                i_d_row = i_query_row + i_tile_row
+                i_d_column = i_query_head * D
                 if ROWS == 64:
                     i_d_column += C * 64
                 else:
                     i_d_row += C * 64
-                b_dk, b_dv = _step(
-                    b_dk, b_dv, b_k, b_v, s_keys, s_q.index(i_stage), s_do.index(i_stage), s_lse.index(i_stage),
-                    s_delta.index(i_stage), s_ds.index(s_steps & 1), s_dq.index(C), q_full.index(i_stage),
-                    q_empty.index(i_stage), do_full.index(i_stage), do_empty.index(i_stage), ds_full, t_d_query_rows,
-                    i_d_row, i_d_column, s_phase, s_steps & 1, C, ROWS, D, DV
+                    i_tile_row += C * 64
+                p_gates_of_keys = p_gate_key
+                p_gate_of_head = p_gate
+                p_gate_of_tile = p_gate
+                if GATED:
+                    p_gates_of_keys += gates_of_head(i_query_head, num_levels, key_slots) + i_key_row
+                    p_gate_of_head += gates_of_head(i_query_head, 1, row_slots) + i_row_base * LEAF
+                    p_gate_of_tile = p_gate_of_head + i_first * LEAF + i_tile_row
+                b_dk, b_dv, b_column = _step(
+                    b_dk, b_dv, b_column, b_k, b_v, s_keys, s_q.index(i_stage), s_do.index(i_stage),
+                    s_lse.index(i_stage), s_delta.index(i_stage), s_ds.index(s_steps & 1), s_dq.index(C), s_ones,
+                    q_full.index(i_stage), q_empty.index(i_stage), do_full.index(i_stage), do_empty.index(i_stage),
+                    ds_full, t_d_query_rows, i_d_row, i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase,
+                    s_steps & 1, C, ROWS, D, DV, GATED
                 )  # fmt: skip
+                if GATED:  # noqa: SIM102  known to the compiler, the other condition is not
+                    if i == (i_group + 1) * s_tiles - 1:  # the last tile of a query head
+                        o_key = (i_index + C) * LEAF + gl.arange(0, LEAF, KEY)
+                        gl.atomic_add(p_gate_of_head + o_key, -b_column, sem="relaxed")
+                        b_column = b_column * 0.0
                 s_steps += 1
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
             mbarrier.arrive(k_empty.index(i_k), count=1)
             i_k, s_k_phase = _advance(i_k, s_k_phase, 2)
-            tma.store_wait(0)
-            s_dk = s_dq.index(C)._reinterpret(t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
-            s_dk.store(b_dk.to(t_d_key_rows.dtype))
-            fence_async_shared()
-            i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
-            tma.async_copy_shared_to_global(t_d_key_rows, [i_key_row, i_head * D], s_dk)
+            if p_d_key_rows is None:
+                tma.store_wait(0)
+                s_dk = s_dq.index(C)._reinterpret(t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
+                s_dk.store(b_dk.to(t_d_key_rows.dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(t_d_key_rows, [i_key_row, i_head * D], s_dk)
+            else:
+                p_rows = p_d_key_rows + (gl.cast(i_key_row, gl.int64) * H + i_head) * D
+                o_row = gl.arange(0, LEAF, gl.SliceLayout(1, K))[:, None]
+                o_column = gl.arange(0, D, gl.SliceLayout(0, K))[None, :]
+                gl.store(p_rows + (o_row * (H * D) + o_column), b_dk)
     mbarrier.arrive(done, count=1)
     mbarrier.wait(done, 0)  # the other consumer may still read the last queries
     s_tiles_read = s_q if C == 0 else s_do
@@ -231,11 +284,14 @@ def dense_backward_kernel(
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
     t_d_out,  # descriptor of (T, HQ * DV) in tiles of ROWS
-    t_log_sum_exp,  # descriptor of (HQ, row_slots * 64) in tiles of ROWS: float32, base 2, shifted by the factor
-    t_delta,  # likewise
+    t_log_sum_exp,  # descriptor of (HQ, row_slots * 64), with gates (HQ, levels * query_slots * 64): output_rows_kernel
+    t_delta,  # descriptor of (HQ, row_slots * 64); both float32 in tiles of ROWS
     t_d_query_rows,  # descriptor of float32 zeros like the query rows in tiles of 64 x 64
-    t_d_key_rows,  # descriptor of out (levels * key_slots * 64, H * D) in tiles of a leaf
+    t_d_key_rows,  # descriptor of out (levels * key_slots * 64, H * D) in tiles of a leaf, in half precision; or None
     t_d_values,  # descriptor of (T, H * DV) float32 in tiles of a leaf: added to
+    p_d_key_rows,  # out (levels, key_slots, 64, H, D) float32 or None: a tile has no room for its rows
+    p_gate_key,  # (HQ, levels, key_slots, 64) float32; None without gates
+    p_gate,  # (HQ, row_slots, 64) float32 or None: row sums less column sums of dS are added to it
     p_table,
     table_leaves,
     table_length,
@@ -246,6 +302,7 @@ def dense_backward_kernel(
     num_levels,
     query_slots,
     key_slots,
+    row_slots,
     H,
     GROUP: gl.constexpr,
     ROWS: gl.constexpr,
@@ -279,6 +336,13 @@ def dense_backward_kernel(
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_delta.layout)
     s_ds = gl.allocate_shared_memory(t_query_rows.dtype, [2, PAIR, ROWS], DS)
     s_dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], t_d_query_rows.layout)
+    GATED: gl.constexpr = p_gate is not None
+    s_ones = s_ds
+    if GATED:
+        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, LEAF], t_query_rows.dtype)
+        s_eight = gl.allocate_shared_memory(t_query_rows.dtype, [8, LEAF], ONES)
+        s_eight.store(gl.full([8, LEAF], 1.0, t_query_rows.dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
+        s_ones = s_eight.permute((1, 0))
     k_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
@@ -309,25 +373,25 @@ def dense_backward_kernel(
                     t_query_rows, t_key_rows, t_values, t_d_out, t_log_sum_exp, t_delta, s_k, s_v, s_q, s_do, s_lse,
                     s_delta, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, i_row, i_index, s_count,
                     i_query_base, i_key_base, i_row_base, i_head, num_levels, query_slots, key_slots, GROUP, ROWS,
-                    D, DV, STAGES
+                    D, DV, STAGES, GATED
                 ),
             ),
             (
                 _consume,
                 (
-                    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds,
-                    s_dq, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
-                    s_count, i_query_base, i_key_base, i_head, num_levels, query_slots, key_slots, 0, GROUP, ROWS,
-                    D, DV, STAGES
+                    t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do,
+                    s_lse, s_delta, s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty,
+                    ds_full, done, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base, i_head, H,
+                    num_levels, query_slots, key_slots, row_slots, 0, GROUP, ROWS, D, DV, STAGES, GATED
                 ),
             ),
             (
                 _consume,
                 (
-                    t_d_query_rows, t_d_key_rows, t_d_values, s_k, s_v, s_q, s_do, s_lse, s_delta, s_ds,
-                    s_dq, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
-                    s_count, i_query_base, i_key_base, i_head, num_levels, query_slots, key_slots, 1, GROUP, ROWS,
-                    D, DV, STAGES
+                    t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do,
+                    s_lse, s_delta, s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty,
+                    ds_full, done, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base, i_head, H,
+                    num_levels, query_slots, key_slots, row_slots, 1, GROUP, ROWS, D, DV, STAGES, GATED
                 ),
             ),
         ],

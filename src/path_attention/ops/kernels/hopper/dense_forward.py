@@ -4,6 +4,7 @@ A program has one pair of leaves, 128 rows, and one query head. A producer warp 
 the pair's queries at each level and tiles of 128 keys and values; two consumer warp groups, a leaf of 64 rows each,
 compute. From level 1 on both leaves have the same left siblings, complete ones, so no tile needs a mask. Level 0, where
 the right leaf of the pair meets the left one, is a step of its own for the right leaf's group, ahead of the others.
+Gates come with their rows: a row's is taken off its maximum, a key's is added to its logits.
 
 Order of work in a consumer, for tile i: the logits Q K_i^T and the product P_{i-1} V_{i-1} are issued together, the
 softmax of tile i runs under the latter. The wait for the next keys stands between softmax and the wait for the product:
@@ -32,6 +33,12 @@ PAIR = gl.constexpr(128)  # rows of a program, and of a tile of keys
 def within(i_leaf, level):
     """``within`` of tiles.py."""
     return ((i_leaf >> (level + 1)) << level) | (i_leaf & ((1 << level) - 1))
+
+
+@gluon.jit
+def gates_of_head(i_query_head, num_levels, slots):
+    """``gates_of_head`` of tiles.py."""
+    return gl.cast(i_query_head, gl.int64) * (num_levels * slots * LEAF)
 
 
 @gluon.jit
@@ -66,26 +73,32 @@ def _advance(i_stage, s_phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    t_query_rows, t_key_rows, t_values, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    i_row, i_index, has_right, i_query_base, i_key_base, i_query_column, i_key_column, i_value_column, num_levels,
-    query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr
+    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty,
+    k_full, k_empty, v_full, v_empty, i_row, i_index, has_right, i_query_base, i_key_base, i_query_head, i_head,
+    num_levels, query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Queries of every level that the pair has a left sibling at, lowest first, and that sibling's keys and values."""
     i_stage = has_right
     s_phase = 1
     i_q = has_right
     s_q_phase = 1
+    GATES: gl.constexpr = PAIR * 4 if GATED else 0  # bytes that come with a tile
+    i_query_column = i_query_head * D
+    i_key_column = i_head * D
+    i_value_column = i_head * DV
     if has_right == 1:
-        # Whole tiles, of which the left leaf's rows count.
-        i_half = i_index // 2
-        mbarrier.expect(q_full.index(0), LEAF * D * 2)
-        tma.async_copy_global_to_shared(
-            t_query_rows, [(i_query_base + i_half) * LEAF, i_query_column], q_full.index(0), s_q.index(1)
-        )
-        mbarrier.expect(k_full.index(0), PAIR * D * 2)
-        tma.async_copy_global_to_shared(
-            t_key_rows, [(i_key_base + i_half) * LEAF, i_key_column], k_full.index(0), s_k.index(0)
-        )
+        # Whole tiles, of which the first leaf's rows count.
+        i_query_row = (i_query_base + i_index // 2) * LEAF
+        i_key_row = (i_key_base + i_index // 2) * LEAF
+        mbarrier.expect(q_full.index(0), LEAF * D * 2 + GATES)
+        tma.async_copy_global_to_shared(t_query_rows, [i_query_row, i_query_column], q_full.index(0), s_q.index(1))
+        mbarrier.expect(k_full.index(0), PAIR * D * 2 + GATES)
+        tma.async_copy_global_to_shared(t_key_rows, [i_key_row, i_key_column], k_full.index(0), s_k.index(0))
+        if GATED:
+            tma.async_copy_global_to_shared(
+                t_gate_query, [i_query_head, i_query_row], q_full.index(0), s_gate_q.index(0)
+            )
+            tma.async_copy_global_to_shared(t_gate_key, [i_query_head, i_key_row], k_full.index(0), s_gate_k.index(0))
         mbarrier.expect(v_full.index(0), PAIR * DV * 2)
         tma.async_copy_global_to_shared(t_values, [i_row, i_value_column], v_full.index(0), s_v.index(0))
     for level in range(1, num_levels):
@@ -93,22 +106,30 @@ def _produce(
             i_first = ((i_index >> level) - 1) << level
             i_query_row = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
             mbarrier.wait(q_empty.index(i_q), s_q_phase)
-            mbarrier.expect(q_full.index(i_q), PAIR * D * 2)
+            mbarrier.expect(q_full.index(i_q), PAIR * D * 2 + GATES)
             tma.async_copy_global_to_shared(
                 t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q)
             )
             tma.async_copy_global_to_shared(
                 t_query_rows, [i_query_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1)
             )
+            if GATED:
+                tma.async_copy_global_to_shared(
+                    t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(i_q)
+                )
             i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
             i_key_row = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
             i_value_row = i_row - (i_index - i_first) * LEAF
             for i in range(1 << (level - 1)):
                 mbarrier.wait(k_empty.index(i_stage), s_phase)
-                mbarrier.expect(k_full.index(i_stage), PAIR * D * 2)
+                mbarrier.expect(k_full.index(i_stage), PAIR * D * 2 + GATES)
                 tma.async_copy_global_to_shared(
                     t_key_rows, [i_key_row + i * PAIR, i_key_column], k_full.index(i_stage), s_k.index(i_stage)
                 )
+                if GATED:
+                    tma.async_copy_global_to_shared(
+                        t_gate_key, [i_query_head, i_key_row + i * PAIR], k_full.index(i_stage), s_gate_k.index(i_stage)
+                    )
                 mbarrier.wait(v_empty.index(i_stage), s_phase)
                 mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
                 tma.async_copy_global_to_shared(
@@ -118,18 +139,35 @@ def _produce(
 
 
 @gluon.jit
-def _softmax(b_s, b_max, b_sum):
+def _gated(
+    b_s, s_gate_q, i_q, FIRST: gl.constexpr, s_gate_k, i_k, KEYS: gl.constexpr, S: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """Logits, in layout S, with the gates of KEYS keys, and the gates of rows FIRST .. FIRST + 64."""
+    b_bias = gl.full([LEAF], 0.0, gl.float32, gl.SliceLayout(1, S))
+    if GATED:
+        b_s += s_gate_k.index(i_k).slice(0, KEYS, 1).load(S)
+        b_bias = gl.max(s_gate_q.index(i_q).slice(FIRST, LEAF, 1).permute((1, 0)).load(S), 1)  # of one column
+    return b_s, b_bias
+
+
+@gluon.jit
+def _softmax(b_s, b_bias, b_max, b_sum, GATED: gl.constexpr):
     """Weights of a tile of logits, what earlier sums are multiplied by, and the new maximum and sum; natural units."""
-    b_new = gl.maximum(b_max, gl.max(b_s, 1))
-    b_shift = b_new * LOG2_E
+    if GATED:
+        b_new = gl.maximum(b_max, gl.max(b_s, 1) + b_bias)
+        b_shift = (b_new - b_bias) * LOG2_E
+        b_decay = gl.exp2((b_max - b_new) * LOG2_E)
+    else:
+        b_new = gl.maximum(b_max, gl.max(b_s, 1))
+        b_shift = b_new * LOG2_E
+        b_decay = gl.exp2(b_max * LOG2_E - b_shift)
     b_p = gl.exp2(b_s * LOG2_E - b_shift[:, None])
-    b_decay = gl.exp2(b_max * LOG2_E - b_shift)
     return b_p, b_decay, b_new, b_sum * b_decay + gl.sum(b_p, 1)
 
 
 @gluon.jit
 def _attend_left_leaf(
-    b_max, b_sum, b_o, s_q, s_k, s_v, q_full, k_full, v_full, D: gl.constexpr, DV: gl.constexpr
+    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, k_full, v_full, DV: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Level 0: the pair's right leaf goes on over the left one's keys, the first rows of a tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEAF, 16])
@@ -139,7 +177,10 @@ def _attend_left_leaf(
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full, 0)
     b_s = warpgroup_mma(s_q, s_k.slice(0, LEAF, 0).permute((1, 0)), b_zero, use_acc=False)
-    b_p, b_decay, b_max, b_sum = _softmax(b_s, gl.convert_layout(b_max, ROW), gl.convert_layout(b_sum, ROW))
+    b_max = gl.convert_layout(b_max, ROW)
+    b_sum = gl.convert_layout(b_sum, ROW)
+    b_s, b_bias = _gated(b_s, s_gate_q, 0, 0, s_gate_k, 0, LEAF, S, GATED)
+    b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
     b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     b_weights = gl.convert_layout(b_p.to(s_v.dtype), gl.DotOperandLayout(0, O, 2))
     mbarrier.wait(v_full, 0)
@@ -149,8 +190,8 @@ def _attend_left_leaf(
 
 @gluon.jit
 def _attend_left_spans(
-    b_max, b_sum, b_o, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, i_first, s_tiles,
-    C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr
+    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    i_first, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on, which begin in stage and query buffer i_first."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
@@ -169,9 +210,10 @@ def _attend_left_spans(
     mbarrier.wait(q_full.index(i_q), 0)
     mbarrier.wait(k_full.index(i_stage), 0)
     b_s = warpgroup_mma(s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_zero, use_acc=False)
+    b_s, b_bias = _gated(b_s, s_gate_q, i_q, C * LEAF, s_gate_k, i_stage, PAIR, S, GATED)
     mbarrier.arrive(k_empty.index(i_stage), count=1)
     mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
-    b_p, b_decay, b_max, b_sum = _softmax(b_s, b_max, b_sum)
+    b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
     b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     b_weights = gl.convert_layout(b_p.to(dtype), P)
     i_v = i_stage
@@ -198,9 +240,10 @@ def _attend_left_spans(
             mbarrier.arrive(turn.index(1 - C), count=1)
             s_turn ^= 1
         b_s = warpgroup_mma_wait(1, (t_s,))
+        b_s, b_bias = _gated(b_s, s_gate_q, i_q, C * LEAF, s_gate_k, i_stage, PAIR, S, GATED)
         mbarrier.arrive(k_empty.index(i_stage), count=1)
         mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
-        b_p, b_decay, b_max, b_sum = _softmax(b_s, b_max, b_sum)
+        b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
         i_v_done = i_v
         i_v = i_stage
         s_v_phase = s_phase
@@ -217,9 +260,9 @@ def _attend_left_spans(
 
 @gluon.jit
 def _consume(
-    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, i_row, s_tokens,
-    has_right, s_tiles, i_query_head, s_query_heads, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr
+    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, C: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Rows of leaf C of the pair: go on from the leaf's own attention over the left leaf, if C is a right one, and
     s_tiles tiles of keys.
@@ -242,8 +285,8 @@ def _consume(
     if C == 1:
         if has_right == 1:
             b_low_max, b_low_sum, b_o = _attend_left_leaf(
-                b_max, b_sum, b_o, s_q.index(1), s_k.index(0), s_v.index(0), q_full.index(0), k_full.index(0),
-                v_full.index(0), D, DV
+                b_max, b_sum, b_o, s_q.index(1), s_k.index(0), s_v.index(0), s_gate_q, s_gate_k, q_full.index(0),
+                k_full.index(0), v_full.index(0), DV, GATED
             )  # fmt: skip
             b_max = gl.convert_layout(b_low_max, gl.SliceLayout(1, S))
             b_sum = gl.convert_layout(b_low_sum, gl.SliceLayout(1, S))
@@ -257,8 +300,8 @@ def _consume(
     mbarrier.arrive(v_empty.index(0), count=1, pred=has_right == 1)
     if s_tiles > 0:
         b_max, b_sum, b_o = _attend_left_spans(
-            b_max, b_sum, b_o, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, has_right,
-            s_tiles, C, D, DV, STAGES, TURNS
+            b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            turn, has_right, s_tiles, C, DV, STAGES, TURNS, GATED
         )  # fmt: skip
     b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
     gl.store(p_tile, gl.convert_layout(b_o.to(s_v.dtype), M), mask=m_out)
@@ -270,6 +313,8 @@ def dense_forward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
+    t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a pair; None without gates
+    t_gate_key,  # descriptor of (HQ, levels * key_slots * 64), likewise
     p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
     p_table,
@@ -311,6 +356,12 @@ def dense_forward_kernel(
     s_q = gl.allocate_shared_memory(t_query_rows.dtype, [4, LEAF, D], t_query_rows.layout)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
+    GATED: gl.constexpr = t_gate_key is not None
+    s_gate_q = s_q  # stand-ins, for partitions take no None
+    s_gate_k = s_k
+    if GATED:
+        s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, PAIR], t_gate_query.layout)
+        s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -336,23 +387,25 @@ def dense_forward_kernel(
             (
                 _produce,
                 (
-                    t_query_rows, t_key_rows, t_values, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, i_row, i_index, has_right, i_query_base, i_key_base, i_query_head * D, i_head * D,
-                    i_head * DV, num_levels, query_slots, key_slots, D, DV, STAGES
+                    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, i_row, i_index, has_right, i_query_base,
+                    i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES, GATED
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-                    i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 0, D, DV, STAGES, TURNS
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 0, DV, STAGES, TURNS,
+                    GATED
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-                    i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 1, D, DV, STAGES, TURNS
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 1, DV, STAGES, TURNS,
+                    GATED
                 ),
             ),
         ],
