@@ -11,7 +11,7 @@ dV stays in registers over all levels and query heads, dK over one level, whose 
 fetch ahead; a tile's share of dQ is added to float32 memory by the copy engine. All gradients carry the power of two
 that log_sum_exp is shifted by, so that dS is an operand in float16. Rows that no token stands at have a log_sum_exp of
 plus infinity: no tile needs a mask. With gates that number is another one at every level, less the row's gate there;
-sums of dS over queries stay in registers, those over keys are a product with ones. Level 0 is a kernel of its own
+sums of dS over queries and over keys are products with ones. Level 0 is a kernel of its own
 (dense_kernels.py): in this one it would cost registers that the loop does not have.
 """
 
@@ -90,10 +90,9 @@ def _produce(
             i_query_row = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
             i_out_row = i_row + (i_first - i_index) * LEAF
             s_tiles = (s_leaves * LEAF + ROWS - 1) // ROWS
-            for i in range(s_tiles * GROUP):
-                i_group = i // s_tiles
-                i_query_head = i_head * GROUP + i_group
-                i_tile = i - i_group * s_tiles
+            i_query_head = i_head * GROUP
+            i_tile = 0
+            for _ in range(s_tiles * GROUP):
                 i_number = (i_row_base + i_first) * LEAF + i_tile * ROWS
                 mbarrier.wait(q_empty.index(i_stage), s_phase)
                 mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 4)
@@ -116,6 +115,20 @@ def _produce(
                     t_delta, [i_query_head, i_number], do_full.index(i_stage), s_delta.index(i_stage)
                 )
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+                i_tile += 1
+                is_last = i_tile == s_tiles  # of a query head
+                i_query_head += gl.where(is_last, 1, 0)
+                i_tile = gl.where(is_last, 0, i_tile)
+
+
+# Registers of a product with eight columns, the fewest there are.
+EIGHT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+
+
+@gluon.jit
+def _add_sums(p_x, b_sums):
+    """A product with ones, (64, 8), to 64 numbers in memory: the sum of equal columns is eight times one, exactly."""
+    gl.atomic_add(p_x + gl.arange(0, LEAF, gl.SliceLayout(1, EIGHT)), gl.sum(b_sums, 1) * 0.125, sem="relaxed")
 
 
 @gluon.jit
@@ -133,9 +146,8 @@ def _step(
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     b_zero = gl.full([LEAF, ROWS], 0.0, gl.float32, S)
-    o_leaf = gl.arange(0, LEAF, gl.SliceLayout(1, S))
     if GATED:
-        b_gate = gl.load(p_gate_key + o_leaf)
+        b_gate = gl.load(p_gate_key + gl.arange(0, LEAF, gl.SliceLayout(1, S)))
     mbarrier.wait(q_full, s_phase)
     t_s = warpgroup_mma(b_k, s_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(do_full, s_phase)
@@ -149,10 +161,7 @@ def _step(
     t_dv = warpgroup_mma(b_weights, s_do, b_dv, is_async=True)
     b_dp = warpgroup_mma_wait(1, (t_dp,))
     b_delta = s_delta.load(S)
-    b_ds = b_p * (b_dp - b_delta)
-    if GATED:
-        b_column += gl.sum(b_ds, 1)
-    b_ds = b_ds.to(s_q.dtype)
+    b_ds = (b_p * (b_dp - b_delta)).to(s_q.dtype)
     # Two buffers: whoever is a tile ahead writes to the one that no product still reads.
     s_ds.slice(C * LEAF, LEAF, 0).store(b_ds)
     fence_async_shared()
@@ -160,14 +169,10 @@ def _step(
     b_ds_operand = gl.convert_layout(b_ds, gl.DotOperandLayout(0, K, 2))
     mbarrier.wait(ds_full, s_ds_phase)
     if GATED:
-        R: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-        t_row = gl.full([LEAF, 8], 0.0, gl.float32, R)
-        if ROWS == 64:  # all rows, of this group's keys
-            t_row = warpgroup_mma(s_ds.slice(C * LEAF, LEAF, 0).permute((1, 0)), s_ones, t_row, is_async=True)
-        else:  # 64 of the rows, of all keys
-            s_rows = s_ds.slice(C * LEAF, LEAF, 1)
-            t_row = warpgroup_mma(s_rows.slice(0, LEAF, 0).permute((1, 0)), s_ones, t_row, is_async=True)
-            t_row = warpgroup_mma(s_rows.slice(LEAF, LEAF, 0).permute((1, 0)), s_ones, t_row, is_async=True)
+        # All rows, of this group's keys, or 64 of the rows, of all keys.
+        s_terms = s_ds.slice(C * LEAF, LEAF, 0 if ROWS == 64 else 1)
+        b_none = gl.full([LEAF, 8], 0.0, gl.float32, EIGHT)
+        t_row = warpgroup_mma(s_terms.permute((1, 0)), s_ones, b_none, use_acc=False, is_async=True)
     b_zero = gl.full([LEAF, 64], 0.0, gl.float32, Q)
     if ROWS == 64:  # 128 columns of dQ: half of them for each consumer
         t_dq = warpgroup_mma(s_ds.permute((1, 0)), s_k.slice(C * 64, 64, 1), b_zero, use_acc=False, is_async=True)
@@ -175,19 +180,24 @@ def _step(
         t_dq = warpgroup_mma(s_ds.slice(C * 64, 64, 1).permute((1, 0)), s_k, b_zero, use_acc=False, is_async=True)
     if GATED:
         b_dv, b_row, _ = warpgroup_mma_wait(1, (t_dv, t_row, b_weights))
-        # Eight equal columns: their sum is eight times one of them, exactly.
-        o_row = gl.arange(0, LEAF, gl.SliceLayout(1, R))
-        gl.atomic_add(p_gate + o_row, gl.sum(b_row, 1) * 0.125, sem="relaxed")
+        mbarrier.arrive(do_empty, count=1)
+        t_column = warpgroup_mma(b_ds_operand, s_ones, b_column, is_async=True)
+        t_dk = warpgroup_mma(b_ds_operand, s_q, b_dk, is_async=True)
+        _add_sums(p_gate, b_row)
+        b_dq = warpgroup_mma_wait(2, (t_dq,))
     else:
         b_dv, _ = warpgroup_mma_wait(1, (t_dv, b_weights))
-    mbarrier.arrive(do_empty, count=1)
-    t_dk = warpgroup_mma(b_ds_operand, s_q, b_dk, is_async=True)
-    b_dq = warpgroup_mma_wait(1, (t_dq,))
+        mbarrier.arrive(do_empty, count=1)
+        t_dk = warpgroup_mma(b_ds_operand, s_q, b_dk, is_async=True)
+        b_dq = warpgroup_mma_wait(1, (t_dq,))
     tma.store_wait(0)
     s_dq.store(b_dq)
     fence_async_shared()
     tma_reduce_add(t_d_query_rows, [i_d_row, i_d_column], s_dq)
-    b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
+    if GATED:
+        b_dk, b_column, _ = warpgroup_mma_wait(0, (t_dk, t_column, b_ds_operand))
+    else:
+        b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
     mbarrier.arrive(q_empty, count=1)
     return b_dk, b_dv, b_column
 
@@ -203,7 +213,6 @@ def _consume(
     """Keys of leaf C of the pair."""
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    KEY: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16]))
     b_dv = gl.full([LEAF, DV], 0.0, gl.float32, V)
     mbarrier.wait(v_full, 0)
     b_v = s_v.slice(C * LEAF, LEAF, 0)
@@ -222,25 +231,25 @@ def _consume(
             b_k = s_keys.slice(C * LEAF, LEAF, 0)
             i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
             b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
-            b_column = gl.full([LEAF], 0.0, gl.float32, KEY)
-            for i in range(s_tiles * GROUP):
-                i_group = i // s_tiles
-                i_tile_row = (i - i_group * s_tiles) * ROWS
-                i_query_head = i_head * GROUP + i_group
+            b_column = gl.full([LEAF, 8], 0.0, gl.float32, EIGHT)
+            i_query_head = i_head * GROUP
+            i_tile_row = 0
+            for _ in range(s_tiles * GROUP):
+                i_row_of_all = i_tile_row
                 i_d_row = i_query_row + i_tile_row
                 i_d_column = i_query_head * D
                 if ROWS == 64:
                     i_d_column += C * 64
                 else:
                     i_d_row += C * 64
-                    i_tile_row += C * 64
+                    i_row_of_all += C * 64
                 p_gates_of_keys = p_gate_key
                 p_gate_of_head = p_gate
                 p_gate_of_tile = p_gate
                 if GATED:
                     p_gates_of_keys += gates_of_head(i_query_head, num_levels, key_slots) + i_key_row
                     p_gate_of_head += gates_of_head(i_query_head, 1, row_slots) + i_row_base * LEAF
-                    p_gate_of_tile = p_gate_of_head + i_first * LEAF + i_tile_row
+                    p_gate_of_tile = p_gate_of_head + i_first * LEAF + i_row_of_all
                 b_dk, b_dv, b_column = _step(
                     b_dk, b_dv, b_column, b_k, b_v, s_keys, s_q.index(i_stage), s_do.index(i_stage),
                     s_lse.index(i_stage), s_delta.index(i_stage), s_ds.index(s_steps & 1), s_dq.index(C), s_ones,
@@ -248,11 +257,14 @@ def _consume(
                     ds_full, t_d_query_rows, i_d_row, i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase,
                     s_steps & 1, C, ROWS, D, DV, GATED
                 )  # fmt: skip
+                i_tile_row += ROWS
+                is_last = i_tile_row == s_tiles * ROWS  # of a query head
                 if GATED:  # noqa: SIM102  known to the compiler, the other condition is not
-                    if i == (i_group + 1) * s_tiles - 1:  # the last tile of a query head
-                        o_key = (i_index + C) * LEAF + gl.arange(0, LEAF, KEY)
-                        gl.atomic_add(p_gate_of_head + o_key, -b_column, sem="relaxed")
+                    if is_last:
+                        _add_sums(p_gate_of_head + (i_index + C) * LEAF, -b_column)
                         b_column = b_column * 0.0
+                i_query_head += gl.where(is_last, 1, 0)
+                i_tile_row = gl.where(is_last, 0, i_tile_row)
                 s_steps += 1
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
             mbarrier.arrive(k_empty.index(i_k), count=1)
@@ -339,9 +351,9 @@ def dense_backward_kernel(
     GATED: gl.constexpr = p_gate is not None
     s_ones = s_ds
     if GATED:
-        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, LEAF], t_query_rows.dtype)
-        s_eight = gl.allocate_shared_memory(t_query_rows.dtype, [8, LEAF], ONES)
-        s_eight.store(gl.full([8, LEAF], 1.0, t_query_rows.dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
+        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, ROWS], t_query_rows.dtype)
+        s_eight = gl.allocate_shared_memory(t_query_rows.dtype, [8, ROWS], ONES)
+        s_eight.store(gl.full([8, ROWS], 1.0, t_query_rows.dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
         s_ones = s_eight.permute((1, 0))
     k_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
