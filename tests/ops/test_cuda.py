@@ -164,15 +164,27 @@ def test_inputs_that_start_anywhere() -> None:
 
 
 @pytest.mark.parametrize("bounds", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
 @pytest.mark.parametrize("case", TRITON_ONLY, ids=str)
-def test_fused_kernel_alone(case: dict, bounds: str) -> None:
+def test_fused_kernels_alone(case: dict, backend: str, bounds: str) -> None:
     if bounds == "cuda" and "ends" not in case:
         pytest.skip("no boundaries")
     inputs, cu_seqlens = case_inputs(case)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(bounds)
     assert unsupported_reason("triton", *inputs, cu_seqlens=cu_seqlens) is None
     assert unsupported_reason("sdpa", *inputs, cu_seqlens=cu_seqlens) is not None
-    check(inputs, cu_seqlens)
+    if (reason := unsupported_reason(backend, *inputs, cu_seqlens=cu_seqlens)) is not None:
+        pytest.skip(reason)
+    check(inputs, cu_seqlens, backend)
+
+
+@pytest.mark.parametrize("beta", ["uniform", "2"])
+@pytest.mark.parametrize("case", [x for x in TRITON_ONLY if x["shape"][4] in (64, 128)], ids=str)
+def test_float16_on_hopper(case: dict, beta: str) -> None:
+    inputs, cu_seqlens = case_inputs({**case, "beta": beta}, torch.float16)
+    if (reason := unsupported_reason("hopper", *inputs, cu_seqlens=cu_seqlens)) is not None:
+        pytest.skip(reason)
+    check(inputs, cu_seqlens, "hopper")
 
 
 @pytest.mark.parametrize("case", LEAVES_IN_TORCH, ids=str)
