@@ -22,10 +22,17 @@ def everything_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "reason_against", lambda backend, *call: None)
 
 
-def chosen(backend: str, *, is_backward: bool) -> str:
-    inputs = make_inputs(Shape(64))
-    call = (inputs["q"], inputs["v"], inputs["w"][:, :, None], None, None)
-    return choose(backend, *call, is_backward=is_backward)
+def chosen(backend: str, *, is_backward: bool = False, dtype: torch.dtype = torch.bfloat16, gate: bool = False) -> str:
+    inputs = make_inputs(Shape(64), gated=gate)
+    q, v = inputs["q"].to(dtype), inputs["v"].to(dtype)
+    return choose(backend, q, v, inputs["w"][:, :, None], inputs.get("g"), None, is_backward=is_backward)
+
+
+@pytest.mark.parametrize("dtype, gate", [(torch.bfloat16, True), (torch.float16, False)])
+def test_hopper_is_taken_unnamed_for_what_has_run_on_a_gpu(dtype: torch.dtype, gate: bool) -> None:
+    assert chosen(AUTO) == "hopper"
+    assert chosen(AUTO, dtype=dtype, gate=gate) == "triton"
+    assert chosen("hopper", dtype=dtype, gate=gate) == "hopper"
 
 
 @pytest.mark.usefixtures("deterministic")
