@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from path_attention.benchmark import restart, scaling, training_scaling
+from path_attention.benchmark import restart, scaling, scaling_figure, training_scaling
 from path_attention.benchmark.scaling import run_scaling_benchmark, summary
 from path_attention.benchmark.training_scaling import run_training_scaling
 from path_attention.distributed.processes import Place, ProcessesFailed
@@ -104,6 +104,21 @@ def test_the_end_of_memory_is_found_by_two_numbers_of_heads() -> None:
     assert row["bytes_per_head"] == 10
     assert row["equivalent_length"] == 128 * 440  # of two heads
     assert [x["failed"] for x in row["tried"]] == ["out of memory"]
+
+
+def test_the_end_of_memory_is_drawn() -> None:
+    """A panel more where there are such rows: a bar for each number of devices, with its share of what is
+    proportional."""
+    times = {"median_ms": 1.0}
+    timed = {"kind": "time", "formula": "path", "ranks": 1, "length": 64, "peak_bytes": 2**30, "forward": times,
+             "forward_backward": times}  # fmt: skip
+    rows = [{"kind": "longest", "formula": "path", "ranks": n, "equivalent_length": x} for n, x in ((1, 10), (2, 15))]
+    options = {"dtype": "bfloat16", "heads": 2, "dim": 16, "per_device": 64}
+    result = {"rows": [timed, *rows], "options": options, "versions": {"torch": "2"}, "devices": ["GPU"]}
+    *_, end = scaling_figure.figure(result).axes
+    assert [bar.get_height() for bar in end.patches] == [10e-6, 15e-6]
+    assert [text.get_text().split()[-1] for text in end.texts] == ["(100%)", "(75%)"]
+    assert len(scaling_figure.figure(result | {"rows": [timed]}).axes) == 3
 
 
 def test_efficiency() -> None:

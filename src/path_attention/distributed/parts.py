@@ -10,9 +10,9 @@ from torch import Tensor
 
 from path_attention.distributed.pairs import Call
 
-# Numbers of a part's queries, B * L / n * heads * D, at most, unless one key head has more. A backward pass holds some
-# 33 times 2 bytes for each beside its inputs and results (11.1 GiB for 65,536 tokens of 32 x 64 on each of two H200s,
-# of which 3 were those): 4 GiB for a part. 32,768 tokens of 2,048 channels are one part and fill a GPU.
+# Numbers of a part's queries, B * L / n * heads * D, at most, unless one key head has more. A backward pass holds 6.6
+# GiB for one of several such parts beside the whole call's inputs and results, 4.3 for the only one; 8.1 were held for
+# two at once (docs/scaling.md). 32,768 tokens of 2,048 channels are one part and fill a GPU.
 PART = 2**26
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, w, beta, g
