@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from path_attention.benchmark import restart, scaling, training_scaling
+from path_attention.benchmark import restart, scaling, scaling_figure, training_scaling
 from path_attention.benchmark.scaling import run_scaling_benchmark, summary
 from path_attention.benchmark.training_scaling import run_training_scaling
 from path_attention.distributed.processes import Place, ProcessesFailed
@@ -50,7 +50,7 @@ def test_a_row_without_memory_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
     process.
     """
     rows = scaling.Rows({"rows": [], "machines": {"1": {"memory_bytes": 1000}}}, None)
-    options = scaling._options("cpu", [1], [64, 128, 256], 2, 16, False, 1)
+    options = scaling._options("cpu", [1], [64, 128, 256], 2, 16, None, False, 1)
     tried = []
 
     class NoTeam(scaling.Devices):
@@ -69,7 +69,7 @@ def test_a_row_without_memory_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
 
 def test_lengths_that_would_not_fit_are_left_out() -> None:
     rows = scaling.Rows({"rows": [], "machines": {"2": {"memory_bytes": 1000}}}, None)
-    options = scaling._options("cpu", [2], [64, 128], 2, 16, False, 1)
+    options = scaling._options("cpu", [2], [64, 128], 2, 16, None, False, 1)
     devices = scaling.Devices(2, options, rows)
     before = {"length": 64, "peak_bytes": 600, "forward_backward": {"median_ms": 10.0}}
     assert "GiB a device" in str(scaling._too_much(devices, 128, before))
@@ -79,8 +79,8 @@ def test_lengths_that_would_not_fit_are_left_out() -> None:
     assert scaling._too_much(devices, 128, before) == "would take about 100 s"
 
 
-def test_the_longest_sequence_is_found_by_two_short_ones() -> None:
-    """Memory of 100 bytes and 1 byte a token; of 10,000 a share of 0.97 does not fit, and 0.9 does."""
+def test_the_end_of_memory_is_found_by_two_numbers_of_heads() -> None:
+    """Memory of 100 bytes and 10 bytes a head; of 990 heads a share of 0.96 does not fit, and 0.9 does."""
     rows = scaling.Rows({"rows": [], "machines": {}}, None)
     tried: list[int] = []
 
@@ -88,20 +88,37 @@ def test_the_longest_sequence_is_found_by_two_short_ones() -> None:
         def run(self, function: Any, *arguments: Any) -> Any:
             if function is scaling.forget:
                 return 10_000
-            length = arguments[0].length
-            tried.append(length)
-            if length > 9500:
+            assert arguments[0].length == 128  # for each of two devices 64
+            heads = arguments[0].heads
+            tried.append(heads)
+            if heads > 910:
                 raise ProcessesFailed("rank 1: out of memory", out_of_memory=True)
-            return {"peak_bytes": 100 + length, "first_ms": 1.0}
+            return {"peak_bytes": 100 + 10 * heads, "first_ms": 1.0}
 
-    options = scaling._options("cpu", [2], [64], 2, 16, False, 1)
-    options = type(options)(**{**vars(options), "longest_heads": 8, "probes": (50, 100)})
+    options = scaling._options("cpu", [2], [32], 2, 16, 64, False, 1)
+    options = type(options)(**{**vars(options), "probes": (4, 8)})
     scaling._longest(Linear(2, options, rows), options, "path")
-    assert tried == [100, 100, 200, 200, 9600, 8800]
+    assert tried == [4, 4, 8, 8, 944, 880]
     (row,) = rows.result["rows"]
-    assert row["length"] == 8800
-    assert row["bytes_per_token"] == 1
+    assert row["heads"] == 880
+    assert row["bytes_per_head"] == 10
+    assert row["equivalent_length"] == 128 * 440  # of two heads
     assert [x["failed"] for x in row["tried"]] == ["out of memory"]
+
+
+def test_the_end_of_memory_is_drawn() -> None:
+    """A panel more where there are such rows: a bar for each number of devices, with its share of what is
+    proportional."""
+    times = {"median_ms": 1.0}
+    timed = {"kind": "time", "formula": "path", "ranks": 1, "length": 64, "peak_bytes": 2**30, "forward": times,
+             "forward_backward": times}  # fmt: skip
+    rows = [{"kind": "longest", "formula": "path", "ranks": n, "equivalent_length": x} for n, x in ((1, 10), (2, 15))]
+    options = {"dtype": "bfloat16", "heads": 2, "dim": 16, "per_device": 64}
+    result = {"rows": [timed, *rows], "options": options, "versions": {"torch": "2"}, "devices": ["GPU"]}
+    *_, end = scaling_figure.figure(result).axes
+    assert [bar.get_height() for bar in end.patches] == [10e-6, 15e-6]
+    assert [text.get_text().split()[-1] for text in end.texts] == ["(100%)", "(75%)"]
+    assert len(scaling_figure.figure(result | {"rows": [timed]}).axes) == 3
 
 
 def test_efficiency() -> None:

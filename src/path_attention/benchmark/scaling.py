@@ -1,7 +1,7 @@
 """``path-attention benchmark scaling``: the operator over a sequence that 1, 2, 4, 8 devices of a machine share.
 
 For every number of devices first whether output and gradients are those of one device; then time and memory at growing
-lengths, and the longest sequence that one forward and backward pass has memory for. Each number of devices has
+lengths, and how much one forward and backward pass has memory for. Each number of devices has
 processes of its own. A row for which memory runs out, or which does not end, is recorded; the rest gets new ones.
 Finished rows are in the file at once, and the same command goes on behind them.
 """
@@ -26,15 +26,14 @@ RANKS = (1, 2, 4, 8)
 HEADS, DIM, DTYPE = 32, 64, "bfloat16"
 FIRST_LENGTH, LAST_LENGTH = 32768, 2**22
 QUICK_LENGTHS = (32768, 131072)
-# Weak scaling: so many tokens for each device.
+# Weak scaling, and the search for the end of memory: so many tokens for each device.
 PER_DEVICE = 65536
-# The longest sequences are looked for with four times the channels: memory goes with tokens x channels and time with
-# tokens^2 x channels, so that memory ends a quarter of the tokens, and of the time, earlier.
-LONGEST_HEADS = 128
-# First lengths of that search for each device, whose memory tells the rest; multiples of the second one are tried.
-PROBES = (4096, 8192)
-# Shares of the length that ought to fit, tried one after another: the allocator needs some room for its rounding.
-SHARES = (0.97, 0.9, 0.8)
+# How much memory has room for is looked for in heads, of so many tokens a device: memory goes with tokens x heads but
+# time with tokens^2 x heads, so that a pass takes seconds in place of minutes. First numbers of heads, whose memory
+# tells the rest; and what is tried is a multiple of so many, which the parts of a call divide.
+PROBES, HEADS_STEP = (32, 64), 16
+# Shares of the heads that ought to fit, tried one after another: the allocator needs some room for its rounding.
+SHARES = (0.96, 0.9, 0.8)
 # Of the lengths that are compared with one process, for each device, and their heads.
 EQUAL_PER_DEVICE, EQUAL_HEADS = {"cuda": 1024, "cpu": 32}, {"cuda": 4, "cpu": 2}
 REPEATS, QUICK_REPEATS = 5, 2
@@ -57,8 +56,7 @@ class Options:
     dim: int
     dtype: str
     repeats: int
-    longest_heads: int  # 0: the longest sequence is not looked for
-    probes: tuple[int, int]
+    probes: tuple[int, int]  # 0 heads: the end of memory is not looked for
 
     def as_json(self) -> dict[str, Any]:
         return {name: list(x) if isinstance(x, tuple) else x for name, x in vars(self).items()}
@@ -71,6 +69,7 @@ def run_scaling_benchmark(
     lengths: Sequence[int] | None = None,
     heads: int = HEADS,
     dim: int = DIM,
+    per_device: int | None = None,
     quick: bool = False,
     repeats: int | None = None,
     out: Path | str | None = None,
@@ -83,6 +82,8 @@ def run_scaling_benchmark(
         ranks: numbers of devices; None for those of RANKS that this machine has.
         lengths: tokens in all; None for FIRST_LENGTH and doubling while it fits.
         heads, dim: of the attention.
+        per_device: tokens a device of weak scaling and of the search for the end of memory; None for PER_DEVICE, or
+            for the first of the lengths that are given.
         quick: two lengths, fewer repeats, no search for the longest.
         repeats: timed measurements of each; fewer where they would take more than some seconds.
         out: JSON file, written after every row. One that is there already is continued.
@@ -93,7 +94,7 @@ def run_scaling_benchmark(
         FileExistsError: ``out`` holds results of another kind.
         WrongResult: at the end, where several devices do not compute what one does; their times were not taken.
     """
-    options = _options(device, ranks, lengths, heads, dim, quick, repeats)
+    options = _options(device, ranks, lengths, heads, dim, per_device, quick, repeats)
     fresh = _describe(options, commit)
     path = None if out is None else Path(out)
     result = results_file.resume(fresh, path, _SAME)
@@ -118,6 +119,7 @@ def _options(
     lengths: Sequence[int] | None,
     heads: int,
     dim: int,
+    per_device: int | None,
     quick: bool,
     repeats: int | None,
 ) -> Options:
@@ -129,17 +131,18 @@ def _options(
     wanted = tuple(sorted(lengths or (QUICK_LENGTHS if quick else doubling)))
     if bad := [n for n in wanted if n < 1 or n % (2 * max(chosen))]:
         raise ValueError(f"--lengths: wanted multiples of {2 * max(chosen)}, two pieces a device, got {bad[0]}")
+    if per_device is not None and (per_device < 1 or per_device % 2):
+        raise ValueError(f"--per-device: wanted an even number of tokens, two pieces a device, got {per_device}")
     return Options(
         device=device,
         ranks=chosen,
         lengths=wanted,
-        per_device=PER_DEVICE if lengths is None else wanted[0],
+        per_device=per_device or (PER_DEVICE if lengths is None else wanted[0]),
         heads=heads,
         dim=dim,
         dtype=DTYPE,
         repeats=repeats or (QUICK_REPEATS if quick else REPEATS),
-        longest_heads=LONGEST_HEADS if device == "cuda" and not quick else 0,
-        probes=PROBES,
+        probes=PROBES if device == "cuda" and not quick else (0, 0),
     )
 
 
@@ -237,7 +240,7 @@ def _measure_all(devices: Devices, options: Options) -> None:
         before: dict[str, Any] | None = None
         for length in sorted({*options.lengths, options.per_device * devices.size}):
             before = _time(devices, options, formula, length, before)
-    if options.longest_heads:
+    if max(options.probes):
         for formula in FORMULAS:
             _longest(devices, options, formula)
 
@@ -283,37 +286,37 @@ def _too_much(devices: Devices, length: int, before: dict[str, Any] | None) -> s
 
 
 def _longest(devices: Devices, options: Options, formula: str) -> None:
-    """The longest sequence that a forward and backward pass found memory for, by the memory of two short ones."""
-    key = {"kind": "longest", "formula": formula, "ranks": devices.size, "heads": options.longest_heads}
+    """The most heads that a forward and backward pass found memory for, by the memory of two smaller numbers."""
+    length = options.per_device * devices.size
+    key = {"kind": "longest", "formula": formula, "ranks": devices.size, "length": length}
     if devices.rows.find(**key) is not None:
         return
 
-    def run(length: int) -> dict[str, Any]:
-        work = Work(formula, length, options.longest_heads, options.dim, options.dtype)
-        return devices.attempt(weigh, work)
+    def run(heads: int) -> dict[str, Any]:
+        return devices.attempt(weigh, Work(formula, length, heads, options.dim, options.dtype))
 
-    lengths = [probe * devices.size for probe in options.probes]
-    # Each is run twice: a number of levels may want kernels of its own, and the first opens connections.
-    probes = [(run(length), run(length))[1] for length in lengths]
+    # Each is run twice: the first compiles what is left to compile, and opens connections.
+    probes = [(run(heads), run(heads))[1] for heads in options.probes]
     if failed := [x["failed"] for x in probes if "failed" in x]:
         devices.rows.add(key | {"failed": failed[0]})
         return
     peaks = [x["peak_bytes"] for x in probes]
-    each = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
-    free = devices.run(forget)
-    fits = lengths[0] + (free - peaks[0]) / each
+    each = (peaks[1] - peaks[0]) / (options.probes[1] - options.probes[0])
+    fits = options.probes[0] + (devices.run(forget) - peaks[0]) / each
     tried: list[dict[str, Any]] = []
     for share in SHARES:
-        length = int(fits * share) // lengths[1] * lengths[1]
-        seconds = probes[1]["first_ms"] / 1e3 * (length / lengths[1]) ** 2
+        heads = int(fits * share) // HEADS_STEP * HEADS_STEP
+        seconds = probes[1]["first_ms"] / 1e3 * heads / options.probes[1]
         if seconds > 4 * ROW_SECONDS:
-            devices.rows.add(key | {"left_out": f"{length} tokens would take about {seconds:.0f} s", "tried": tried})
+            devices.rows.add(key | {"left_out": f"{heads} heads would take about {seconds:.0f} s", "tried": tried})
             return
-        found = run(length)
+        found = run(heads)
         if "failed" not in found:
-            devices.rows.add(key | {"length": length, **found, "bytes_per_token": each, "tried": tried})
+            # Of as many heads as are timed there is room for so many tokens.
+            equivalent = {"equivalent_length": length * heads // options.heads, "bytes_per_head": each}
+            devices.rows.add(key | {"heads": heads, **found, **equivalent, "tried": tried})
             return
-        tried.append({"length": length, **found})
+        tried.append({"heads": heads, **found})
     devices.rows.add(key | {"failed": tried[-1]["failed"], "tried": tried})
 
 
@@ -364,7 +367,8 @@ def print_row(row: dict[str, Any]) -> None:
     else:
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.0f} MiB"
         times = "".join(f"{row[x]['median_ms']:11.2f}" for x in ("forward", "forward_backward") if x in row)
-        print(f"{head}{times or ' ' * 11 + format(row['first_ms'], '11.2f')} ms {peak}", flush=True)
+        heads = f"  {row['heads']} heads" if row["kind"] == "longest" else ""
+        print(f"{head}{times or ' ' * 11 + format(row['first_ms'], '11.2f')} ms {peak}{heads}", flush=True)
 
 
 def print_table(result: dict[str, Any]) -> None:

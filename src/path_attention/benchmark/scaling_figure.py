@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from path_attention.benchmark.scaling import FORMULAS, summary
 
@@ -18,23 +19,33 @@ _COLOURS = {1: "black", 2: "#1f78b4", 4: "#e76f51", 8: "#33a02c"}
 
 def draw(result: dict[str, Any], path: Path) -> bool:
     """Write the figure of the results to a PNG file; False where nothing was timed."""
-    rows = [r for r in result["rows"] if r["kind"] == "time" and "forward_backward" in r]
-    if not rows:
+    if not _timed(result):
         return False
+    figure(result).savefig(path, dpi=130)
+    return True
+
+
+def _timed(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in result["rows"] if r["kind"] == "time" and "forward_backward" in r]
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Time, efficiency and memory by length, and where it was looked for the end of memory; a row a formula."""
+    rows = _timed(result)
     formulas = [f for f in FORMULAS if any(r["formula"] == f for r in rows)]
-    figure = Figure(figsize=(14, 0.8 + 3.4 * len(formulas)), layout="constrained")
-    for formula, (time, efficiency, memory) in zip(
-        formulas, figure.subplots(len(formulas), 3, squeeze=False), strict=True
-    ):
+    longest = [r for r in result["rows"] if r["kind"] == "longest" and "equivalent_length" in r]
+    panels = 4 if longest else 3
+    picture = Figure(figsize=(1.4 + 4.2 * panels, 0.8 + 3.4 * len(formulas)), layout="constrained")
+    grid = picture.subplots(len(formulas), panels, squeeze=False)
+    for formula, (time, efficiency, memory, *end) in zip(formulas, grid, strict=True):
         of_formula = [r for r in rows if r["formula"] == formula]
         _by_devices(time, of_formula, lambda r: r["forward_backward"]["median_ms"])
         time.set_title(f"{formula}: forward + backward, ms", loc="left", fontsize=10)
-        time.set_yscale("log")
+        _logarithmic(time, 1, 2, 5)
         _efficiencies(efficiency, result, formula)
         if any(r["peak_bytes"] for r in of_formula):
             _by_devices(memory, of_formula, lambda r: r["peak_bytes"] / 2**30)
-            memory.set_yscale("log", base=2)
-            memory.yaxis.set_major_formatter("{x:g}")
+            _logarithmic(memory, 1, 2, 3, 4, 6, 8)
         memory.set_title("peak memory of a device, GiB", loc="left", fontsize=10)
         lengths = sorted({r["length"] for r in of_formula})
         for axis in (time, efficiency, memory):
@@ -45,20 +56,46 @@ def draw(result: dict[str, Any], path: Path) -> bool:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", lw=0.3)
         time.legend(title="devices", fontsize=8, frameon=False)
+        for axis in end:
+            _end_of_memory(axis, [r for r in longest if r["formula"] == formula], result["options"]["heads"])
     options, versions = result["options"], result["versions"]
-    figure.suptitle(
+    picture.suptitle(
         f"{result['devices'][0]}, {options['dtype']}, {options['heads']} heads x {options['dim']}, "
         f"torch {versions['torch']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130)
-    return True
+    return picture
 
 
 def _by_devices(axis: Axes, rows: list[dict[str, Any]], value: Any) -> None:
     for ranks in sorted({r["ranks"] for r in rows}):
         points = sorted((r["length"], value(r)) for r in rows if r["ranks"] == ranks)
         axis.plot(*zip(*points, strict=True), marker="o", ms=3, color=_COLOURS.get(ranks, "grey"), label=str(ranks))
+
+
+def _logarithmic(axis: Axes, *steps: int) -> None:
+    """Ticks at these parts of a power of ten, so that there are some however little the values span."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _end_of_memory(axis: Axes, rows: list[dict[str, Any]], heads: int) -> None:
+    """Bars, with what each is of the fewest devices' by their number."""
+    axis.set_title(f"longest, millions of tokens of {heads} heads", loc="left", fontsize=10)
+    axis.set_xlabel("devices")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(y=0.12)
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda r: r["ranks"])
+    lengths, ranks = [r["equivalent_length"] for r in rows], [r["ranks"] for r in rows]
+    shares = [length / n / (lengths[0] / ranks[0]) for length, n in zip(lengths, ranks, strict=True)]
+    places = range(len(rows))
+    bars = axis.bar(places, [x / 1e6 for x in lengths], color=[_COLOURS.get(n, "grey") for n in ranks])
+    labels = [f"{x / 1e6:.2f} ({share:.0%})" for x, share in zip(lengths, shares, strict=True)]
+    axis.bar_label(bars, labels, fontsize=8, padding=2)
+    axis.set_xticks(places, [str(n) for n in ranks])
 
 
 def _efficiencies(axis: Axes, result: dict[str, Any], formula: str) -> None:

@@ -62,10 +62,11 @@ def _shard(place: Place, work: Work) -> list[Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*rows, *shape, generator=generator, device=place.device)
 
-    q, k, v = (normal(work.dim).to(dtype) for _ in range(3))
-    w = torch.nn.functional.normalize(normal(work.dim), dim=-1)
+    # The small ones first: torch's allocator would put them into what the large ones leave, which then stays taken.
     beta = 2 * torch.rand(rows, generator=generator, device=place.device)
     gates = [torch.nn.functional.logsigmoid(normal() + 2)] if work.formula == "path_fox" else []
+    q, k, v = (normal(work.dim).to(dtype) for _ in range(3))
+    w = torch.nn.functional.normalize(normal(work.dim), dim=-1)
     return [x.requires_grad_() for x in (q, k, v, w, beta, *gates)]
 
 
@@ -89,6 +90,7 @@ def measure(place: Place, work: Work, repeats: int) -> dict[str, Any]:
 def weigh(place: Place, work: Work) -> dict[str, Any]:
     """Bytes and milliseconds of one forward and backward pass."""
     attention = Attention(place, work)
+    forget(place)
     _reset_peak(place)
     with place.step("forward + backward"):
         taken = seconds(place, attention.forward_backward)

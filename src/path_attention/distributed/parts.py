@@ -10,9 +10,9 @@ from torch import Tensor
 
 from path_attention.distributed.pairs import Call
 
-# Numbers of a part's queries, B * L / n * heads * D, at most, unless one key head has more. A backward pass holds some
-# 33 times 2 bytes for each beside its inputs and results: 8 GiB for a part. 65,536 tokens of 2,048 channels on each of
-# two H200s are one part, forward and backward 344 ms and 11.1 GiB in all; two parts took 356 ms and 9.6 GiB.
+# Numbers of a part's queries, B * L / n * heads * D, at most, unless one key head has more. Of parts half as large a
+# backward pass held 6.6 GiB for one of several beside the whole call's inputs and results, 4.3 for an only one, and two
+# of them took 356 ms for 131,072 tokens of 2,048 channels on two H200s; all heads at once took 344 (docs/scaling.md).
 PART = 2**27
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, w, beta, g

@@ -224,6 +224,8 @@ def _seeds(table: Table, numbers: Mapping[str, Any]) -> str:
             low, high = min(per_column.values()), max(per_column.values())
             text = f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
             counts.setdefault(text, []).append(row.label)
+    if list(counts) == ["1 seed"]:
+        return "One seed."
     if len(counts) == 1:
         return f"Median over {next(iter(counts))}, in parentheses the range."
     parts = "; ".join(f"{', '.join(labels)}: {text}" for text, labels in counts.items())
@@ -289,8 +291,9 @@ def _models(table: Table, cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def figure(table: Table, numbers: Mapping[str, Any]) -> Any:
-    """The median of each row over the columns, a dot for each seed; models of two reflections are dashed."""
+    """The median of each row over the columns, a dot for each seed; models of two reflections are dashed and hollow."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from path_attention.evaluation.plots import COLOURS
 
@@ -298,14 +301,17 @@ def figure(table: Table, numbers: Mapping[str, Any]) -> Any:
     picture = Figure(figsize=(max(6.0, 1.6 * len(columns) + 3), 4.2), layout="constrained")
     axis = picture.subplots()
     rows = [row for row in table.rows if any(_values(table, numbers, row.name, c) for c in columns)]
+    # A line says that what is between two columns is between their values.
+    in_order = len(columns) > 1 and len(table.measures) == 1
     for place, row in enumerate(rows):
         by_column = [_values(table, numbers, row.name, c) for c in columns]
         shift = 0.6 * (place - (len(rows) - 1) / 2) / max(1, len(rows))
         points = [(n + shift, v) for n, values in enumerate(by_column) for v in values]
         middle = [(n + shift, statistics.median(values)) for n, values in enumerate(by_column) if values]
-        style = "--" if row.overrides else "-" if len(columns) > 1 and table.shows != "errors" else ""
+        style = "none" if not in_order else "--" if row.overrides else "-"
         colour = COLOURS[row.mixer]
-        axis.plot(*zip(*middle, strict=True), style, marker="s", ms=5, color=colour, label=row.label)
+        face = "none" if row.overrides else colour
+        axis.plot(*zip(*middle, strict=True), ls=style, marker="s", ms=5, color=colour, mfc=face, label=row.label)
         axis.plot(*zip(*points, strict=True), ".", color=colour, ms=5, alpha=0.6)
     if table.shows == "errors":
         # Linear below one error in a hundred thousand, so that 0 has its place.
@@ -316,7 +322,8 @@ def figure(table: Table, numbers: Mapping[str, Any]) -> Any:
         axis.set_ylim(0, 1.02)
     if table.shows == "solved":
         axis.set_ylim(bottom=0)
-    axis.set_xticks(range(len(columns)), [c[2] for c in columns], fontsize=8, rotation=15 if len(columns) > 4 else 0)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axis.set_xticks(range(len(columns)), [c[2].replace(": ", "\n").replace(", ", "\n") for c in columns], fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return picture
