@@ -41,8 +41,8 @@ def path_attention(
             (or zero, the identity) are the caller's to provide.
         beta: reflection strengths (B, L, H), or (B, L, R, H), in [0, 2]: 0 the identity, 1 a projection, 2 a
             reflection; dtype of q or float32. Values outside let the products grow without bound.
-        g: log forget gates (B, L, HQ), at most 0, natural logarithm; dtype of q or float32. Any finite value closes as
-            it should, but on the Triton backends see docs/numerics.md for those below -1e5.
+        g: log forget gates (B, L, HQ), at most 0, natural logarithm; dtype of q or float32. A very low one closes: it
+            is a boundary as of a packed sequence (docs/numerics.md).
         scale: factor of the q.k part; None means D ** -0.5.
         cu_seqlens: (N + 1,) int32 or int64, boundaries of N sequences packed into one row (B = 1), first 0, last L, on
             the device of q or on the host. Equal to running each sequence alone; empty sequences are allowed. Every

@@ -40,8 +40,12 @@ def errors(
     least_beta: float = 0.0,
     loss_scale: float = 1.0,
     reflections: int = 1,
+    closed: float = 0.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Output and every gradient, and what they should be. w, beta and g are float32 always."""
+    """Output and every gradient, and what they should be. w, beta and g are float32 always.
+
+    closed: the log gate of tokens 7, 20, 64 and 150: two in a leaf, one at its start, one inside a later one.
+    """
     batch, length, query_heads, heads, dim = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -52,6 +56,8 @@ def errors(
     w = torch.nn.functional.normalize(normal(reflections, heads, dim), dim=-1)
     beta = least_beta + (2 - least_beta) * torch.rand(batch, length, reflections, heads, generator=generator)
     g = torch.nn.functional.logsigmoid(normal(query_heads)) if gate else None
+    if g is not None and closed:
+        g[:, [7, 20, 64, 150]] = closed
     cu_seqlens = None if ends is None else torch.tensor(ends)
     inputs = (q, k, v, w, beta, g)
     exact = [None if x is None else x.double().requires_grad_() for x in inputs]
@@ -93,6 +99,12 @@ def test_engine_equals_the_definition(siblings_by: cuda.Siblings, shape: tuple[i
 @pytest.mark.parametrize("case", REST.values(), ids=REST.keys())
 def test_fused_kernel_takes_the_rest(case: dict) -> None:
     check("triton", **case)
+
+
+@pytest.mark.usefixtures("leaves_by_triton")
+@pytest.mark.parametrize("closed", [-2000.0, -1e9, torch.finfo(torch.float32).min, float("-inf")])
+def test_closed_gates_take_nothing_with_them(closed: float) -> None:
+    check("triton", (1, 210, 4, 2, 16), gate=True, closed=closed)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ GATED = {
     name: {**CASES[name], "gate": True}
     for name in ("odd number of leaves", "two leaves", "one more than eight", "grouped", "128, grouped", "packed")
 }
+GATED["closed"] = {**CASES["grouped"], "gate": True, "closed": float("-inf")}
 
 
 def check_errors(**case: object) -> None:

@@ -210,10 +210,13 @@ def key_transport_kernel(
     b_moved = load_rows(p_k_right, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     b_gate = tl.zeros((PAIR, BLOCK_GROUP), tl.float32)
     if p_g is not None:
-        p_gates = p_g + tl.cast(i_row, tl.int64) * HQ + o_gate
-        b_g = tl.load(p_gates, mask=(o < s_tokens)[:, None] & m_group[None, :], other=0.0).to(tl.float32)
-        b_g = tl.reshape(b_g, (2, ROWS, BLOCK_GROUP))
-        b_gate = tl.reshape(tl.sum(b_g, axis=1)[:, None, :] - tl.cumsum(b_g, axis=1), (PAIR, BLOCK_GROUP))
+        # The gates of the tokens after each key, summed from the leaf's end: no difference of sums, for a gate that
+        # closes would take the others' bits with it.
+        m_next = (o % ROWS != ROWS - 1) & (o + 1 < s_tokens)
+        p_next = p_g + (tl.cast(i_row, tl.int64) + 1) * HQ + o_gate
+        b_next = tl.load(p_next, mask=m_next[:, None] & m_group[None, :], other=0.0).to(tl.float32)
+        b_next = tl.reshape(b_next, (2, ROWS, BLOCK_GROUP))
+        b_gate = tl.reshape(tl.cumsum(b_next, axis=1, reverse=True), (PAIR, BLOCK_GROUP))
     i_slot = (i_base + within(i_index, 0)) * ROWS
     store_where(p_key_rows, b_moved, i_slot, m_left, H * D, D, BLOCK_D, PAIR)
     if p_gate_key is not None:
