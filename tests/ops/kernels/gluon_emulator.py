@@ -33,8 +33,9 @@ TIMEOUT = 20.0
 # A thread sleeps after an arrival that lets others go on, so that they do before it does anything more; and before a
 # product is waited for with this probability. Seconds: some ten times what the others need to wake up.
 SLEEP_PROBABILITY, SLEEP_SECONDS = 0.1, 1e-3
-# After which a copy lands that is late, with the same probability: later than others that are issued after it.
-LATE_SECONDS = 5e-3
+# After which a copy lands that is late, with this probability: later than others that are issued after it, and than the
+# products that others are for, so that whoever does not wait for it reads NaN.
+LATE_PROBABILITY, LATE_SECONDS = 0.2, 20e-3
 # Launch options, which the functions do not take.
 _OPTIONS = {"num_warps", "num_stages", "maxnreg", "num_ctas"}
 
@@ -308,7 +309,7 @@ class tma:
             into.tensor[tile] = t.tensor[matrix]
             _one(barrier).receive(into.tensor.nbytes)
 
-        if random.random() < SLEEP_PROBABILITY:
+        if random.random() < LATE_PROBABILITY:
             threading.Timer(LATE_SECONDS, land).start()
         else:
             land()
