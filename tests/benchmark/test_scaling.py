@@ -206,3 +206,11 @@ def test_place_names_the_innermost_step() -> None:
     with place.step("outer"), place.step("inner"):
         assert place.doing == "inner"
     assert place.doing == "nothing"
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_cpu_gets_lengths_that_it_can_do(quick: bool) -> None:
+    """Nobody who only wants to see that it runs waits for 32,768 tokens."""
+    options = scaling._options("cpu", [1, 2], None, 32, 64, None, quick, None)
+    assert max(*options.lengths, 2 * options.per_device) <= 1024
+    assert min(options.lengths) < options.per_device

@@ -24,10 +24,10 @@ FORMULAS = ("path", "path_fox")
 RANKS = (1, 2, 4, 8)
 # 2048 channels, batch 1, as in the long rows of the operator's own benchmark.
 HEADS, DIM, DTYPE = 32, 64, "bfloat16"
-FIRST_LENGTH, LAST_LENGTH = 32768, 2**22
-QUICK_LENGTHS = (32768, 131072)
+# By device: on a CPU it is tried out, not measured.
+FIRST_LENGTH, LAST_LENGTH = {"cuda": 32768, "cpu": 256}, {"cuda": 2**22, "cpu": 1024}
 # Weak scaling, and the search for the end of memory: so many tokens for each device.
-PER_DEVICE = 65536
+PER_DEVICE = {"cuda": 65536, "cpu": 512}
 # How much memory has room for is looked for in heads, of so many tokens a device: memory goes with tokens x heads but
 # time with tokens^2 x heads, so that a pass takes seconds in place of minutes. First numbers of heads, whose memory
 # tells the rest; and what is tried is a multiple of so many, which the parts of a call divide.
@@ -127,8 +127,9 @@ def _options(
     chosen = tuple(sorted(set(ranks or [n for n in RANKS if n <= (there or 2)])))
     if min(chosen) < 1 or (there is not None and max(chosen) > there):
         raise ValueError(f"--ranks: wanted 1 to {there}, the devices of this machine, got {list(chosen)}")
-    doubling = [FIRST_LENGTH * 2**n for n in range(20) if FIRST_LENGTH * 2**n <= LAST_LENGTH]
-    wanted = tuple(sorted(lengths or (QUICK_LENGTHS if quick else doubling)))
+    first, last = FIRST_LENGTH[device], LAST_LENGTH[device]
+    doubling = [first * 2**n for n in range(20) if first * 2**n <= last]
+    wanted = tuple(sorted(lengths or ((first, 4 * first) if quick else doubling)))
     if bad := [n for n in wanted if n < 1 or n % (2 * max(chosen))]:
         raise ValueError(f"--lengths: wanted multiples of {2 * max(chosen)}, two pieces a device, got {bad[0]}")
     if per_device is not None and (per_device < 1 or per_device % 2):
@@ -137,7 +138,7 @@ def _options(
         device=device,
         ranks=chosen,
         lengths=wanted,
-        per_device=per_device or (PER_DEVICE if lengths is None else wanted[0]),
+        per_device=per_device or (PER_DEVICE[device] if lengths is None else wanted[0]),
         heads=heads,
         dim=dim,
         dtype=DTYPE,
