@@ -146,6 +146,18 @@ def factor_kernel(
     tl.store(p_factor, ((s_exponent + 127) << 23).to(tl.float32, bitcast=True))
 
 
+@triton.jit
+def _by_token(i_row, o_head, HQ):
+    """Where 64 tokens' numbers for some heads stand in (T, HQ): (64, heads)."""
+    return tl.cast(i_row, tl.int64) * HQ + tl.arange(0, ROWS)[:, None] * HQ + o_head[None, :]
+
+
+@triton.jit
+def _by_head(i_slot, o_head, row_slots):
+    """Where they stand in (HQ, row_slots, 64)."""
+    return (tl.cast(o_head, tl.int64) * row_slots + i_slot)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def output_rows_kernel(
     p_log_sum_exp,  # (T, HQ) float32
@@ -176,13 +188,13 @@ def output_rows_kernel(
     )
     o = tl.arange(0, ROWS)
     o_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    o_given = tl.cast(i_row, tl.int64) * HQ + o[:, None] * HQ + o_head[None, :]
+    o_given = _by_token(i_row, o_head, HQ)
     m_head = (o_head < HQ)[None, :]
     m_given = (o < s_rows)[:, None] & m_head
     b_log_sum_exp = tl.load(p_log_sum_exp + o_given, mask=m_given, other=float("inf"))
     b_log_sum_exp = b_log_sum_exp * LOG2_E - tl.log2(tl.load(p_factor))
     b_delta = tl.load(p_delta + o_given, mask=m_given, other=0.0)
-    o_rows = (tl.cast(o_head, tl.int64) * row_slots + i_slot)[None, :] * ROWS + o[:, None]
+    o_rows = _by_head(i_slot, o_head, row_slots)
     if s_rows == 0:
         return
     tl.store(p_delta_rows + o_rows, b_delta, mask=m_head)
@@ -226,6 +238,5 @@ def token_rows_kernel(
     o = tl.arange(0, ROWS)
     o_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     mask = (o < s_rows)[:, None] & (o_head < HQ)[None, :]
-    o_rows = (tl.cast(o_head, tl.int64) * row_slots + i_slot)[None, :] * ROWS + o[:, None]
-    b_x = tl.load(p_rows + o_rows, mask=mask, other=0.0) / tl.load(p_factor)
-    tl.store(p_out + tl.cast(i_row, tl.int64) * HQ + o[:, None] * HQ + o_head[None, :], b_x, mask=mask)
+    b_x = tl.load(p_rows + _by_head(i_slot, o_head, row_slots), mask=mask, other=0.0) / tl.load(p_factor)
+    tl.store(p_out + _by_token(i_row, o_head, HQ), b_x, mask=mask)

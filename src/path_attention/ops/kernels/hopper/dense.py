@@ -68,6 +68,31 @@ def _number_descriptor(x: Tensor, tile: int) -> TensorDescriptor:
     return _descriptor(x.flatten(1)[:, None], 1, tile, swizzled=False)
 
 
+def _arguments(table: LeafTable, query_rows: Tensor, key_rows: Tensor) -> dict[str, object]:
+    """What all kernels between siblings take."""
+    dim = query_rows.shape[4]
+    return {
+        **table.arguments,
+        "num_levels": table.num_levels,
+        "query_slots": table.query_slots,
+        "key_slots": table.key_slots,
+        "GROUP": query_rows.shape[3] // key_rows.shape[3],
+        "D": dim,
+        "DV": dim,
+    }
+
+
+def _head_arguments(table: LeafTable, query_heads: int) -> dict[str, object]:
+    """What the kernels take that bring numbers from their tokens to their heads, or back."""
+    return {
+        **table.arguments,
+        "HQ": query_heads,
+        "row_slots": table.row_slots,
+        "BLOCK_HEADS": HEADS,
+        "num_warps": 4,
+    }
+
+
 def dense_forward(
     table: LeafTable,
     query_rows: Tensor,
@@ -92,16 +117,10 @@ def dense_forward(
         t_gate_key=None if gate_key is None else _number_descriptor(gate_key, PAIR),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
-        **table.arguments,
+        **_arguments(table, query_rows, key_rows),
         num_turns=turns,
         num_groups=groups,
-        num_levels=table.num_levels,
-        query_slots=table.query_slots,
-        key_slots=table.key_slots,
         HQ=query_heads,
-        GROUP=query_heads // heads,
-        D=dim,
-        DV=dim,
         STAGES=options.stages,
         REGISTERS=options.registers,
         TURNS=options.turns,
@@ -124,13 +143,9 @@ def _output_rows(
         p_gate_query=gate_query,
         p_log_sum_exp_rows=log_sum_exp_rows,
         p_delta_rows=delta_rows,
-        **table.arguments,
-        HQ=query_heads,
         num_levels=table.num_levels,
         query_slots=table.query_slots,
-        row_slots=table.row_slots,
-        BLOCK_HEADS=HEADS,
-        num_warps=4,
+        **_head_arguments(table, query_heads),
     )
     return log_sum_exp_rows, delta_rows
 
@@ -151,8 +166,7 @@ def dense_backward(
     d_values: Tensor,
     gate: Tensor | None,
 ) -> None:
-    """Write d_query_rows, like query_rows in float32, d_key_rows, like key_rows in
-    bfloat16 or float32, and d_values
+    """Write d_query_rows, like query_rows in float32, d_key_rows, like key_rows in bfloat16 or float32, and d_values
     (T, H, DV) float32, summed over the levels; all times factor (1,). With gates also gate (T, HQ) float32, row sums
     less column sums of dS over all levels, without the factor.
 
@@ -175,19 +189,13 @@ def dense_backward(
         p_d_out=d_out,
         p_log_sum_exp_rows=log_sum_exp_rows,
         p_delta_rows=delta_rows,
-        **table.arguments,
         p_d_query_rows=d_query_rows,
         p_d_key_rows=d_key_rows,
         p_d_values=d_values,
         p_gate=gate_rows,
-        num_levels=table.num_levels,
-        query_slots=table.query_slots,
-        key_slots=table.key_slots,
+        **_arguments(table, query_rows, key_rows),
         row_slots=table.row_slots,
         H=heads,
-        GROUP=query_heads // heads,
-        D=dim,
-        DV=dim,
         num_warps=options.lowest_warps,
         num_stages=1,
     )
@@ -202,11 +210,7 @@ def dense_backward(
             p_rows=gate_rows,
             p_factor=factor,
             p_out=gate,
-            **table.arguments,
-            HQ=query_heads,
-            row_slots=table.row_slots,
-            BLOCK_HEADS=HEADS,
-            num_warps=4,
+            **_head_arguments(table, query_heads),
         )
 
 
@@ -242,18 +246,12 @@ def _upper_levels_backward(
         p_d_key_rows=d_key_rows if is_float32 else None,
         p_gate_key=gate_key,
         p_gate=gate_rows,
-        **table.arguments,
+        **_arguments(table, query_rows, key_rows),
         num_turns=turns,
         num_groups=groups,
-        num_levels=table.num_levels,
-        query_slots=table.query_slots,
-        key_slots=table.key_slots,
         row_slots=table.row_slots,
         H=heads,
-        GROUP=query_heads // heads,
         ROWS=options.rows,
-        D=dim,
-        DV=dim,
         STAGES=options.backward_stages,
         REGISTERS=options.registers,
         SECTION=heads_of_a_section(table, 1, dim, dim, values.element_size() * query_heads // heads),

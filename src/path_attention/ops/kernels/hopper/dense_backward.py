@@ -349,7 +349,7 @@ def dense_backward_kernel(
     s_ds = gl.allocate_shared_memory(t_query_rows.dtype, [2, PAIR, ROWS], DS)
     s_dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], t_d_query_rows.layout)
     GATED: gl.constexpr = p_gate is not None
-    s_ones = s_ds
+    s_ones = s_ds  # a stand-in that nobody reads
     if GATED:
         ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, ROWS], t_query_rows.dtype)
         s_eight = gl.allocate_shared_memory(t_query_rows.dtype, [8, ROWS], ONES)

@@ -357,7 +357,7 @@ def dense_forward_kernel(
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
     GATED: gl.constexpr = t_gate_key is not None
-    s_gate_q = s_q  # stand-ins, for partitions take no None
+    s_gate_q = s_q  # stand-ins that nobody reads: a partition takes no variable that is None
     s_gate_k = s_k
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, PAIR], t_gate_query.layout)
