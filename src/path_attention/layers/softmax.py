@@ -78,7 +78,7 @@ class SoftmaxAttention(Attention):
             positions = tokens[None]
             if attention_mask is not None:  # positions count real tokens
                 positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, tokens]
-            q, k = self._rotate(q, positions), self._rotate(k, positions)
+            q, k = self._rotate(q, k, positions)
         k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2))
         keys = torch.arange(k.shape[2], device=q.device)
         visible = (keys <= tokens[:, None])[None, None]
@@ -107,13 +107,14 @@ class SoftmaxAttention(Attention):
     def _rotated(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._project(hidden_states)
         if self.rope_theta is not None:
-            positions = token_positions(cu_seqlens, hidden_states.shape[1], hidden_states.device)
-            q, k = self._rotate(q, positions), self._rotate(k, positions)
+            q, k = self._rotate(q, k, token_positions(cu_seqlens, hidden_states.shape[1], hidden_states.device))
         return q, k, v
 
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         assert self.rope_theta is not None
-        return rotate(x, positions, rotary_frequencies(self.head_dim, self.rope_theta, self.rotary_scaling, x.device))
+        frequencies = rotary_frequencies(self.head_dim, self.rope_theta, self.rotary_scaling, q.device)
+        cos, sin = rotary_table(positions, frequencies, q.dtype)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = self.num_heads != self.num_kv_heads
@@ -158,12 +159,26 @@ def rotary_frequencies(
     return frequency * (share + (1 - share) / scaling["factor"])
 
 
-def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary position encoding: pairs (x_i, x_{i + D/2}) turned by positions * frequencies_i.
+# An operator of its own, so that a compiler computes the table once and reads it: torch's would rather compute sines and
+# powers again for every number of every head.
+@torch.library.custom_op("path_attention::rotary_table", mutates_args=())
+def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions * frequencies_i, angles in float32, the results (..., L, D / 2) in ``dtype``.
 
-    x (B, L, heads, D), positions (L,) or (B, L), frequencies (D / 2,); angles in float32, the result in the dtype of x.
+    positions (L,) or (B, L), frequencies (D / 2,).
     """
-    angle = (positions[..., None].float() * frequencies)[..., None, :]  # (L, 1, D / 2), or with B before it
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    angle = positions[..., None].float() * frequencies
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@rotary_table.register_fake
+def _(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, *frequencies.shape)
+    return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position encoding of x (B, L, heads, D): pairs (x_i, x_{i + D/2}) turned by the angles of a table."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
