@@ -32,7 +32,7 @@ def hopper() -> Iterator[dict[str, ModuleType]]:
 def as_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 inputs take the way of bfloat16 ones: leaves by the kernels for Hopper, gradients of rows in 16 bits."""
     monkeypatch.setattr(siblings, "_row_gradient_dtype", lambda inputs: torch.float16)
-    monkeypatch.setattr(cuda, "_leaves_by", lambda by, q, v, w, g: "hopper" if g is None else "triton")
+    monkeypatch.setattr(cuda, "_leaves_by", lambda by, q, v, w: "hopper")
 
 
 # (batch, length, query heads, key heads, dim): six leaves, an odd number with a last one of 10 tokens in a batch, fewer
@@ -59,7 +59,9 @@ GATED = {
     name: {**CASES[name], "gate": True}
     for name in ("odd number of leaves", "two leaves", "one more than eight", "grouped", "128, grouped", "packed")
 }
-GATED["closed"] = {**CASES["grouped"], "gate": True, "closed": float("-inf")}
+GATED |= {
+    f"closed, {name}": {**CASES[name], "gate": True, "closed": float("-inf")} for name in ("odd number of leaves", "grouped")
+}
 
 
 def check_errors(**case: object) -> None:
@@ -83,6 +85,9 @@ def test_engine_equals_the_definition(hopper: dict[str, ModuleType], case: dict)
 @pytest.mark.parametrize("case", GATED.values(), ids=GATED.keys())
 def test_gates_equal_the_definition(hopper: dict[str, ModuleType], case: dict) -> None:
     check_errors(**case)
+    _, _, query_heads, heads, _ = case["shape"]
+    assert hopper["leaf"].leaf_forward_kernel.launches == 2
+    assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
     assert hopper["dense_backward"].dense_backward_kernel.launches == (case["shape"][1] > 128)
 

@@ -88,12 +88,12 @@ def _reason_against_hopper(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _leaves_by(siblings_by: Siblings, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None) -> linear.LeavesBy:
+def _leaves_by(siblings_by: Siblings, q: Tensor, v: Tensor, w: Tensor) -> linear.LeavesBy:
     """How a call's leaves are computed. w is (B, L, R, H, D)."""
     if w.shape[2] > 1 or q.dtype == torch.float32 or max(q.shape[3], v.shape[3]) > MAX_LEAF_DIM:
         return "torch"
     # Those for Hopper keep what bfloat16 asks for.
-    return "hopper" if siblings_by == "hopper" and g is None and q.dtype == torch.bfloat16 else "triton"
+    return "hopper" if siblings_by == "hopper" and q.dtype == torch.bfloat16 else "triton"
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class _Part(NamedTuple):
             beta=_by_head(beta)[self.keys].flatten(0, 1).contiguous(),
             g=None if g is None else g[self.queries].flatten(0, 1).contiguous(),
             scale=scale,
-            leaves=_leaves_by(siblings_by, q, v, w, g),
+            leaves=_leaves_by(siblings_by, q, v, w),
             in_pieces=in_pieces,
         )
 

@@ -33,7 +33,7 @@ def unsupported_reason(q: Tensor, w: Tensor, length: int) -> str | None:
         return f"head_dim {q.shape[3]} is not a multiple of {cuda.COLUMNS}"
     if reason := cuda.unsupported_reason("triton", q, q, w, None, None):
         return reason
-    if cuda._leaves_by("triton", q, q, w, None) == "torch":
+    if cuda._leaves_by("triton", q, q, w) == "torch":
         return "its leaves are computed in torch, and so are rows at its edges"
     return None
 

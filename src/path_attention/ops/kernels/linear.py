@@ -462,6 +462,7 @@ def leaves_backward(
         "p_v": inputs.v,
         "p_w": inputs.w,
         "p_beta": inputs.beta,
+        "p_g": inputs.g,
         "p_inverse": inverse,
         "p_y": y,
         "p_u": u,
@@ -481,6 +482,7 @@ def leaves_backward(
         "p_d_v": result.v,
         "p_d_w": result.w,
         "p_d_beta": result.beta,
+        "p_d_gate": d_gate,
         "scale": inputs.scale,
         "H": inputs.heads,
         **table.arguments,
@@ -494,5 +496,5 @@ def leaves_backward(
         )
     else:
         leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
-            **arguments, p_g=inputs.g, p_d_gate=d_gate, **inputs.value_options, **inputs.options(wide=True)
+            **arguments, **inputs.value_options, **inputs.options(wide=True)
         )

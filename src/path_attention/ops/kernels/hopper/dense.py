@@ -32,13 +32,19 @@ class Options:
     turns: bool  # consumers take turns
     registers: int  # of a consumer's thread
     rows: int  # queries of a tile of the backward kernel
+    columns: int  # of these, whose logits are held in registers at a time
+    gated_columns: int  # the same with gates
     backward_stages: int
     lowest_warps: int  # of the backward kernel of level 0
 
 
 _OPTIONS = {
-    64: Options(stages=2, turns=True, registers=240, rows=128, backward_stages=2, lowest_warps=4),
-    128: Options(stages=2, turns=True, registers=240, rows=64, backward_stages=2, lowest_warps=8),
+    64: Options(
+        stages=2, turns=True, registers=240, rows=128, columns=128, gated_columns=64, backward_stages=2, lowest_warps=4
+    ),
+    128: Options(
+        stages=2, turns=True, registers=240, rows=64, columns=64, gated_columns=64, backward_stages=2, lowest_warps=8
+    ),
 }
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -252,6 +258,7 @@ def _upper_levels_backward(
         row_slots=table.row_slots,
         H=heads,
         ROWS=options.rows,
+        COLUMNS=options.gated_columns if gate_rows is not None else options.columns,
         STAGES=options.backward_stages,
         REGISTERS=options.registers,
         SECTION=heads_of_a_section(table, 1, dim, dim, values.element_size() * query_heads // heads),

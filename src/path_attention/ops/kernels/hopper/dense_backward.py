@@ -126,29 +126,17 @@ EIGHT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
 
 
 @gluon.jit
-def _add_sums(p_x, b_sums):
-    """A product with ones, (64, 8), to 64 numbers in memory: the sum of equal columns is eight times one, exactly."""
-    gl.atomic_add(p_x + gl.arange(0, LEAF, gl.SliceLayout(1, EIGHT)), gl.sum(b_sums, 1) * 0.125, sem="relaxed")
-
-
-@gluon.jit
-def _step(
-    b_dk, b_dv, b_column, b_k, b_v, s_k, s_q, s_do, s_lse, s_delta, s_ds, s_dq, s_ones, q_full, q_empty, do_full,
-    do_empty, ds_full, t_d_query_rows, i_d_row, i_d_column, p_gate_key, p_gate, s_phase, s_ds_phase, C: gl.constexpr,
-    ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GATED: gl.constexpr
+def _weigh(
+    b_dv, b_column, b_k, b_v, s_q, s_do, s_lse, s_delta, s_ds, do_full, p_gate_key, s_phase, COLUMNS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """One tile of queries. The products are issued ahead of the arithmetic that does not need them.
-
-    p_gate_key: the gates of this group's keys; p_gate: where sums of dS over keys are added for this group's queries.
-    """
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    """dS of 64 keys and so many queries, to shared memory and as an operand. dV is still under way."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    b_zero = gl.full([LEAF, ROWS], 0.0, gl.float32, S)
+    b_zero = gl.full([LEAF, COLUMNS], 0.0, gl.float32, S)
     if GATED:
         b_gate = gl.load(p_gate_key + gl.arange(0, LEAF, gl.SliceLayout(1, S)))
-    mbarrier.wait(q_full, s_phase)
     t_s = warpgroup_mma(b_k, s_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     mbarrier.wait(do_full, s_phase)
     t_dp = warpgroup_mma(b_v, s_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
@@ -161,16 +149,49 @@ def _step(
     t_dv = warpgroup_mma(b_weights, s_do, b_dv, is_async=True)
     b_dp = warpgroup_mma_wait(1, (t_dp,))
     b_delta = s_delta.load(S)
-    b_ds = (b_p * (b_dp - b_delta)).to(s_q.dtype)
-    # Two buffers: whoever is a tile ahead writes to the one that no product still reads.
-    s_ds.slice(C * LEAF, LEAF, 0).store(b_ds)
+    b_ds = b_p * (b_dp - b_delta)
+    if GATED:
+        b_column += gl.sum(b_ds, 1)
+    b_ds = b_ds.to(s_q.dtype)
+    s_ds.store(b_ds)
+    return t_dv, b_weights, gl.convert_layout(b_ds, gl.DotOperandLayout(0, K, 2)), b_column
+
+
+@gluon.jit
+def _step(
+    b_dk, b_dv, b_column, b_k, b_v, s_k, s_q, s_do, s_lse, s_delta, s_ds, s_dq, s_ones, q_full, q_empty, do_full,
+    do_empty, ds_full, t_d_query_rows, i_d_row, i_d_column, p_gate_key, p_gate, s_phase, s_ds_phase, C: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """One tile of queries. The products are issued ahead of the arithmetic that does not need them.
+
+    p_gate_key: the gates of this group's keys; p_gate: where sums of dS over keys are added for this group's queries.
+    """
+    Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    # Two buffers of dS: whoever is a tile ahead writes to the one that no product still reads.
+    s_own_ds = s_ds.slice(C * LEAF, LEAF, 0)
+    mbarrier.wait(q_full, s_phase)
+    for i in gl.static_range(ROWS // COLUMNS - 1):
+        s_part = s_q.slice(i * COLUMNS, COLUMNS, 0)
+        t_dv, b_weights, b_ds_operand, b_column = _weigh(
+            b_dv, b_column, b_k, b_v, s_part, s_do.slice(i * COLUMNS, COLUMNS, 0),
+            s_lse.slice(i * COLUMNS, COLUMNS, 1), s_delta.slice(i * COLUMNS, COLUMNS, 1),
+            s_own_ds.slice(i * COLUMNS, COLUMNS, 1), do_full, p_gate_key, s_phase, COLUMNS, D, DV, GATED
+        )  # fmt: skip
+        t_dk = warpgroup_mma(b_ds_operand, s_part, b_dk, is_async=True)
+        b_dv, b_dk, _, _ = warpgroup_mma_wait(0, (t_dv, t_dk, b_weights, b_ds_operand))
+    s_part = s_q.slice(ROWS - COLUMNS, COLUMNS, 0)
+    t_dv, b_weights, b_ds_operand, b_column = _weigh(
+        b_dv, b_column, b_k, b_v, s_part, s_do.slice(ROWS - COLUMNS, COLUMNS, 0),
+        s_lse.slice(ROWS - COLUMNS, COLUMNS, 1), s_delta.slice(ROWS - COLUMNS, COLUMNS, 1),
+        s_own_ds.slice(ROWS - COLUMNS, COLUMNS, 1), do_full, p_gate_key, s_phase, COLUMNS, D, DV, GATED
+    )  # fmt: skip
     fence_async_shared()
     mbarrier.arrive(ds_full, count=1)
-    b_ds_operand = gl.convert_layout(b_ds, gl.DotOperandLayout(0, K, 2))
     mbarrier.wait(ds_full, s_ds_phase)
     if GATED:
         # All rows, of this group's keys, or 64 of the rows, of all keys.
-        s_terms = s_ds.slice(C * LEAF, LEAF, 0 if ROWS == 64 else 1)
+        s_terms = s_own_ds if ROWS == 64 else s_ds.slice(C * 64, 64, 1)
         b_none = gl.full([LEAF, 8], 0.0, gl.float32, EIGHT)
         t_row = warpgroup_mma(s_terms.permute((1, 0)), s_ones, b_none, use_acc=False, is_async=True)
     b_zero = gl.full([LEAF, 64], 0.0, gl.float32, Q)
@@ -180,24 +201,18 @@ def _step(
         t_dq = warpgroup_mma(s_ds.slice(C * 64, 64, 1).permute((1, 0)), s_k, b_zero, use_acc=False, is_async=True)
     if GATED:
         b_dv, b_row, _ = warpgroup_mma_wait(1, (t_dv, t_row, b_weights))
-        mbarrier.arrive(do_empty, count=1)
-        t_column = warpgroup_mma(b_ds_operand, s_ones, b_column, is_async=True)
-        t_dk = warpgroup_mma(b_ds_operand, s_q, b_dk, is_async=True)
-        _add_sums(p_gate, b_row)
-        b_dq = warpgroup_mma_wait(2, (t_dq,))
+        # The sum of equal columns is eight times one, exactly.
+        gl.atomic_add(p_gate + gl.arange(0, LEAF, gl.SliceLayout(1, EIGHT)), gl.sum(b_row, 1) * 0.125, sem="relaxed")
     else:
         b_dv, _ = warpgroup_mma_wait(1, (t_dv, b_weights))
-        mbarrier.arrive(do_empty, count=1)
-        t_dk = warpgroup_mma(b_ds_operand, s_q, b_dk, is_async=True)
-        b_dq = warpgroup_mma_wait(1, (t_dq,))
+    mbarrier.arrive(do_empty, count=1)
+    t_dk = warpgroup_mma(b_ds_operand, s_part, b_dk, is_async=True)
+    b_dq = warpgroup_mma_wait(1, (t_dq,))
     tma.store_wait(0)
     s_dq.store(b_dq)
     fence_async_shared()
     tma_reduce_add(t_d_query_rows, [i_d_row, i_d_column], s_dq)
-    if GATED:
-        b_dk, b_column, _ = warpgroup_mma_wait(0, (t_dk, t_column, b_ds_operand))
-    else:
-        b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
+    b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
     mbarrier.arrive(q_empty, count=1)
     return b_dk, b_dv, b_column
 
@@ -207,10 +222,11 @@ def _consume(
     t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do, s_lse, s_delta,
     s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
     s_count, i_query_base, i_key_base, i_row_base, i_head, H, num_levels, query_slots, key_slots, row_slots,
-    C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    GATED: gl.constexpr
+    C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Keys of leaf C of the pair."""
+    KEYS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     b_dv = gl.full([LEAF, DV], 0.0, gl.float32, V)
@@ -231,7 +247,7 @@ def _consume(
             b_k = s_keys.slice(C * LEAF, LEAF, 0)
             i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
             b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
-            b_column = gl.full([LEAF, 8], 0.0, gl.float32, EIGHT)
+            b_column = gl.full([LEAF], 0.0, gl.float32, KEYS)
             i_query_head = i_head * GROUP
             i_tile_row = 0
             for _ in range(s_tiles * GROUP):
@@ -255,13 +271,14 @@ def _consume(
                     s_lse.index(i_stage), s_delta.index(i_stage), s_ds.index(s_steps & 1), s_dq.index(C), s_ones,
                     q_full.index(i_stage), q_empty.index(i_stage), do_full.index(i_stage), do_empty.index(i_stage),
                     ds_full, t_d_query_rows, i_d_row, i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase,
-                    s_steps & 1, C, ROWS, D, DV, GATED
+                    s_steps & 1, C, ROWS, COLUMNS, D, DV, GATED
                 )  # fmt: skip
                 i_tile_row += ROWS
                 is_last = i_tile_row == s_tiles * ROWS  # of a query head
                 if GATED:  # noqa: SIM102  known to the compiler, the other condition is not
                     if is_last:
-                        _add_sums(p_gate_of_head + (i_index + C) * LEAF, -b_column)
+                        p_gates = p_gate_of_head + (i_index + C) * LEAF + gl.arange(0, LEAF, KEYS)
+                        gl.atomic_add(p_gates, -b_column, sem="relaxed")
                         b_column = b_column * 0.0
                 i_query_head += gl.where(is_last, 1, 0)
                 i_tile_row = gl.where(is_last, 0, i_tile_row)
@@ -318,6 +335,7 @@ def dense_backward_kernel(
     H,
     GROUP: gl.constexpr,
     ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,  # of a tile's rows whose logits are held at a time
     D: gl.constexpr,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
@@ -394,7 +412,7 @@ def dense_backward_kernel(
                     t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do,
                     s_lse, s_delta, s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty,
                     ds_full, done, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base, i_head, H,
-                    num_levels, query_slots, key_slots, row_slots, 0, GROUP, ROWS, D, DV, STAGES, GATED
+                    num_levels, query_slots, key_slots, row_slots, 0, GROUP, ROWS, COLUMNS, D, DV, STAGES, GATED
                 ),
             ),
             (
@@ -403,7 +421,7 @@ def dense_backward_kernel(
                     t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do,
                     s_lse, s_delta, s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty,
                     ds_full, done, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base, i_head, H,
-                    num_levels, query_slots, key_slots, row_slots, 1, GROUP, ROWS, D, DV, STAGES, GATED
+                    num_levels, query_slots, key_slots, row_slots, 1, GROUP, ROWS, COLUMNS, D, DV, STAGES, GATED
                 ),
             ),
         ],

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from path_attention.ops.kernels import leaf_kernels
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
 from path_attention.ops.kernels.tiles import COUNTS
 
@@ -18,6 +19,7 @@ OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC, 2))
 MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC))  # a number for each row of an accumulator
 COLUMN = gl.constexpr(gl.SliceLayout(0, ACC))
+CLOSED = gl.constexpr(leaf_kernels.CLOSED.value)
 TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16))
 
 
@@ -101,6 +103,20 @@ def _put(s_tile, b_x):
     """To shared memory, for the products that follow: the barrier before them is the compiler's affair."""
     s_tile.store(b_x.to(s_tile.dtype))
     fence_async_shared()
+
+
+@gluon.jit
+def _gates_between(b_g):
+    """(64, 64), base 2, from the log gates of the leaf's rows: _gates_between of leaf_kernels.py."""
+    earlier = gl.arange(0, LEAF, ROW)[:, None] >= gl.arange(0, 64, COLUMN)[None, :]
+    b_is_closed = gl.where(b_g < CLOSED, 1.0, 0.0)
+    b_g_column = gl.convert_layout(gl.where(b_g < CLOSED, 0.0, b_g * LOG2_E), COLUMN)
+    b_sum = gl.sum(gl.where(earlier, b_g_column[None, :], 0.0), 1)
+    b_closed = gl.sum(gl.where(earlier, gl.convert_layout(b_is_closed, COLUMN)[None, :], 0.0), 1)
+    # The same numbers for rows and columns: a query's own key has exactly 0.
+    b_between = b_sum[:, None] - gl.convert_layout(b_sum, COLUMN)[None, :]
+    same = b_closed[:, None] == gl.convert_layout(b_closed, COLUMN)[None, :]
+    return gl.where(same, b_between, float("-inf"))
 
 
 @gluon.jit
@@ -269,13 +285,19 @@ def leaf_forward_kernel(
             b_q_left = warpgroup_mma(b_x_operand, s_u.index(i), s_q.index(i).load(ACC).to(gl.float32))
             _store(p_q_left + i_query_head * D + i * 64, b_q_left * scale, s_a, i_leaf * LEAF, LEAF, HQ * D)
         p_row = gl.cast(i_row, gl.int64) * HQ + i_query_head
+        if p_g is not None:
+            b_g = gl.load(p_g + p_row + o_row * HQ, mask=o_row < s_rows, other=0.0).to(gl.float32)
+            gl.store(p_gate_node + gl.cast(2 * i_leaf, gl.int64) * HQ + i_query_head, gl.sum(b_g, 0))
         if p_out is not None:
             t_s = warpgroup_mma(s_q.index(0), s_k.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
             if PARTS == 2:
                 t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
             t_s = warpgroup_mma(b_x_operand, s_y.permute((1, 0)), t_s, is_async=True)
             b_s, _kept = warpgroup_mma_wait(0, (t_s, b_x_operand))
-            b_s = gl.where(o_row[:, None] >= o_column[None, :], b_s * (scale * LOG2_E), float("-inf"))
+            b_s *= scale * LOG2_E
+            if p_g is not None:
+                b_s += _gates_between(b_g)
+            b_s = gl.where(o_row[:, None] >= o_column[None, :], b_s, float("-inf"))
             b_max = gl.max(b_s, 1)
             b_p = gl.exp2(b_s - b_max[:, None])
             b_sum = gl.sum(b_p, 1)
@@ -325,6 +347,7 @@ def leaf_backward_kernel(
     p_v,
     p_w,
     p_beta,
+    p_g,
     p_inverse,
     p_y,
     p_u,
@@ -349,12 +372,13 @@ def leaf_backward_kernel(
     p_d_v,
     p_d_w,
     p_d_beta,
+    p_d_gate,
     scale,
     H,
     D: gl.constexpr,
 ):
-    """leaf_backward_kernel of leaf_kernels.py for D = DV, a query head a key head and no gates: its arguments, and what
-    it computes, dX, dY, dU, E and F negated. The comments say what the tiles of shared memory hold.
+    """leaf_backward_kernel of leaf_kernels.py for D = DV and a query head a key head: its arguments, and what it
+    computes, dX, dY, dU, E and F negated. The comments say what the tiles of shared memory hold.
     """
     PARTS: gl.constexpr = D // 64
     HEADROOM: gl.constexpr = 0.0625  # as there
@@ -415,7 +439,10 @@ def leaf_backward_kernel(
     b_x = gl.where(causal, b_x, 0.0)
     _put(s_x, b_x)
     b_s = warpgroup_mma(_operand(-b_x), s_y.permute((1, 0)), b_s)
-    b_p = gl.exp2(b_s * (s_q_power * s_k_power * scale * LOG2_E) - b_shift[:, None])
+    b_s *= s_q_power * s_k_power * scale * LOG2_E
+    if p_g is not None:
+        b_s += _gates_between(gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32))
+    b_p = gl.exp2(b_s - b_shift[:, None])
     b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
     s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
     _put(s_weights, b_p)
@@ -431,6 +458,10 @@ def leaf_backward_kernel(
         b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_part, b_dv)
         _store(p_d_v + i * 64, b_dv, s_ds, i_row, s_rows, stride)
     b_ds = b_p * (b_dp - b_delta[:, None])
+    if p_g is not None:
+        b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)
+        b_d_gate += gl.sum(b_ds, 1) - gl.convert_layout(gl.sum(b_ds, 0), ROW)
+        gl.store(p_d_gate + p_number + o_row * H, b_d_gate, mask=m_row)
     # One unit for all gradients.
     s_dq_power = gl.load(p_d_q_left_power + i_tile) * (s_q_power * scale)
     s_dk_power = 0.0
