@@ -40,10 +40,10 @@ class Options:
 
 _OPTIONS = {
     64: Options(
-        stages=2, turns=True, registers=240, rows=128, columns=128, gated_columns=64, backward_stages=2, lowest_warps=4
+        stages=2, turns=True, registers=240, rows=128, columns=64, gated_columns=64, backward_stages=2, lowest_warps=4
     ),
     128: Options(
-        stages=2, turns=True, registers=240, rows=64, columns=64, gated_columns=64, backward_stages=2, lowest_warps=8
+        stages=2, turns=True, registers=240, rows=64, columns=64, gated_columns=32, backward_stages=2, lowest_warps=8
     ),
 }
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
