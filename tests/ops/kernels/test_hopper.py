@@ -60,7 +60,8 @@ GATED = {
     for name in ("odd number of leaves", "two leaves", "one more than eight", "grouped", "128, grouped", "packed")
 }
 GATED |= {
-    f"closed, {name}": {**CASES[name], "gate": True, "closed": float("-inf")} for name in ("odd number of leaves", "grouped")
+    f"closed, {name}": {**CASES[name], "gate": True, "closed": float("-inf")}
+    for name in ("odd number of leaves", "grouped")
 }
 
 

@@ -34,16 +34,34 @@ class Options:
     rows: int  # queries of a tile of the backward kernel
     columns: int  # of these, whose logits are held in registers at a time
     gated_columns: int  # the same with gates
+    held: bool  # without gates, keys and values of the backward kernel stay in registers
     backward_stages: int
     lowest_warps: int  # of the backward kernel of level 0
 
 
+# Columns and held by measurement: docs/hopper.md.
 _OPTIONS = {
     64: Options(
-        stages=2, turns=True, registers=240, rows=128, columns=64, gated_columns=64, backward_stages=2, lowest_warps=4
+        stages=2,
+        turns=True,
+        registers=240,
+        rows=128,
+        columns=64,
+        gated_columns=64,
+        held=True,
+        backward_stages=2,
+        lowest_warps=4,
     ),
     128: Options(
-        stages=2, turns=True, registers=240, rows=64, columns=64, gated_columns=32, backward_stages=2, lowest_warps=8
+        stages=2,
+        turns=True,
+        registers=240,
+        rows=64,
+        columns=64,
+        gated_columns=32,
+        held=False,
+        backward_stages=2,
+        lowest_warps=8,
     ),
 }
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -259,6 +277,7 @@ def _upper_levels_backward(
         H=heads,
         ROWS=options.rows,
         COLUMNS=options.gated_columns if gate_rows is not None else options.columns,
+        HELD=options.held and gate_rows is None,
         STAGES=options.backward_stages,
         REGISTERS=options.registers,
         SECTION=heads_of_a_section(table, 1, dim, dim, values.element_size() * query_heads // heads),

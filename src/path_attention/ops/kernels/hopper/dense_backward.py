@@ -11,7 +11,7 @@ dV stays in registers over all levels and query heads, dK over one level, whose 
 fetch ahead; a tile's share of dQ is added to float32 memory by the copy engine. All gradients carry the power of two
 that log_sum_exp is shifted by, so that dS is an operand in float16. Rows that no token stands at have a log_sum_exp of
 plus infinity: no tile needs a mask. With gates that number is another one at every level, less the row's gate there;
-sums of dS over queries and over keys are products with ones. Level 0 is a kernel of its own
+sums of dS over keys are products with ones. Level 0 is a kernel of its own
 (dense_kernels.py): in this one it would cost registers that the loop does not have.
 """
 
@@ -223,7 +223,7 @@ def _consume(
     s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty, ds_full, done, i_row, i_index,
     s_count, i_query_base, i_key_base, i_row_base, i_head, H, num_levels, query_slots, key_slots, row_slots,
     C: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, GATED: gl.constexpr
+    STAGES: gl.constexpr, HELD: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Keys of leaf C of the pair."""
     KEYS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
@@ -231,7 +231,10 @@ def _consume(
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     b_dv = gl.full([LEAF, DV], 0.0, gl.float32, V)
     mbarrier.wait(v_full, 0)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]), 2)
     b_v = s_v.slice(C * LEAF, LEAF, 0)
+    if HELD:
+        b_v = b_v.load(OPERAND)
     i_stage = 0
     s_phase = 0
     i_k = 0
@@ -245,6 +248,8 @@ def _consume(
             mbarrier.wait(k_full.index(i_k), s_k_phase)
             s_keys = s_k.index(i_k)
             b_k = s_keys.slice(C * LEAF, LEAF, 0)
+            if HELD:
+                b_k = b_k.load(OPERAND)
             i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
             b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
             b_column = gl.full([LEAF], 0.0, gl.float32, KEYS)
@@ -336,6 +341,7 @@ def dense_backward_kernel(
     GROUP: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,  # of a tile's rows whose logits are held at a time
+    HELD: gl.constexpr,  # keys and values stay in registers
     D: gl.constexpr,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
@@ -412,7 +418,7 @@ def dense_backward_kernel(
                     t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do,
                     s_lse, s_delta, s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty,
                     ds_full, done, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base, i_head, H,
-                    num_levels, query_slots, key_slots, row_slots, 0, GROUP, ROWS, COLUMNS, D, DV, STAGES, GATED
+                    num_levels, query_slots, key_slots, row_slots, 0, GROUP, ROWS, COLUMNS, D, DV, STAGES, HELD, GATED
                 ),
             ),
             (
@@ -421,7 +427,7 @@ def dense_backward_kernel(
                     t_d_query_rows, t_d_key_rows, t_d_values, p_d_key_rows, p_gate_key, p_gate, s_k, s_v, s_q, s_do,
                     s_lse, s_delta, s_ds, s_dq, s_ones, k_full, k_empty, v_full, q_full, q_empty, do_full, do_empty,
                     ds_full, done, i_row, i_index, s_count, i_query_base, i_key_base, i_row_base, i_head, H,
-                    num_levels, query_slots, key_slots, row_slots, 1, GROUP, ROWS, COLUMNS, D, DV, STAGES, GATED
+                    num_levels, query_slots, key_slots, row_slots, 1, GROUP, ROWS, COLUMNS, D, DV, STAGES, HELD, GATED
                 ),
             ),
         ],
