@@ -18,7 +18,7 @@ from path_attention import cli
 from path_attention.layers import mixer_names
 from path_attention.reproduction import report, work
 from path_attention.reproduction.command import default_plan
-from path_attention.reproduction.lean import GraphCaptureFailed, LeanTraining
+from path_attention.reproduction.lean import LeanTraining
 from path_attention.reproduction.tables import TABLES, Cell, cells
 from path_attention.reproduction.work import (
     CHECKPOINT,
@@ -32,6 +32,7 @@ from path_attention.reproduction.work import (
     unfinished,
 )
 from path_attention.training import Recipe
+from path_attention.training.recorded import GraphCaptureFailed
 
 # Seconds for a whole table: two mixers, models of 16 dimensions, a few steps.
 TINY = (

@@ -27,6 +27,8 @@ from path_attention.training.recipe import Training
 def check_processes(settings: Training) -> None:
     """Raises a ValueError where the processes there are cannot share a training as ``settings.parallel`` says."""
     parallel, processes = settings.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.cuda_graphs and processes > 1:
+        raise ValueError(f"training.cuda_graphs: wanted false, or one process, got true with {processes} processes")
     if parallel.strategy == "ddp":
         return
     if "RANK" not in os.environ:
