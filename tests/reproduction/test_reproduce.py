@@ -117,6 +117,10 @@ def test_results_of_another_recipe_are_refused(tmp_path: Path) -> None:
     other = cells("table1", quick=True, rows=["path"], overrides=[*TINY, "training.steps=7"])
     with pytest.raises(ValueError, match="was made by another recipe"):
         unfinished(other, tmp_path)
+    # What the Trainer would record is nothing to these trainings.
+    for recorded in ("true", "false"):
+        same = cells("table1", quick=True, rows=["path"], overrides=[*TINY, f"training.cuda_graphs={recorded}"])
+        assert not unfinished(same, tmp_path)
 
 
 def test_a_deadline_stops_in_good_order_and_the_next_call_goes_on(tmp_path: Path) -> None:
