@@ -4,8 +4,9 @@
 
 The models are those of the paper's size (760M, 24 layers of 24 heads x 64), with random weights; RoPE's attention is
 cuDNN's, where it serves. A training step is forward, backward, clipping and AdamW under bfloat16 autocast with float32
-weights, layers and loss compiled as `training.compile` does it, on random tokens. The long pass is that of the
-evaluation by position: no gradient, the loss of every token, logits of some thousand tokens at a time.
+weights, layers and loss compiled as `training.compile` does it, on random tokens; both passes are recorded as
+`training.cuda_graphs` does it: else small models would be timed by how fast a CPU launches their kernels. The long pass
+is that of the evaluation by position: no gradient, the loss of every token, logits of some thousand tokens at a time.
 
 What is wanted most comes first: rope and path, their long passes, then the others. Training steps of rope are measured
 before and after those that are compared with it, and again where a later call goes on: how far its numbers are apart is
@@ -38,6 +39,7 @@ from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.reproduction.language_model import fastest_attention
 from path_attention.training import parallel
 from path_attention.training.recipe import Training
+from path_attention.training.recorded import EAGER_STEPS, GraphCaptureFailed, RecordedPasses, recorder_for
 
 SIZES: dict[str, dict[str, Any]] = {
     "760m": {},  # PaTHConfig's defaults
@@ -58,9 +60,11 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BASE = "rope"
 # Results are continued where these are the same.
-SAME = ("benchmark", "commit", "gpu", "versions", "size", "batch", "length", "compile", "repeats")
+SAME = ("benchmark", "commit", "gpu", "versions", "size", "batch", "length", "compile", "cuda_graphs", "repeats")
 # The loss of random weights is the logarithm of the vocabulary plus half the variance of the logits, about 0.3 here.
 FIRST_LOSS_TOLERANCE = 1.0
+# Steps before those that are timed: as they are, then the recording, and a replay.
+WARM_UP = EAGER_STEPS + 2
 
 
 class NotTimed(RuntimeError):
@@ -82,20 +86,29 @@ def tokens(model: Any, batch: int, length: int) -> Tensor:
 class Step:
     """A training step of a model, ready to be called."""
 
-    def __init__(self, model: Any, batch: int, length: int, compile: bool) -> None:
+    def __init__(self, model: Any, batch: int, length: int, compile: bool, cuda_graphs: bool) -> None:
         settings = Training(steps=1, batch_size=batch, learning_rate=1e-4, compile=compile)
         parallel.prepare(model.train(), settings, None)
-        self.model, self.ids = model, tokens(model, batch, length)
+        ids = tokens(model, batch, length)
+        self.model, self.inputs = model, {"input_ids": ids, "labels": ids}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+        recorder = recorder_for(model.device) if cuda_graphs else None
+        self.passes: Callable[[dict[str, Tensor]], Tensor] = self._passes
+        if recorder is not None:
+            self.passes = RecordedPasses(self._passes, model.parameters(), recorder)
+
+    def _passes(self, inputs: dict[str, Tensor]) -> Tensor:
+        with precision_context("bfloat16", self.model.device):
+            loss: Tensor = self.model(**inputs).loss
+        loss.backward()
+        return loss.detach()
 
     def __call__(self) -> Tensor:
-        with precision_context("bfloat16", self.model.device):
-            loss: Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
-        loss.backward()
+        loss = self.passes(self.inputs)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
 
 def synchronize(device: torch.device) -> None:
@@ -133,19 +146,20 @@ def check_loss(loss: float, model: Any) -> None:
 
 
 def training(options: argparse.Namespace, mixer: str, device: torch.device) -> dict[str, Any]:
-    step = Step(build(options.size, mixer, device), options.batch, options.length, options.compile)
+    model = build(options.size, mixer, device)
+    step = Step(model, options.batch, options.length, options.compile, options.cuda_graphs)
     started = time.perf_counter()
     first = float(step())
-    check_loss(first, step.model)
+    check_loss(first, model)
     compiled = time.perf_counter() - started
-    for _ in range(2):
+    for _ in range(WARM_UP - 1):
         last = float(step())
     if not math.isfinite(last):
-        raise NotTimed(f"the loss is {last} after three steps")
+        raise NotTimed(f"the loss is {last} after {WARM_UP} steps")
     taken = seconds(step, device, options.repeats)
     rate = options.batch * options.length / statistics.median(taken)
     return {
-        "parameters": sum(p.numel() for p in step.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_per_second": round(rate, 1),
         "step_ms": {"median": 1e3 * statistics.median(taken), "min": 1e3 * min(taken), "max": 1e3 * max(taken)},
         "first_call_s": round(compiled, 1),
@@ -244,7 +258,7 @@ def fresh(options: argparse.Namespace) -> dict[str, Any]:
         **here,
         "commit": options.commit or here["commit"],
         "gpu": torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else None,
-        **{name: getattr(options, name) for name in ("size", "batch", "length", "compile", "repeats")},
+        **{name: getattr(options, name) for name in ("size", "batch", "length", "compile", "cuda_graphs", "repeats")},
         "calls": 0,
         "training": [],
         "long": [],
@@ -260,6 +274,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--long", default="4096,16384,65536", help="lengths of one pass; empty leaves them out")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="record the training step; default on a GPU"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--time-limit", type=float, help="seconds after which no row is begun")
     parser.add_argument("--commit", help="of the sources, where git does not tell")
@@ -274,6 +291,10 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--mixers: no {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device: no GPU here; wanted cpu, with --size tiny")
+    on_gpu = options.device.startswith("cuda")
+    if options.cuda_graphs and not on_gpu:
+        parser.error(f"--cuda-graphs: wanted --device cuda, got {options.device}")
+    options.cuda_graphs = on_gpu if options.cuda_graphs is None else options.cuda_graphs
     return options
 
 
@@ -286,12 +307,15 @@ def main() -> None:
     rows = Rows(result, options)
     # rope and path are what the others are looked at for.
     groups = [["rope", "path"], [m for m in options.mixers if m not in ("rope", "path")]]
-    with fastest_attention():
-        for group in ([m for m in group if m in options.mixers] for group in groups):
-            if options.length:
-                rows.train(group)
-            for mixer in reversed(group):
-                rows.read(mixer)
+    try:
+        with fastest_attention():
+            for group in ([m for m in group if m in options.mixers] for group in groups):
+                if options.length:
+                    rows.train(group)
+                for mixer in reversed(group):
+                    rows.read(mixer)
+    except GraphCaptureFailed as error:
+        raise SystemExit(f"a step could not be recorded, --no-cuda-graphs does without: {error}") from error
     for row in rows.result["training"]:
         if "failed" not in row:
             print(f"{row['mixer']:10} {row['tokens_per_second']:12,.0f} tokens/s  {row[f'of_{BASE}']}")

@@ -32,7 +32,15 @@ _EXTRA = dict.fromkeys(
     ("accelerate", "filelock", "matplotlib", "numpy", "rich", "tokenizers", "transformers", "typer", "yaml"), "train"
 ) | {"datasets": "data", "pyarrow": "data", "lm_eval": "eval"}
 # RuntimeErrors whose message is all there is to say; by name, for importing them would import half of transformers.
-_FAILURES = ("CacheIncomplete", "DeviceLost", "NotWritten", "TrainingDiverged", "Unfinished", "WrongResult")
+_FAILURES = (
+    "CacheIncomplete",
+    "DeviceLost",
+    "GraphCaptureFailed",
+    "NotWritten",
+    "TrainingDiverged",
+    "Unfinished",
+    "WrongResult",
+)
 # Full, or not ours to write or read: nothing that a traceback would tell more about.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 _RUNS = Path("runs")

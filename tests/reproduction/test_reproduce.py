@@ -18,7 +18,7 @@ from path_attention import cli
 from path_attention.layers import mixer_names
 from path_attention.reproduction import report, work
 from path_attention.reproduction.command import default_plan
-from path_attention.reproduction.lean import GraphCaptureFailed, LeanTraining
+from path_attention.reproduction.lean import LeanTraining
 from path_attention.reproduction.tables import TABLES, Cell, cells
 from path_attention.reproduction.work import (
     CHECKPOINT,
@@ -32,6 +32,7 @@ from path_attention.reproduction.work import (
     unfinished,
 )
 from path_attention.training import Recipe
+from path_attention.training.recorded import GraphCaptureFailed
 
 # Seconds for a whole table: two mixers, models of 16 dimensions, a few steps.
 TINY = (
@@ -116,6 +117,10 @@ def test_results_of_another_recipe_are_refused(tmp_path: Path) -> None:
     other = cells("table1", quick=True, rows=["path"], overrides=[*TINY, "training.steps=7"])
     with pytest.raises(ValueError, match="was made by another recipe"):
         unfinished(other, tmp_path)
+    # What the Trainer would record is nothing to these trainings.
+    for recorded in ("true", "false"):
+        same = cells("table1", quick=True, rows=["path"], overrides=[*TINY, f"training.cuda_graphs={recorded}"])
+        assert not unfinished(same, tmp_path)
 
 
 def test_a_deadline_stops_in_good_order_and_the_next_call_goes_on(tmp_path: Path) -> None:

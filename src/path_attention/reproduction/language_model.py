@@ -56,6 +56,7 @@ QUICK = (
     "training.precision=float32",
     "training.workers=0",
     "training.compile=false",
+    "training.cuda_graphs=false",
     "evaluation.windows=32",
     "evaluation.quick_windows=8",
     "evaluation.long_length=1024",

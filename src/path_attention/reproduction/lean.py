@@ -19,6 +19,7 @@ from transformers import set_seed
 from path_attention.models import PaTHForCausalLM
 from path_attention.tasks import IGNORED, GroupWords, Task
 from path_attention.training.recipe import Recipe, TaskEvaluation
+from path_attention.training.recorded import EAGER_STEPS, record
 from path_attention.training.run import model_config
 from path_attention.training.schedule import learning_rate_factor
 from path_attention.training.source import TaskSource
@@ -28,15 +29,6 @@ from path_attention.training.trainer import TrainingDiverged
 CHUNK_TOKENS = 2**22
 # Steps after which the host looks at the clock, at the least.
 MAX_CHUNK_STEPS = 64
-# Steps that run as they are before the graph is recorded: the first compiles kernels, the next ones let allocator and
-# optimiser settle. They are steps of the training like all others.
-EAGER_STEPS = 3
-
-
-class GraphCaptureFailed(RuntimeError):
-    """CUDA refused to record a training step. The process is best left: its CUDA state may be damaged."""
-
-    row = ""  # of the cell, where there is one
 
 
 class LeanTraining:
@@ -164,15 +156,8 @@ class LeanTraining:
         return self.model.lm_head(hidden.float()), wanted, place
 
     def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            torch.cuda.synchronize(self.device)
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self._one_step()
-        except RuntimeError as error:
-            raise GraphCaptureFailed(" ".join(str(error).split())) from error
-        self.graph = graph
+        self.graph, _ = record(self._one_step, self.device, self.stream)
 
     def ready(self) -> bool:
         """Whether the device has done all that was launched, so that :meth:`check` would not wait."""

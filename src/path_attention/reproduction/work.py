@@ -13,15 +13,16 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from path_attention.reproduction.lean import Evaluation, GraphCaptureFailed, LeanTraining
+from path_attention.reproduction.lean import Evaluation, LeanTraining
 from path_attention.reproduction.tables import Cell
-from path_attention.training import recipe_from_mapping, strict
+from path_attention.training import Recipe, recipe_from_mapping, strict
+from path_attention.training.recorded import GraphCaptureFailed
 from path_attention.training.run import machine, write_whole
 from path_attention.training.trainer import TrainingDiverged
 
@@ -93,14 +94,20 @@ def read_result(cell: Cell, runs: Path) -> dict[str, Any] | None:
 def check_recipe(result: Mapping[str, Any], cell: Cell, place: str, option: str) -> None:
     """Raises a ValueError where a result was made by another recipe than the cell's.
 
+    ``training.cuda_graphs`` may differ: ``--graphs`` says what these trainings record.
+
     Args:
         place: where the result was found.
         option: that names another place.
     """
-    if recipe_from_mapping(result["recipe"]) != cell.recipe:
+    if _without_graphs(recipe_from_mapping(result["recipe"])) != _without_graphs(cell.recipe):
         raise ValueError(
             f"{place} was made by another recipe; wanted the one asked for: give another {option}, or move it aside"
         )
+
+
+def _without_graphs(recipe: Recipe) -> Recipe:
+    return replace(recipe, training=replace(recipe.training, cuda_graphs=False))
 
 
 def unfinished(cells: Sequence[Cell], runs: Path) -> list[Cell]:

@@ -27,6 +27,10 @@ from path_attention.training.recipe import Training
 def check_processes(settings: Training) -> None:
     """Raises a ValueError where the processes there are cannot share a training as ``settings.parallel`` says."""
     parallel, processes = settings.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.cuda_graphs and (processes > 1 or "RANK" in os.environ):  # DDP's hooks work on a stream of their own
+        raise ValueError(
+            f"training.cuda_graphs: wanted false, or one process without torchrun, got true with {processes} of it"
+        )
     if parallel.strategy == "ddp":
         return
     if "RANK" not in os.environ:

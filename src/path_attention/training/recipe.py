@@ -77,6 +77,8 @@ class Training:
         device: auto takes an accelerator where there is one.
         workers: processes that make the data; 0 makes it in the main one.
         compile: torch.compile of the layers and of the loss.
+        cuda_graphs: record forward and backward pass of a micro-batch as a CUDA graph and replay it: where kernels are
+            short, launching them one by one takes longer than they do. For one process on one GPU; no effect on others.
         activation_checkpointing: keep the inputs of layers alone, and compute them again for the gradients.
         parallel: how several processes share it.
     """
@@ -100,6 +102,7 @@ class Training:
     device: Literal["auto", "cpu"] = "auto"
     workers: int = 0
     compile: bool = False
+    cuda_graphs: bool = False
     activation_checkpointing: bool = False
     parallel: Parallel = Parallel()
 
@@ -130,6 +133,12 @@ class Training:
             raise ValueError(
                 f"training.save_every: wanted a multiple of training.log_every = {self.log_every}, "
                 f"got {self.save_every}"
+            )
+        if self.cuda_graphs and self.parallel.strategy == "fsdp":
+            raise ValueError("training.cuda_graphs: wanted false beside training.parallel.strategy fsdp, got true")
+        if self.cuda_graphs and self.activation_checkpointing:
+            raise ValueError(  # torch's asks the GPU for its random state, which it does not tell while it records
+                "training.cuda_graphs: wanted false beside training.activation_checkpointing, got true"
             )
 
 
@@ -213,6 +222,13 @@ class Recipe:
     mixers: tuple[Mixer, ...] = ("path",)
     description: str = ""
     initial: str = ""
+
+    def __post_init__(self) -> None:
+        if self.training.cuda_graphs and isinstance(self.data, TokenData) and self.data.packing == "documents":
+            raise ValueError(
+                "training.cuda_graphs: wanted false beside data.packing documents, whose boundaries differ from batch "
+                "to batch, got true"
+            )
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data that loads to this recipe again, every default written out."""

@@ -40,7 +40,7 @@ DATA, POSITIONS = "data.json", "positions.json"
 
 # Keys that say how the work is done, not what comes out of it: a run may go on with others.
 HOW = ("mixers", "description", "data.cache", "training.accumulation_steps", "training.workers", "training.compile")
-HOW_TOO = ("training.activation_checkpointing", "training.parallel.")
+HOW_TOO = ("training.cuda_graphs", "training.activation_checkpointing", "training.parallel.")
 
 
 class Unfinished(RuntimeError):
@@ -119,6 +119,7 @@ def train(
         TrainingDiverged: when a loss is not finite.
         CacheIncomplete: the disk was full, or the network gone, before all text was in tokens.
         Unfinished: time was up, or SIGTERM came; the same call goes on.
+        GraphCaptureFailed: CUDA refused to record a step; the same call goes on in a new process, without graphs.
     """
     from path_attention.training import parallel
 
@@ -336,6 +337,7 @@ def fit(trainer: Any, folder: Path, console: Console | None, title: str) -> None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.stop.close()
+        trainer.recorded = None  # and with it the memory of its graph
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ShowProgress):
                 callback.close()

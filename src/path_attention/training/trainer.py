@@ -24,13 +24,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from path_attention.evaluation.perplexity import precision_context
 from path_attention.tasks import IGNORED
-from path_attention.training import checkpoint, divergence, parallel
+from path_attention.training import checkpoint, divergence, parallel, recorded
 from path_attention.training import recipe as recipes
 from path_attention.training.callbacks import Speed, StopInTime
 from path_attention.training.schedule import learning_rate_factor
 from path_attention.training.source import Source, TrainingSet
 
 METRICS, DIVERGENCE = "metrics.jsonl", "divergence.json"
+# The Trainer's name for the number of labels in all micro-batches of a step.
+LABELS = "num_items_in_batch"
 # Written into a checkpoint once all of it is there: a folder without it was interrupted and is no checkpoint.
 COMPLETE = "complete"
 
@@ -71,7 +73,8 @@ def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArgu
     """The Trainer's arguments for a recipe's ``training`` section.
 
     Raises:
-        ValueError: if batch_size does not divide among the devices and accumulation steps.
+        ValueError: if batch_size does not divide among the devices and accumulation steps; cuda_graphs beside several
+            GPUs.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -104,6 +107,11 @@ def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArgu
         disable_tqdm=True,
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
     )
+    if settings.cuda_graphs and arguments.n_gpu > 1:
+        raise ValueError(
+            "training.cuda_graphs: wanted false, or one GPU (CUDA_VISIBLE_DEVICES=0), got true with "
+            f"{arguments.n_gpu} GPUs"
+        )
     both = settings.parallel.tensor * settings.parallel.context
     devices = arguments.world_size * max(1, arguments.n_gpu) // both
     if settings.batch_size % (devices * settings.accumulation_steps):
@@ -161,6 +169,9 @@ class RecipeTrainer(Trainer):
         self.language_model: Any = model
         self.source, self.settings, self.folder = source, settings, folder
         self.micro_batches: list[dict[str, Any]] = []  # of the step in hand, for the case that it diverges
+        self.recorded: recorded.RecordedPasses | None = None
+        if settings.cuda_graphs and (recorder := recorded.recorder_for(arguments.device)) is not None:
+            self.recorded = recorded.RecordedPasses(self._passes, model.parameters(), recorder)
         if self.mesh is not None:
             accelerator: Any = self.accelerator
             accelerator.prepare_model = lambda model, **_: model
@@ -209,6 +220,29 @@ class RecipeTrainer(Trainer):
         return super()._prepare_inputs({n: x for n, x in inputs.items() if n not in boundaries}) | boundaries
 
     # --- a step --------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass of a micro-batch, recorded where the recipe wants it; its loss.
+
+        Raises:
+            GraphCaptureFailed: CUDA refuses to record them.
+        """
+        if self.recorded is None or "cu_seqlens" in inputs:  # boundaries that the host reads
+            return super().training_step(model, inputs, num_items_in_batch)
+        given = self._prepare_inputs(inputs)
+        if num_items_in_batch is not None:
+            given[LABELS] = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        try:
+            return self.recorded(given)
+        except recorded.GraphCaptureFailed as error:
+            raise recorded.GraphCaptureFailed(
+                f"training.cuda_graphs: step {self.state.global_step + 1} could not be recorded: {error}. The same "
+                "command with training.cuda_graphs=false goes on from the last checkpoint"
+            ) from error
+
+    def _passes(self, given: dict[str, Tensor]) -> Tensor:
+        inputs = {name: x for name, x in given.items() if name != LABELS}
+        return super().training_step(self.language_model, inputs, given.get(LABELS))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         # accelerate's own autocast would also turn all logits into float32.

@@ -4,6 +4,7 @@ Same algorithm as ops/dyadic.py, on rows of tokens as they come, (B * L, heads, 
 """
 
 from collections.abc import Iterator
+from types import EllipsisType
 from typing import Literal, NamedTuple
 
 import torch
@@ -101,11 +102,15 @@ def _by_head(x: Tensor) -> Tensor:
     return x.squeeze(2) if x.shape[2] == 1 else x.transpose(2, 3)
 
 
+# Of (B, L, heads, ...): sequences and heads; all of it by ``...``, which takes the host half as long.
+_Index = tuple[slice, slice, slice] | EllipsisType
+
+
 class _Part(NamedTuple):
     """Sequences and heads that go through the stages together: indices into (B, L, HQ, ...) and (B, L, H, ...)."""
 
-    queries: tuple[slice, slice, slice]
-    keys: tuple[slice, slice, slice]
+    queries: _Index
+    keys: _Index
     table: LeafTable
 
     def of(
@@ -149,6 +154,9 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
     part_heads = heads if leaves * heads <= most else max(1, most // leaves)
     sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
     table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
+    if (sequences, part_heads) == (batch, heads):
+        yield _Part(..., ..., table or batch_leaf_table(batch, length))
+        return
     for first in range(0, batch, sequences):
         sequence = slice(first, min(first + sequences, batch))
         if cu_seqlens is None and (table is None or sequence.stop - first != sequences):
@@ -182,7 +190,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % DESCRIPTOR_ALIGNMENT else x
 
 
-def _place(result: Tensor, index: tuple[slice, slice, slice], padded: bool) -> Tensor:
+def _place(result: Tensor, index: _Index, padded: bool) -> Tensor:
     """Where a kernel writes a part's rows of result (B, L, heads, ...): there, or else rows for :func:`_store`.
 
     padded: the last dimension is made a multiple of COLUMNS.
@@ -195,7 +203,7 @@ def _place(result: Tensor, index: tuple[slice, slice, slice], padded: bool) -> T
     return place.new_empty(rows, *place.shape[2:-1], place.shape[-1] + missing)
 
 
-def _store(result: Tensor, index: tuple[slice, slice, slice], rows: Tensor) -> None:
+def _store(result: Tensor, index: _Index, rows: Tensor) -> None:
     """Bring a part's rows from where the kernels wrote them to result (B, L, heads, ...), without the padding."""
     place = result[index]
     if rows.data_ptr() != place.data_ptr():

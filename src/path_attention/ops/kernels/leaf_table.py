@@ -17,6 +17,7 @@ sequence's 2 * count nodes (the in-order numbering of a binary tree), where firs
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def _even(x: Tensor) -> Tensor:
     return x + x % 2
 
 
+@lru_cache(maxsize=256)
 def batch_leaf_table(batch: int, length: int) -> LeafTable:
     """The table of ``batch`` sequences of ``length`` tokens each."""
     leaves = -(-length // LEAF)

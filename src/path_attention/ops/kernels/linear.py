@@ -5,6 +5,7 @@ siblings needs; docs/kernels.md lists the buffers with their sizes.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -72,7 +73,7 @@ class Inputs:
     def reflections(self) -> int:
         return self.w.shape[2] // self.k.shape[2]
 
-    @property
+    @cached_property
     def work_dtype(self) -> torch.dtype:
         """What operands of the linear stages' products are rounded to, and what lies between the stages: tiles.py.
 
@@ -81,7 +82,7 @@ class Inputs:
         wide = self.q.shape[2] > WHOLE_DIM
         return torch.float32 if self.q.dtype == torch.float32 or wide else torch.float16
 
-    @property
+    @cached_property
     def row_dtype(self) -> torch.dtype:
         """Of the rows at the levels' edges, for our own attention between siblings."""
         return torch.float32 if self.q.dtype == torch.float32 else torch.float16
