@@ -159,8 +159,8 @@ def rotary_frequencies(
     return frequency * (share + (1 - share) / scaling["factor"])
 
 
-# An operator of its own, so that a compiler computes the table once and reads it: torch's would rather compute sines and
-# powers again for every number of every head.
+# An operator of its own, so that a compiler computes the table once and reads it: torch's would rather compute sines
+# and powers again for every number of every head.
 @torch.library.custom_op("path_attention::rotary_table", mutates_args=())
 def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions * frequencies_i, angles in float32, the results (..., L, D / 2) in ``dtype``.
