@@ -144,11 +144,15 @@ def test_in_a_cuda_graph() -> None:
 @interpreted
 @pytest.mark.parametrize("added", [0.0, 1e-6])
 def test_vectors_without_a_direction(added: float) -> None:
-    """A sequence of zeros, as padding is, gives zeros, and the gradients that torch gives: large ones, but finite."""
-    x, *others = make(12, 2, 16, ends=[0, 5, 12], added=added)
-    x[:, 5:] = 0
+    """A sequence of zeros, as padding is, gives zeros; one of numbers near them, vectors shorter than one. Gradients
+    are those that torch gives: large ones, but finite.
+    """
+    x, *others = make(12, 2, 16, ends=[0, 5, 8, 12], added=added)
+    x[:, 5:8] *= 1e-7
+    x[:, 8:] = 0
     got, exact = (out_and_gradients(function, x, *others) for function in (convolve_normalise, by_torch))
-    assert not got[0][:, 5:].any()
+    assert bool((got[0][:, 5:8].unflatten(2, (2, 16)).norm(dim=-1) < 0.9).all())
+    assert not got[0][:, 8:].any()
     for y, z in zip(got, exact, strict=True):
         assert bool(torch.isfinite(y).all())
         torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-5)
