@@ -8,7 +8,8 @@ from path_attention.autocast import without_autocast
 from path_attention.checks import check_flag, check_integer, check_number
 from path_attention.layers.operator import OperatorAttention, PaTHInputs, at_least_float32
 from path_attention.layers.padding import token_positions
-from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution
+from path_attention.layers.short_convolution import ConvolutionState, ShortConvolution, has_kernels
+from path_attention.ops.convolve_normalise import MOST_HEAD_DIM, MOST_WIDTH, convolve_normalise
 
 # A w shorter than this is padding or next to it and stays as it is; it bounds the gradient of the norm at 0.
 NORM_EPS = 1e-6
@@ -126,10 +127,21 @@ class PaTHAttention(OperatorAttention):
     def _is_kernels(self, w: Tensor, convolution: ConvolutionState) -> bool:
         """Whether one kernel makes the transitions of one more token: what torch.compile cannot put together itself."""
         wanted = w.shape[1] == 1 and not self.w_norm_eps and not (torch.is_grad_enabled() and w.requires_grad)
-        return wanted and not torch.compiler.is_compiling() and convolution.has_kernel(w)
+        return wanted and not torch.compiler.is_compiling() and has_kernels(w)
+
+    def _is_fused(self, w: Tensor) -> bool:
+        """Whether one kernel each way makes w without a cache. Pieces of a split sequence are left to torch."""
+        if self.w_conv is None or self.context is not None:
+            return False
+        return has_kernels(w) and self.head_dim <= MOST_HEAD_DIM and self.w_conv.width <= MOST_WIDTH
 
     def _w(self, w: Tensor, cu_seqlens: Tensor | None, convolution: ConvolutionState | None) -> Tensor:
         """What the projection gave -> (B, L, R * H * D) float32 at least, unit vectors (shorter with w_norm_eps)."""
+        if convolution is None and self._is_fused(w):
+            assert self.w_conv is not None
+            positions = None if cu_seqlens is None else token_positions(cu_seqlens, w.shape[1], w.device)
+            least, added = (0.0, self.w_norm_eps) if self.w_norm_eps else (NORM_EPS, 0.0)
+            return convolve_normalise(w, self.w_conv.local_weight, positions, self.head_dim, least, added)
         with without_autocast(w.device):
             w = at_least_float32(w)
             if self.w_conv is not None and convolution is not None:

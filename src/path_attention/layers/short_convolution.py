@@ -8,8 +8,14 @@ from torch import Tensor, nn
 from path_attention.checks import check_integer
 from path_attention.ops.backends import has_triton
 
-# Devices that a step's kernel runs on. Triton's interpreter would be another: it is for tests to say so.
+# Devices that the kernels run on. Triton's interpreter would be another: it is for tests to say so.
 KERNEL_DEVICES = frozenset({"cuda"})
+_HAS_TRITON = has_triton()  # known before torch.compile asks, which cannot look for packages
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether kernels take inputs of a convolution like x."""
+    return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and _HAS_TRITON
 
 
 class ShortConvolution(nn.Module):
@@ -36,11 +42,14 @@ class ShortConvolution(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.weight, -self.bound, self.bound)
 
+    @property
+    def local_weight(self) -> Tensor:
+        """Of a DTensor, under tensor parallelism, the channels of this process."""
+        return self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (B, L, channels) and positions (L,), each token's index in its own sequence -> (B, L, channels)."""
-        weight = self.weight
-        if hasattr(weight, "to_local"):  # a DTensor, under tensor parallelism: the channels of this process
-            weight = weight.to_local()
+        weight = self.local_weight
         y = x * weight[:, -1]
         for back in range(1, min(self.width, x.shape[1])):
             earlier = nn.functional.pad(x[:, :-back], (0, 0, back, 0))
@@ -95,10 +104,6 @@ class ConvolutionState:
         """(B, count, channels): of the last tokens of each sequence."""
         token = self.length[:, None] - count + torch.arange(count, device=self.rows.device)
         return self.rows[torch.arange(len(self.rows), device=self.rows.device)[:, None], token % self.window]
-
-    def has_kernel(self, x: Tensor) -> bool:
-        """Whether :meth:`step` is a kernel for inputs like x."""
-        return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and has_triton()
 
     def step(
         self, convolution: ShortConvolution, x: Tensor, beta: Tensor, gate: Tensor | None, head_dim: int, eps: float

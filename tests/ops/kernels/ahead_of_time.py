@@ -2,9 +2,9 @@
 
     python -m tests.ops.kernels.ahead_of_time '{"backend": "hopper", "dim": 64}' ...
 
-An argument is a call as run_engine takes it. The engine runs as it is on tensors that nobody computes, so that
-signatures, constants and launch options are those of real launches. stdout has a JSON list, an object for each compiled
-variant of a kernel.
+An argument is a call as run_engine takes it, or what else ``backend`` names. The engine runs as it is on tensors that
+nobody computes, so that signatures, constants and launch options are those of real launches. stdout has a JSON list, an
+object for each compiled variant of a kernel.
 """
 
 import contextlib
@@ -115,11 +115,24 @@ def run_edges(dim: int) -> None:
     edges.backward(q, q, w, beta, LENGTH, 1.0, edges.edges(q, q, w, beta, LENGTH, 1.0))
 
 
+def run_convolve_normalise(dim: int, dtype: str = "bfloat16", packed: bool = False, width: int = 3) -> None:
+    """w of the layer, and back."""
+    from path_attention.ops.kernels import convolve_normalise
+
+    x = torch.zeros(1, LENGTH, CHANNELS // dim * dim, dtype=getattr(torch, dtype))
+    weight, positions = torch.zeros(x.shape[2], width), torch.arange(LENGTH) if packed else None
+    w = convolve_normalise.forward(x, weight, positions, dim, 1e-6, 0.0)
+    convolve_normalise.backward(w, x, weight, positions, dim, 1e-6, 0.0)
+
+
 if __name__ == "__main__":
     compiled: list[dict[str, Any]] = []
     compile_instead_of_launching(compiled)
     for call in sys.argv[1:]:
         options = json.loads(call)
-        others = {"pairs": run_pairs, "edges": run_edges}
-        others[options["backend"]](options["dim"]) if options["backend"] in others else run_engine(**options)
+        others = {"pairs": run_pairs, "edges": run_edges, "convolve_normalise": run_convolve_normalise}
+        if options["backend"] in others:
+            others[options.pop("backend")](**options)
+        else:
+            run_engine(**options)
     print(json.dumps(compiled))

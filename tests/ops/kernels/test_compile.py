@@ -122,6 +122,15 @@ def test_edges_of_pieces(dim: int) -> None:
     check(found, EDGE_SPILLS[dim])
 
 
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_convolve_normalise(dim: int) -> None:
+    """What a token shares with its neighbours is in registers for all the time: none goes to memory at any width."""
+    call = {"backend": "convolve_normalise", "dim": dim}
+    found = compiled(call, {**call, "packed": True}, {**call, "dtype": "float32", "width": 4, "packed": True})
+    assert len(found) == 6
+    check(found, {})
+
+
 def test_wide_rows() -> None:
     found = compiled({"backend": "triton", "dim": 256, "gated": True, "packed": True, "group": 2})
     assert not any(x["kernel"].startswith("leaf_kernels") for x in found)
