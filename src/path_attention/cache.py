@@ -278,17 +278,20 @@ class PathCache:
 
     def _reserve_pages(self, counts: list[int]) -> None:
         """Pages and chunks for what these calls fold; and none that is written to is another's too."""
-        changed, chunk = False, self.state.chunk
+        changed, pools = False, self._pools()
+        missing: list[tuple[int, str, int]] = []
         for row, ((fold, length), count) in enumerate(zip(self._known, counts, strict=True)):
             due = folds(fold, length, count, self.keep)
             if not due:
                 continue
             changed |= self._own_open_chunk(self._tables["pages"][row], fold)
-            wanted = {"pages": -(-(fold + due) // PAGE), "chunks": (fold + due) // chunk}
-            for name, pool in self._pools().items():
-                table = self._tables[name][row]
-                changed |= wanted[name] > len(table)
-                table += pool.take(max(0, wanted[name] - len(table)))
+            wanted = {"pages": -(-(fold + due) // PAGE), "chunks": (fold + due) // self.state.chunk}
+            missing += [(row, name, max(0, n - len(self._tables[name][row]))) for name, n in wanted.items()]
+        for name, pool in pools.items():
+            pool.reserve(sum(count for _, other, count in missing if other == name))
+        for row, name, count in missing:
+            changed |= count > 0
+            self._tables[name][row] += pools[name].take(count)
         if changed:
             self._write_tables()
 

@@ -1,6 +1,7 @@
 """Memory in numbered pieces, shared by all forks of a cache: pages of folded tokens, and products of chunks."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -24,14 +25,16 @@ class Pool:
         dim, length = self._cut[first]
         self.uses = [0] * (self.tensors[first].shape[dim] // length)
 
+    def reserve(self, count: int) -> None:
+        """Make pieces if fewer than ``count`` are free: once for all who take some, as growing copies everything."""
+        missing = count - self.uses.count(0)
+        if missing > 0:
+            self._grow(max(missing, len(self.uses) // SPARE))
+
     def take(self, count: int) -> list[int]:
         """The numbers of the ``count`` lowest free pieces, now used once; makes more if there are too few."""
-        free = [piece for piece, uses in enumerate(self.uses) if not uses] if count else []
-        if len(free) < count:
-            more = max(count - len(free), len(self.uses) // SPARE)
-            free += range(len(self.uses), len(self.uses) + more)
-            self._grow(more)
-        taken = free[:count]
+        self.reserve(count)
+        taken = list(islice((piece for piece, uses in enumerate(self.uses) if not uses), count))
         self.share(taken)
         return taken
 

@@ -17,12 +17,14 @@ from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+# First compute capability with bulk prefetches.
+PREFETCH_CAPABILITY = 9
 # Narrowest tile of a matrix unit.
 MIN_BLOCK = 16
 # Multiprocessors that interpreted kernels are launched for.
 INTERPRETED = 1
 # Programs a multiprocessor that share the pages to be folded.
-FOLDERS = 2
+FOLDERS = 8
 # Warps, and registers a thread at most, of fold_chunk_kernel, by the widest row.
 FOLD_LAUNCHES: dict[int, tuple[int, int | None]] = {64: (4, 168), 128: (8, None)}
 # Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
@@ -41,19 +43,20 @@ class Launch:
     num_warps: int
     stages: int  # of the loop over pages: one for the entry of the table, one to work on, the others on their way
     registers: int | None  # a thread at most; what a program does before its loop needs more, and may spill
-    programs: int  # a multiprocessor, that histories are cut into pieces for: some run at once, the rest evens out
+    programs: int  # a multiprocessor, that histories are cut into pieces for: as many as run at once
+    prefetch: int  # pages that a program calls into the L2 cache while its queries move; a power of two, or 0
 
 
 # By the widest row. The fastest of ten launches and three counts of programs on an H200, over the shapes of
 # `path-attention benchmark decode` (benchmarks/cuda_decode.py --only tune).
 LAUNCHES = {
-    64: Launch(num_warps=2, stages=5, registers=None, programs=4),
-    128: Launch(num_warps=4, stages=5, registers=None, programs=4),
-    256: Launch(num_warps=8, stages=3, registers=None, programs=4),
+    64: Launch(num_warps=2, stages=5, registers=None, programs=4, prefetch=4),
+    128: Launch(num_warps=4, stages=5, registers=None, programs=2, prefetch=4),
+    256: Launch(num_warps=8, stages=3, registers=None, programs=1, prefetch=2),
 }
 # Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
 # beside wider rows, or those of float32, which are read for their digits and not for speed.
-LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4)
+LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4, prefetch=0)
 MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
 FLOAT32_STAGES = 2
 
@@ -74,6 +77,14 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _prefetched(state: State, launch: Launch) -> int:
+    """Pages that a program calls into the L2 cache ahead: rows of 16 bits, on hardware that has the instruction."""
+    device, dims = state.k.device, (state.k.shape[3], state.v.shape[3])
+    aligned = all(dim % 8 == 0 for dim in dims)  # parts of a page are whole lines of 16 bytes
+    hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= PREFETCH_CAPABILITY
+    return launch.prefetch if hardware and aligned and state.coded else 0
 
 
 def _block(dim: int) -> int:
@@ -138,10 +149,10 @@ def _attend(
     block_rows, launch = _launch(state, rows)
     tiles = triton.cdiv(rows, block_rows)
     items = max(1, launch.programs * _multiprocessors(state.k.device) // (heads * tiles))
-    pieces = items + 2 * batch
+    pieces = items + batch
     out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
     log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
-    attend_kernel[((pieces - batch * moved) * heads * tiles,)](
+    attend_kernel[(pieces * heads * tiles,)](
         p_q=q,
         **new,
         **_fields(state, _ATTENDED),
@@ -165,6 +176,7 @@ def _attend(
         HALF=_HALF[state.k.dtype],
         STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
+        PREFETCH=_prefetched(state, launch),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,
         maxnreg=launch.registers,
@@ -211,7 +223,7 @@ def step(
     result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
     count = q.shape[0] * q.shape[1]
     workers = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device)) if fold_due else 0
-    append_kernel[(workers + batch + count * query_heads,)](
+    append_kernel[(count * query_heads + batch + workers,)](
         p_out=found[0],
         p_log_sum_exp=found[1],
         p_before=before,
@@ -226,6 +238,7 @@ def step(
         H=heads,
         s_new=longest,
         s_items=found[2],
+        s_queries=count * query_heads,
         s_workers=workers,
         s_slots=state.keys.shape[1],
         s_page_columns=state.pages.shape[1],
