@@ -5,6 +5,7 @@ Grids depend on shapes and on the number of multiprocessors only, so that a capt
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,9 +15,19 @@ from torch import Tensor
 from path_attention.ops.history.state import PAGE, SHORT, State, Tokens
 from path_attention.ops.kernels.append_kernels import append_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
-from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
+from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+
+class FoldLaunch(NamedTuple):
+    """How the kernels that fold a prompt are launched."""
+
+    leaf_warps: int
+    leaf_registers: int | None
+    chain_warps: int
+    stages: int
+
+
 # First compute capability with bulk prefetches.
 PREFETCH_CAPABILITY = 9
 # Narrowest tile of a matrix unit.
@@ -25,8 +36,14 @@ MIN_BLOCK = 16
 INTERPRETED = 1
 # Programs a multiprocessor that share the pages to be folded.
 FOLDERS = 8
-# Warps, and registers a thread at most, of fold_chunk_kernel, by the widest row.
-FOLD_LAUNCHES: dict[int, tuple[int, int | None]] = {64: (4, 168), 128: (8, None)}
+# Of the kernels that fold a prompt, by the widest row: warps and registers a thread at most of fold_leaf_kernel, warps
+# and stages of the loop over pages of fold_chain_kernel.
+FOLD_LAUNCHES: dict[int, FoldLaunch] = {
+    64: FoldLaunch(leaf_warps=4, leaf_registers=168, chain_warps=4, stages=3),
+    128: FoldLaunch(leaf_warps=8, leaf_registers=None, chain_warps=8, stages=2),
+}
+# Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
+FOLD_BYTES = 2**28
 # Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
 # more, at most: eight programs share a multiprocessor, and only folds, once in 16 steps, spill.
 FOLD_TILE, APPEND_REGISTERS = 2048, 64
@@ -300,27 +317,54 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
     """
     k, v, w, beta = (x.contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta))
     batch, count, heads, dim = k.shape
-    warps, registers = next(launch for width, launch in FOLD_LAUNCHES.items() if _block(dim) <= width)
+    pages, block = state.chunk // PAGE, _block(dim)
+    launch = next(launch for width, launch in FOLD_LAUNCHES.items() if max(block, _block(v.shape[3])) <= width)
     segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
-    fold_chunk_kernel[(batch * heads * segments,)](
-        p_k=k,
-        p_v=v,
-        p_w=w,
-        p_beta=beta,
-        p_rows=None if rows is None else rows.to(torch.int32),
-        **_fields(state, "keys key_scale values products pages chunks product scale"),
-        p_codes=_codes(state),
-        s_tokens=count,
-        s_folded=folded,
-        s_due=due,
-        H=heads,
-        s_slots=state.keys.shape[1],
-        s_page_columns=state.pages.shape[1],
-        s_chunk_columns=state.chunks.shape[1],
-        # What is kept is for all tokens to come, and numbers are of order 1: two parts of 11 bits.
-        HALF=tl.float16,
-        **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
-        num_warps=warps,
-        maxnreg=registers,
-        num_stages=1,
-    )
+    chains = batch * heads * segments
+    size = max(_multiprocessors(k.device), FOLD_BYTES // (pages * 4 * block * (block + PAGE)))
+    size = min(chains, size)
+    right = torch.empty(2, size * pages, PAGE, block, dtype=torch.float16, device=k.device)
+    matrix = torch.empty(2, size * pages, block, block, dtype=torch.float16, device=k.device)
+    unit = torch.empty(size * pages, PAGE, dtype=torch.float32, device=k.device)
+    common: dict[str, object] = {
+        "p_rows": None if rows is None else rows.to(torch.int32),
+        "p_codes": _codes(state),
+        "p_right": right,
+        "p_unit": unit,
+        "p_matrix": matrix,
+        "s_folded": folded,
+        "s_due": due,
+        "s_segments": segments,
+        "H": heads,
+        "s_slots": state.keys.shape[1],
+        "s_page_columns": state.pages.shape[1],
+        "HALF": tl.float16,
+    }
+    for first in range(0, chains, size):
+        part = min(size, chains - first)
+        fold_leaf_kernel[(part * pages,)](
+            p_k=k,
+            p_v=v,
+            p_w=w,
+            p_beta=beta,
+            **_fields(state, "key_scale values pages scale"),
+            **common,
+            s_tokens=count,
+            s_first=first,
+            s_chains=part,
+            **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
+            num_warps=launch.leaf_warps,
+            maxnreg=launch.leaf_registers,
+            num_stages=1,
+        )
+        fold_chain_kernel[(part,)](
+            **_fields(state, "keys key_scale products pages chunks product scale"),
+            **common,
+            s_first=first,
+            s_chains=part,
+            s_chunk_columns=state.chunks.shape[1],
+            STAGES=launch.stages,
+            **_options(state, heads, "D C BLOCK_D"),
+            num_warps=launch.chain_warps,
+            num_stages=1,
+        )
