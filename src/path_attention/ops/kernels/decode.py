@@ -61,19 +61,20 @@ class Launch:
     stages: int  # of the loop over pages: one for the entry of the table, one to work on, the others on their way
     registers: int | None  # a thread at most; what a program does before its loop needs more, and may spill
     programs: int  # a multiprocessor, that histories are cut into pieces for: as many as run at once
+    hop_stages: int  # of the loop over the matrices that a query passes
     prefetch: int  # pages that a program calls into the L2 cache while its queries move; a power of two, or 0
 
 
 # By the widest row. The fastest of ten launches and three counts of programs on an H200, over the shapes of
 # `path-attention benchmark decode` (benchmarks/cuda_decode.py --only tune).
 LAUNCHES = {
-    64: Launch(num_warps=2, stages=5, registers=None, programs=4, prefetch=4),
-    128: Launch(num_warps=4, stages=5, registers=None, programs=2, prefetch=4),
-    256: Launch(num_warps=8, stages=3, registers=None, programs=1, prefetch=2),
+    64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5, prefetch=4),
+    128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3, prefetch=4),
+    256: Launch(num_warps=8, stages=3, registers=None, programs=1, hop_stages=1, prefetch=2),
 }
 # Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
 # beside wider rows, or those of float32, which are read for their digits and not for speed.
-LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4, prefetch=0)
+LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4, hop_stages=1, prefetch=0)
 MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
 FLOAT32_STAGES = 2
 
@@ -193,6 +194,7 @@ def _attend(
         HALF=_HALF[state.k.dtype],
         STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
+        HOP_STAGES=launch.hop_stages,
         PREFETCH=_prefetched(state, launch),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,

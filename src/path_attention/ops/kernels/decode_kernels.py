@@ -20,6 +20,10 @@ PAGE = tl.constexpr(64)  # tokens a page: PAGE of state.py
 SUFFIX = tl.constexpr(4)  # chunks a suffix: SUFFIX of state.py
 # Fewer pages are not worth a program: it moves its queries first, for about as long as it takes to read 4 pages.
 LEAST_PAGES = tl.constexpr(8)
+# Prefetches of an instruction: each thread of a program has its own.
+PREFETCHES = tl.constexpr(128)
+# Hops whose matrices are prefetched: that of the open chunk, three single chunks, a suffix, three more.
+PREFETCHED_HOPS = tl.constexpr(8)
 # In place of minus infinity where a maximum starts, so that differences are numbers.
 LOWEST = tl.constexpr(-1e30)
 
@@ -63,16 +67,13 @@ def work_item(p_folded, i_item, B, s_items, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(p_x, b_slot, DIM: tl.constexpr, PARTS: tl.constexpr):
-    """Call part o % PARTS of the page at slot b_slot[o] of 16-bit rows (S, DIM) into the L2 cache."""
-    BYTES: tl.constexpr = PAGE * DIM * 2 // PARTS
-    o = tl.arange(0, b_slot.shape[0])
-    b_address = (p_x + b_slot * DIM).to(tl.int64) + o % PARTS * BYTES
+def prefetch(b_address, BYTES: tl.constexpr):
+    """Call so many bytes from each address on into the L2 cache."""
     # An instruction without a result is given one, which nobody reads.
     tl.inline_asm_elementwise(
         f"cp.async.bulk.prefetch.L2.global [$1], {BYTES}; mov.u32 $0, 0;",
         "=r,l",
-        [b_address],
+        [b_address.to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -83,14 +84,12 @@ def prefetch_rows(p_x, b_slot, DIM: tl.constexpr, PARTS: tl.constexpr):
 def prefetch_pages(
     p_table, p_keys, p_values, i_page, i_end, D: tl.constexpr, DV: tl.constexpr, PAGES: tl.constexpr
 ):
-    """Call pages i_page ... of one head into the L2 cache, at most PAGES and those before i_end."""
-    if PAGES > 0:
-        # As many parts as a program has threads, or more: each thread asks for its own.
-        PARTS: tl.constexpr = 128 // PAGES
-        o = tl.arange(0, 128)
-        b_slot = tl.load(p_table + tl.minimum(i_page + o // PARTS, i_end - 1)).to(tl.int64) * PAGE
-        prefetch_rows(p_keys, b_slot, D, PARTS)
-        prefetch_rows(p_values, b_slot, DV, PARTS)
+    """Call pages i_page ... of one head into the L2 cache, 16-bit numbers, at most PAGES and those before i_end."""
+    PARTS: tl.constexpr = PREFETCHES // PAGES
+    o = tl.arange(0, PREFETCHES)
+    b_slot = tl.load(p_table + tl.minimum(i_page + o // PARTS, i_end - 1)).to(tl.int64) * PAGE + o % PARTS * (PAGE // PARTS)
+    prefetch(p_keys + b_slot * D, PAGE // PARTS * D * 2)
+    prefetch(p_values + b_slot * DV, PAGE // PARTS * DV * 2)
 
 
 @triton.jit
@@ -355,22 +354,19 @@ def find_hop(
     HQ,
     D: tl.constexpr,
 ):
-    """Where hop number i_hop of plan_hops() finds its matrices, those of all key heads, and its gates."""
-    p_matrix = p_product
-    p_total = p_gate_total
+    """Where hop number i_hop of plan_hops() finds its matrices, those of all key heads, and its gates.
+
+    Without branches: the loop over hops fetches ahead, and addresses that come of a branch are not known ahead.
+    """
     i_single = i_hop - s_open
     i_group = i_chunk // SUFFIX
-    if (s_suffix == 1) & (i_single == s_singles):
-        p_matrix = p_suffix + i_group.to(tl.int64) * H * (D * D)
-        p_total = p_suffix_gate + i_group * HQ
-    elif i_single >= 0:
-        i_crossed -= i_single
-        if i_single >= s_singles:
-            i_crossed = (i_group + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix)
-        i_place = tl.load(p_chunks + i_crossed).to(tl.int64)
-        p_matrix = p_products + i_place * H * (D * D)
-        p_total = p_gate_totals + i_place * HQ
-    return p_matrix, p_total
+    is_suffix = (s_suffix == 1) & (i_single == s_singles)
+    i_within = (i_group + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix)
+    i_crossed = tl.where(i_single < s_singles, i_crossed - i_single, i_within)
+    i_place = tl.load(p_chunks + i_crossed, mask=(i_single >= 0) & (is_suffix == 0), other=0).to(tl.int64)
+    p_matrix = tl.where(is_suffix, p_suffix + i_group.to(tl.int64) * H * (D * D), p_products + i_place * H * (D * D))
+    p_total = tl.where(is_suffix, p_suffix_gate + i_group * HQ, p_gate_totals + i_place * HQ)
+    return tl.where(i_single < 0, p_product, p_matrix), tl.where(i_single < 0, p_gate_total, p_total)
 
 
 @triton.jit
@@ -530,6 +526,7 @@ def attend_kernel(
     MOVED: tl.constexpr,
     HALF: tl.constexpr,  # type of the parts that rows are moved in, None for float32
     STAGES: tl.constexpr,
+    HOP_STAGES: tl.constexpr,  # of the loop over matrices
     PREFETCH: tl.constexpr,  # pages called into the L2 cache while queries move
 ):
     """Attention of the new queries of one key head to one piece of one sequence's history.
@@ -560,14 +557,47 @@ def attend_kernel(
     if (s_own == 0) | (s_length + s_own > capacity):
         return
 
+    # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
     s_chunk_pages: tl.constexpr = C // PAGE
-    i_chunk = (i_end - 1) // s_chunk_pages  # the last of the piece; chunks are read from right to left
+    s_finished = s_folded // C
+    i_chunk = (i_end - 1) // s_chunk_pages
+    i_crossed = s_finished - 1
+    s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
+    s_hops = s_open + s_singles + s_suffix + s_within
     p_table = p_pages + i_sequence.to(tl.int64) * s_page_columns
     p_head_keys = p_keys + i_head.to(tl.int64) * s_slots * D
     p_head_values = p_values + i_head.to(tl.int64) * s_slots * DV
-    if i_first < i_end:
-        i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
-        prefetch_pages(p_table, p_head_keys, p_head_values, i_page, i_end, D, DV, PREFETCH)
+    p_own_product = p_product + i_sequence.to(tl.int64) * H * (D * D)
+    p_own_total = p_gate_total + i_sequence * HQ
+    p_own_suffix = p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D)
+    p_own_suffix_gate = p_suffix_gate + i_sequence * s_groups * HQ
+    p_own_chunks = p_chunks + i_sequence * s_chunk_columns
+    if PREFETCH > 0:
+        if i_first < i_end:
+            i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
+            prefetch_pages(p_table, p_head_keys, p_head_values, i_page, i_end, D, DV, PREFETCH)
+            PARTS: tl.constexpr = PREFETCHES // PREFETCHED_HOPS
+            o_part = tl.arange(0, PREFETCHES)
+            p_matrices, _ = find_hop(
+                tl.minimum(o_part // PARTS, s_hops - 1),
+                i_chunk,
+                s_open,
+                s_singles,
+                s_suffix,
+                p_own_product,
+                p_own_total,
+                p_products,
+                p_gate_totals,
+                p_own_suffix,
+                p_own_suffix_gate,
+                p_own_chunks,
+                i_crossed,
+                H,
+                HQ,
+                D,
+            )
+            if s_hops > 0:
+                prefetch(p_matrices + i_head * (D * D) + o_part % PARTS * (D * D // PARTS), D * D * 4 // PARTS)
 
     # Every row is one query: token i_new of the new ones, query head i_query_head. Rows past the last repeat it.
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
@@ -688,27 +718,22 @@ def attend_kernel(
                         tl.store(p_own + (s_length + i) % ROOM, tl.maximum(s_g, LOWEST))
 
     if i_first < i_end:
-        # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
-        s_finished = s_folded // C
         s_chunks = i_chunk - i_first // s_chunk_pages + 1
-        s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
-        s_hops = s_open + s_singles + s_suffix + s_within
-        i_crossed = s_finished - 1
         for _ in range(s_chunks):
-            for i_hop in range(s_hops):
+            for i_hop in tl.range(s_hops, num_stages=HOP_STAGES):
                 p_matrix, p_total = find_hop(
                     i_hop,
                     i_chunk,
                     s_open,
                     s_singles,
                     s_suffix,
-                    p_product + i_sequence.to(tl.int64) * H * (D * D),
-                    p_gate_total + i_sequence * HQ,
+                    p_own_product,
+                    p_own_total,
                     p_products,
                     p_gate_totals,
-                    p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D),
-                    p_suffix_gate + i_sequence * s_groups * HQ,
-                    p_chunks + i_sequence * s_chunk_columns,
+                    p_own_suffix,
+                    p_own_suffix_gate,
+                    p_own_chunks,
                     i_crossed,
                     H,
                     HQ,
@@ -773,11 +798,12 @@ def attend_kernel(
             s_hops = 1
             i_crossed = i_chunk
             i_chunk -= 1
-            i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
-            if i_page < i_crossed * s_chunk_pages:
-                prefetch_pages(
-                    p_table, p_head_keys, p_head_values, i_page, i_crossed * s_chunk_pages, D, DV, PREFETCH
-                )
+            if PREFETCH > 0:
+                i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
+                if i_page < i_crossed * s_chunk_pages:
+                    prefetch_pages(
+                        p_table, p_head_keys, p_head_values, i_page, i_crossed * s_chunk_pages, D, DV, PREFETCH
+                    )
 
     # Nothing to attend to gives a log-sum-exp of minus infinity, whose output counts for nothing.
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
