@@ -7,6 +7,7 @@ which the step's first kernel wrote.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from path_attention.ops.kernels.decode_kernels import (
     LOWEST,
@@ -509,8 +510,11 @@ def append_kernel(
     KEYS: tl.constexpr,  # tile of keys, a part of a page, and of columns of the product
     CODED: tl.constexpr,
     GATED: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # launched before attend_kernel has ended
 ):
     """The results of one query joined; behind these B programs count the tokens of a sequence, and s_workers fold."""
+    if OVERLAPS:
+        gdc_wait()
     HQ = H * GROUP
     i_query = tl.program_id(0)
     i_other = i_query - s_queries

@@ -28,8 +28,8 @@ class FoldLaunch(NamedTuple):
     stages: int
 
 
-# First compute capability with bulk prefetches.
-PREFETCH_CAPABILITY = 9
+# Compute capability of Hopper, or later.
+HOPPER = 9
 # Narrowest tile of a matrix unit.
 MIN_BLOCK = 16
 # Multiprocessors that interpreted kernels are launched for.
@@ -97,12 +97,16 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Has bulk prefetches, and kernels that are launched before the one ahead of them has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
+
+
 def _prefetched(state: State, launch: Launch) -> int:
-    """Pages that a program calls into the L2 cache ahead: rows of 16 bits, on hardware that has the instruction."""
-    device, dims = state.k.device, (state.k.shape[3], state.v.shape[3])
-    aligned = all(dim % 8 == 0 for dim in dims)  # parts of a page are whole lines of 16 bytes
-    hardware = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= PREFETCH_CAPABILITY
-    return launch.prefetch if hardware and aligned and state.coded else 0
+    """Pages that a program calls into the L2 cache ahead: rows of 16 bits, in parts of whole 16 bytes."""
+    aligned = all(dim % 8 == 0 for dim in (state.k.shape[3], state.v.shape[3]))
+    return launch.prefetch if _is_hopper(state.k.device) and aligned and state.coded else 0
 
 
 def _block(dim: int) -> int:
@@ -196,6 +200,7 @@ def _attend(
         WIDTH=min(64, _block(dim)),
         HOP_STAGES=launch.hop_stages,
         PREFETCH=_prefetched(state, launch),
+        OVERLAPS=not moved and _is_hopper(q.device),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,
         maxnreg=launch.registers,
@@ -263,10 +268,12 @@ def step(
         s_page_columns=state.pages.shape[1],
         s_chunk_columns=state.chunks.shape[1],
         KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
+        OVERLAPS=_is_hopper(q.device),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=4,
         maxnreg=APPEND_REGISTERS,
         num_stages=1,
+        **({"launch_pdl": True} if _is_hopper(q.device) else {}),
     )
     return result
 

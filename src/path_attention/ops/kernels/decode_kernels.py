@@ -13,6 +13,7 @@ Logits are times log2(e) in here, for exp2 is what the hardware has.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from path_attention.ops.kernels.tiles import LOG2_E, dot_float32
 
@@ -528,11 +529,14 @@ def attend_kernel(
     STAGES: tl.constexpr,
     HOP_STAGES: tl.constexpr,  # of the loop over matrices
     PREFETCH: tl.constexpr,  # pages called into the L2 cache while queries move
+    OVERLAPS: tl.constexpr,  # the next kernel may be launched meanwhile: it waits by itself for what this one writes
 ):
     """Attention of the new queries of one key head to one piece of one sequence's history.
 
     The last piece of a sequence takes its open and new tokens in, which its queries pass as those of all pieces do.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
     HQ = H * GROUP
     s_rows = s_new * GROUP
     s_tiles = tl.cdiv(s_rows, ROWS)
