@@ -11,6 +11,7 @@ from path_attention import PathCache, path_attention, path_attention_reference
 from path_attention.cache import CacheError, default_chunk
 from path_attention.ops.history import Tokens
 from path_attention.ops.history import state as history
+from path_attention.ops.history.memory import Pool
 from tests.ops.inputs import BETAS, FLOAT64_TOLERANCE, Inputs, Shape, make_inputs, relative_error
 from tests.ops.test_path_attention import softmax_attention
 
@@ -355,6 +356,17 @@ def test_memory_as_it_grows(dim: int) -> None:
         cache._known = [(length - 32, length - 1)]
         cache._reserve(_tokens(zeros), [1])
         assert cache.nbytes() <= 1.08 * length * 2 * dim * 2  # 1.6 % of it not used yet
+
+
+def test_a_call_makes_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all sequences: growing copies what is there, and once for each would make a prefill quadratic in them."""
+    grown: list[int] = []
+    grow = Pool._grow
+    monkeypatch.setattr(Pool, "_grow", lambda pool, more: (grown.append(more), grow(pool, more)))
+    cache = PathCache(chunk=64)
+    inputs = inputs_of(Shape(180, batch=5, dim=8, value_dim=8))
+    cache.attend(**inputs)
+    assert grown == [5 * 3, 5 * 2]  # pages and chunks
 
 
 def _tokens(x: Tensor) -> Tokens:

@@ -19,6 +19,7 @@ from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
 
+
 class FoldLaunch(NamedTuple):
     """How the kernels that fold a prompt are launched."""
 

@@ -82,15 +82,15 @@ def prefetch(b_address, BYTES: tl.constexpr):
 
 
 @triton.jit
-def prefetch_pages(
-    p_table, p_keys, p_values, i_page, i_end, D: tl.constexpr, DV: tl.constexpr, PAGES: tl.constexpr
-):
+def prefetch_pages(p_table, p_keys, p_values, i_page, i_end, D: tl.constexpr, DV: tl.constexpr, PAGES: tl.constexpr):
     """Call pages i_page ... of one head into the L2 cache, 16-bit numbers, at most PAGES and those before i_end."""
     PARTS: tl.constexpr = PREFETCHES // PAGES
+    ROWS: tl.constexpr = PAGE // PARTS
     o = tl.arange(0, PREFETCHES)
-    b_slot = tl.load(p_table + tl.minimum(i_page + o // PARTS, i_end - 1)).to(tl.int64) * PAGE + o % PARTS * (PAGE // PARTS)
-    prefetch(p_keys + b_slot * D, PAGE // PARTS * D * 2)
-    prefetch(p_values + b_slot * DV, PAGE // PARTS * DV * 2)
+    b_page = tl.load(p_table + tl.minimum(i_page + o // PARTS, i_end - 1))
+    b_slot = b_page.to(tl.int64) * PAGE + o % PARTS * ROWS
+    prefetch(p_keys + b_slot * D, ROWS * D * 2)
+    prefetch(p_values + b_slot * DV, ROWS * DV * 2)
 
 
 @triton.jit

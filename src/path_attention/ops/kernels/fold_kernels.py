@@ -87,7 +87,9 @@ def fold_leaf_kernel(
     """One page of one key head: its keys at its right edge, its product, its values and the scale of its keys."""
     i_chain = tl.program_id(0) % s_chains
     i_part = tl.program_id(0) // s_chains
-    i_given, i_sequence, i_head, i_chunk, s_end = find_chain(s_first + i_chain, p_rows, s_segments, s_folded, s_due, H, C)
+    i_given, i_sequence, i_head, i_chunk, s_end = find_chain(
+        s_first + i_chain, p_rows, s_segments, s_folded, s_due, H, C
+    )
     i_page = i_chunk * (C // PAGE) + i_part
     if i_page * PAGE >= s_end:
         return
@@ -167,7 +169,7 @@ def fold_chain_kernel(
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The pages of one chunk and key head from right to left: keys at the chunk's right edge, and the chunk's product."""
+    """The pages of one chunk and key head from right to left: keys at the chunk's right edge, and its product."""
     i_chain = tl.program_id(0)
     _, i_sequence, i_head, i_chunk, s_end = find_chain(s_first + i_chain, p_rows, s_segments, s_folded, s_due, H, C)
     finished = s_end == (i_chunk + 1) * C
