@@ -41,7 +41,7 @@ FOLDERS = 8
 # and stages of the loop over pages of fold_chain_kernel.
 FOLD_LAUNCHES: dict[int, FoldLaunch] = {
     64: FoldLaunch(leaf_warps=4, leaf_registers=168, chain_warps=4, stages=3),
-    128: FoldLaunch(leaf_warps=8, leaf_registers=None, chain_warps=8, stages=2),
+    128: FoldLaunch(leaf_warps=4, leaf_registers=None, chain_warps=8, stages=2),
 }
 # Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
 FOLD_BYTES = 2**28

@@ -576,6 +576,25 @@ def attend_kernel(
     p_own_suffix = p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D)
     p_own_suffix_gate = p_suffix_gate + i_sequence * s_groups * HQ
     p_own_chunks = p_chunks + i_sequence * s_chunk_columns
+    # Every row is one query: token i_new of the new ones, query head i_query_head. Rows past the last repeat it.
+    o_row = i_tile * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    i_new = tl.minimum(o_row // GROUP, s_own - 1)
+    i_query_head = i_head * GROUP + o_row % GROUP
+    i_bh = (i_sequence * H + i_head).to(tl.int64)  # counts heads of all sequences
+    b_max = tl.full((ROWS,), LOWEST, dtype=tl.float32)
+    b_sum = tl.zeros((ROWS,), dtype=tl.float32)
+    b_out = tl.zeros((ROWS, BLOCK_DV), dtype=tl.float32)
+    b_gate = tl.zeros((ROWS,), dtype=tl.float32)  # sum of g from where the row stands to its token
+    if MOVED:
+        i_query = i_bh * s_rows + tl.minimum(o_row, s_rows - 1)
+        b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+        if GATED:
+            b_gate = tl.load(p_new_g + i_query)
+    else:
+        i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
+        b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+        b_x = b_x.to(tl.float32) * scale
     if PREFETCH > 0:
         if i_first < i_end:
             i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
@@ -602,26 +621,7 @@ def attend_kernel(
             )
             if s_hops > 0:
                 prefetch(p_matrices + i_head * (D * D) + o_part % PARTS * (D * D // PARTS), D * D * 4 // PARTS)
-
-    # Every row is one query: token i_new of the new ones, query head i_query_head. Rows past the last repeat it.
-    o_row = i_tile * ROWS + tl.arange(0, ROWS)
-    o_d = tl.arange(0, BLOCK_D)
-    i_new = tl.minimum(o_row // GROUP, s_own - 1)
-    i_query_head = i_head * GROUP + o_row % GROUP
-    i_bh = (i_sequence * H + i_head).to(tl.int64)  # counts heads of all sequences
-    b_max = tl.full((ROWS,), LOWEST, dtype=tl.float32)
-    b_sum = tl.zeros((ROWS,), dtype=tl.float32)
-    b_out = tl.zeros((ROWS, BLOCK_DV), dtype=tl.float32)
-    b_gate = tl.zeros((ROWS,), dtype=tl.float32)  # sum of g from where the row stands to its token
-    if MOVED:
-        i_query = i_bh * s_rows + tl.minimum(o_row, s_rows - 1)
-        b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-        if GATED:
-            b_gate = tl.load(p_new_g + i_query)
-    else:
-        i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
-        b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-        b_x = b_x.to(tl.float32) * scale
+    if not MOVED:
         if is_last:
             b_x, b_gate, b_max, b_sum, b_out = past_tokens(
                 b_x,
