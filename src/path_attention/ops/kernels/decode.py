@@ -29,8 +29,8 @@ class FoldLaunch(NamedTuple):
     stages: int
 
 
-# Compute capability of Hopper, or later.
-HOPPER = 9
+# First numbers of the compute capabilities of Hopper and of what has its instructions and as much shared memory.
+HOPPER = (9, 10)
 # Narrowest tile of a matrix unit.
 MIN_BLOCK = 16
 # Multiprocessors that interpreted kernels are launched for.
@@ -66,8 +66,10 @@ class Launch:
     prefetch: int  # pages that a program calls into the L2 cache while its queries move; a power of two, or 0
 
 
-# By the widest row. The fastest of ten launches and three counts of programs on an H200, over the shapes of
-# `path-attention benchmark decode` (benchmarks/cuda_decode.py --only tune).
+# By the widest row. Warps and stages were the fastest of ten launches on an H200, over the shapes of `path-attention
+# benchmark decode` (benchmarks/cuda_decode.py --only tune); programs are what registers and shared memory have room for.
+# Not measured yet: stages of hops, with which two matrices of 64 columns, or one of 128, take no more memory than pages
+# do; and prefetches, four pages a program for 7 us at the bandwidth of an H200, about what its queries take to move.
 LAUNCHES = {
     64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5, prefetch=4),
     128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3, prefetch=4),
@@ -100,8 +102,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    """Has bulk prefetches, and kernels that are launched before the one ahead of them has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
+    """Has bulk prefetches, kernels launched before the one ahead of them has ended, and 227 KB of shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in HOPPER
 
 
 def _prefetched(state: State, launch: Launch) -> int:
@@ -373,7 +375,7 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
             s_first=first,
             s_chains=part,
             s_chunk_columns=state.chunks.shape[1],
-            STAGES=launch.stages,
+            STAGES=launch.stages if _is_hopper(k.device) else 1,
             **_options(state, heads, "D C BLOCK_D"),
             num_warps=launch.chain_warps,
             num_stages=1,
