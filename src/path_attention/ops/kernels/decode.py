@@ -67,7 +67,7 @@ class Launch:
 
 
 # By the widest row. Warps and stages were the fastest of ten launches on an H200, over the shapes of `path-attention
-# benchmark decode` (benchmarks/cuda_decode.py --only tune); programs are what registers and shared memory have room for.
+# benchmark decode` (benchmarks/cuda_decode.py --only tune); programs are what registers and memory have room for.
 # Not measured yet: stages of hops, with which two matrices of 64 columns, or one of 128, take no more memory than pages
 # do; and prefetches, four pages a program for 7 us at the bandwidth of an H200, about what its queries take to move.
 LAUNCHES = {
