@@ -30,13 +30,13 @@ from path_attention.benchmark.measure import environment
 from path_attention.cache import PathCache
 from path_attention.ops.history import Tokens
 from path_attention.ops.kernels import decode
-from path_attention.ops.kernels.decode import Launch
+from path_attention.ops.kernels.decode import FoldLaunch, Launch
 
 PARTS = ("compile", "tests", "tune", "benchmark")
 # Launches to compare, by width. Programs a multiprocessor change only the grid: they cost no compilation.
 VARIANTS = {
     64: [
-        Launch(num_warps=warps, stages=stages, registers=registers, programs=8)
+        replace(decode.LAUNCHES[64], num_warps=warps, stages=stages, registers=registers)
         for warps, stages, registers in (
             (4, 3, 128),
             (4, 4, 128),
@@ -51,7 +51,7 @@ VARIANTS = {
         )
     ],
     128: [
-        Launch(num_warps=warps, stages=stages, registers=registers, programs=8)
+        replace(decode.LAUNCHES[128], num_warps=warps, stages=stages, registers=registers)
         for warps, stages, registers in (
             (8, 3, 128),
             (8, 4, 128),
@@ -64,11 +64,11 @@ VARIANTS = {
         )
     ],
 }
-PROGRAMS = (4, 8, 16)
-# Warps and registers of the kernel that folds prompts, by width.
-FOLDS: dict[int, tuple[tuple[int, int | None], ...]] = {
-    64: ((4, 128), (4, 168), (4, None), (2, None), (8, 128)),
-    128: ((8, None), (8, 168), (8, 128), (4, None)),
+PROGRAMS = (1, 2, 3, 4, 8)
+# Launches of the kernels that fold prompts, by width.
+FOLDS = {
+    64: [FoldLaunch(*x) for x in ((4, 128, 4, 3), (4, 168, 4, 3), (4, None, 4, 3), (8, 128, 4, 2), (4, 168, 8, 3))],
+    128: [FoldLaunch(*x) for x in ((8, None, 8, 2), (8, 168, 8, 2), (4, None, 8, 2), (8, None, 8, 1))],
 }
 REPEATS = 5
 # Groups of tests that run at once: each compiles kernels of its own.
@@ -108,7 +108,7 @@ def prefill_once(shape: Shape) -> None:
     torch.cuda.synchronize()
 
 
-def fold_once(shape: Shape, launch: tuple[int, int | None]) -> None:
+def fold_once(shape: Shape, launch: FoldLaunch) -> None:
     """Compile one launch of the fold of a prompt."""
     decode.FOLD_LAUNCHES = {**decode.FOLD_LAUNCHES, width(shape): launch}
     prefill_once(replace(shape, length=700))
@@ -159,9 +159,7 @@ def tune(path: Path) -> list[str]:
         lines.append(f"{shape}: softmax {timed[0]['softmax']:.4f} ms, own launch {own['path']:.4f}; best {best}")
         torch.cuda.empty_cache()
         result["rows"][-1]["folds"] = folds = tune_fold(shape)
-        lines.append(
-            "  fold of the prompt, ms by (warps, registers): " + ", ".join(f"{k} {v:.3f}" for k, v in folds.items())
-        )
+        lines.append("  fold of the prompt, ms by FoldLaunch: " + ", ".join(f"{k} {v:.3f}" for k, v in folds.items()))
         path.write_text(json.dumps(result, indent=1) + "\n")
     return lines
 
@@ -185,7 +183,7 @@ def tune_fold(shape: Shape) -> dict[str, float]:
             end.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end))
-        found[str(launch)] = sorted(times[1:])[REPEATS // 2]
+        found[str(tuple(launch))] = sorted(times[1:])[REPEATS // 2]
     decode.FOLD_LAUNCHES = own
     return found
 

@@ -69,6 +69,20 @@ GATED_SPILLS: dict[int, dict[str, int]] = {
     64: SPILLS[64] | {"hopper.dense_backward.dense_backward_kernel": 2860},
     128: SPILLS[128] | {"hopper.dense_backward.dense_backward_kernel": 1470},
 }
+# Of a cache. attend_kernel of a step spills what it needs before it reads pages, that of long calls more; append_kernel
+# once in 16 steps, for which more programs run at once; fold_leaf_kernel for one more program a multiprocessor.
+CACHE_SPILLS: dict[int, dict[str, int]] = {
+    64: {
+        "decode_kernels.attend_kernel": 132,
+        "append_kernels.append_kernel": 330,
+        "fold_kernels.fold_leaf_kernel": 1170,
+    },
+    128: {
+        "decode_kernels.attend_kernel": 1810,
+        "append_kernels.append_kernel": 366,
+        "fold_kernels.fold_leaf_kernel": 970,
+    },
+}
 VERSION = ".".join(triton.__version__.split(".")[:2])
 for_hopper = pytest.mark.skipif(
     VERSION not in TRITON_VERSIONS,
@@ -113,6 +127,14 @@ def test_edges_of_pieces(dim: int) -> None:
     found = compiled({"backend": "edges", "dim": dim})
     assert {x["kernel"].partition(".")[0] for x in found} == {"leaf_kernels", "tree_kernels", "transport_kernels"}
     check(found, EDGE_SPILLS[dim])
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_kernels_of_a_cache(dim: int) -> None:
+    found = compiled({"backend": "decode", "dim": dim, "group": 4})
+    names = {x["kernel"].partition(".")[2] for x in found}
+    assert {f"{x}_kernel" for x in ("attend", "append", "join", "fold_leaf", "fold_chain")} <= names
+    check(found, CACHE_SPILLS[dim])
 
 
 def test_wide_rows() -> None:

@@ -7,6 +7,7 @@ which the step's first kernel wrote.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from path_attention.ops.kernels.decode_kernels import (
     LOWEST,
@@ -40,14 +41,12 @@ def join_pieces(
     i_head,
     i_first,
     s_count,
-    i_open,
     s_all,
     s_rows,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    HAS_OPEN: tl.constexpr,
 ):
-    """Row i_row of pieces i_first ... i_first + s_count and of the open tokens, joined by their log-sum-exp."""
+    """Row i_row of pieces i_first ... i_first + s_count joined by their log-sum-exp."""
     o = tl.arange(0, PIECES)
     o_dv = tl.arange(0, BLOCK_DV)
     p_lse = p_log_sum_exp + i_head.to(tl.int64) * s_all * s_rows + i_row
@@ -58,11 +57,6 @@ def join_pieces(
     s_max = tl.max(b_max)
     s_sum = 0.0
     b_out = tl.zeros((BLOCK_DV,), dtype=tl.float32)
-    if HAS_OPEN:
-        s_open = tl.load(p_lse + i_open * s_rows)
-        s_max = tl.maximum(s_max, s_open)
-        s_sum = tl.exp2(s_open - s_max)
-        b_out = tl.load(p_rows + i_open.to(tl.int64) * s_rows * DV + o_dv, mask=o_dv < DV, other=0.0) * s_sum
     for i in range(0, s_count, PIECES):
         m_piece = i + o < s_count
         b_lse = tl.load(p_lse + (i_first + i + o) * s_rows, mask=m_piece, other=float("-inf"))
@@ -461,6 +455,7 @@ def fold_due(
         "H",
         "s_new",
         "s_items",
+        "s_queries",
         "s_workers",
         "s_page_columns",
         "s_chunk_columns",
@@ -498,6 +493,7 @@ def append_kernel(
     H,
     s_new,  # T, tokens of each sequence, or of the longest
     s_items,  # pieces asked of work_item()
+    s_queries,  # tokens of all sequences times HQ
     s_workers,  # programs that share the pages to be folded, 0 if none are
     s_slots,
     s_page_columns,
@@ -514,10 +510,15 @@ def append_kernel(
     KEYS: tl.constexpr,  # tile of keys, a part of a page, and of columns of the product
     CODED: tl.constexpr,
     GATED: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # launched before attend_kernel has ended
 ):
-    """The results of one query joined; the first s_workers programs fold, the next B count the tokens of a sequence."""
+    """The results of one query joined; behind these B programs count the tokens of a sequence, and s_workers fold."""
+    if OVERLAPS:
+        gdc_wait()
     HQ = H * GROUP
-    if tl.program_id(0) < s_workers:
+    i_query = tl.program_id(0)
+    i_other = i_query - s_queries
+    if i_other >= B:
         fold_due(
             p_before,
             p_bounds,
@@ -538,7 +539,7 @@ def append_kernel(
             p_w,
             p_g,
             p_beta,
-            tl.program_id(0),
+            i_other - B,
             s_workers,
             keep,
             capacity,
@@ -562,21 +563,19 @@ def append_kernel(
             GATED,
         )
         return
-    i_program = tl.program_id(0) - s_workers
-    if i_program < B:
-        s_length = tl.load(p_before + i_program)
-        s_folded = tl.load(p_before + B + i_program)
+    if i_other >= 0:
+        s_length = tl.load(p_before + i_other)
+        s_folded = tl.load(p_before + B + i_other)
         s_own = s_new
         if p_bounds is not None:
-            s_own = tl.load(p_bounds + i_program + 1) - tl.load(p_bounds + i_program)
+            s_own = tl.load(p_bounds + i_other + 1) - tl.load(p_bounds + i_other)
         if s_length + s_own > capacity:
-            tl.store(p_full + i_program, 1)
+            tl.store(p_full + i_other, 1)
         else:
             is_due = is_fold_due(s_length - s_folded, s_own, keep)
-            tl.store(p_length + i_program, s_length + s_own)
-            tl.store(p_folded + i_program, s_folded + tl.where(is_due, FOLD, 0))
+            tl.store(p_length + i_other, s_length + s_own)
+            tl.store(p_folded + i_other, s_folded + tl.where(is_due, FOLD, 0))
         return
-    i_query = i_program - B
     i_token = i_query // HQ
     i_sequence = i_token // s_new
     i_new = i_token % s_new
@@ -605,12 +604,10 @@ def append_kernel(
         i_query % HQ // GROUP,
         i_first,
         s_count,
-        s_items + B + i_sequence,
-        s_items + 2 * B,
+        s_items + B,
         s_new * GROUP,
         DV,
         BLOCK_DV,
-        True,
     )
 
 
@@ -646,10 +643,8 @@ def join_kernel(
         i_query_head // GROUP,
         i_first,
         s_count,
-        0,
-        s_items + 2 * B,
+        s_items + B,
         s_new * GROUP,
         DV,
         BLOCK_DV,
-        False,
     )

@@ -5,6 +5,7 @@ Grids depend on shapes and on the number of multiprocessors only, so that a capt
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,17 +15,36 @@ from torch import Tensor
 from path_attention.ops.history.state import PAGE, SHORT, State, Tokens
 from path_attention.ops.kernels.append_kernels import append_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
-from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
+from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+
+
+class FoldLaunch(NamedTuple):
+    """How the kernels that fold a prompt are launched."""
+
+    leaf_warps: int
+    leaf_registers: int | None
+    chain_warps: int
+    stages: int
+
+
+# First numbers of the compute capabilities of Hopper and of what has its instructions and as much shared memory.
+HOPPER = (9, 10)
 # Narrowest tile of a matrix unit.
 MIN_BLOCK = 16
 # Multiprocessors that interpreted kernels are launched for.
 INTERPRETED = 1
 # Programs a multiprocessor that share the pages to be folded.
-FOLDERS = 2
-# Warps, and registers a thread at most, of fold_chunk_kernel, by the widest row.
-FOLD_LAUNCHES: dict[int, tuple[int, int | None]] = {64: (4, 168), 128: (8, None)}
+FOLDERS = 8
+# Of the kernels that fold a prompt, by the widest row: warps and registers a thread at most of fold_leaf_kernel, warps
+# and stages of the loop over pages of fold_chain_kernel.
+FOLD_LAUNCHES: dict[int, FoldLaunch] = {
+    64: FoldLaunch(leaf_warps=4, leaf_registers=168, chain_warps=4, stages=3),
+    128: FoldLaunch(leaf_warps=4, leaf_registers=None, chain_warps=8, stages=2),
+}
+# Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
+FOLD_BYTES = 2**28
 # Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
 # more, at most: eight programs share a multiprocessor, and only folds, once in 16 steps, spill.
 FOLD_TILE, APPEND_REGISTERS = 2048, 64
@@ -41,19 +61,23 @@ class Launch:
     num_warps: int
     stages: int  # of the loop over pages: one for the entry of the table, one to work on, the others on their way
     registers: int | None  # a thread at most; what a program does before its loop needs more, and may spill
-    programs: int  # a multiprocessor, that histories are cut into pieces for: some run at once, the rest evens out
+    programs: int  # a multiprocessor, that histories are cut into pieces for: as many as run at once
+    hop_stages: int  # of the loop over the matrices that a query passes
+    prefetch: int  # pages that a program calls into the L2 cache while its queries move; a power of two, or 0
 
 
-# By the widest row. The fastest of ten launches and three counts of programs on an H200, over the shapes of
-# `path-attention benchmark decode` (benchmarks/cuda_decode.py --only tune).
+# By the widest row. Warps and stages were the fastest of ten launches on an H200, over the shapes of `path-attention
+# benchmark decode` (benchmarks/cuda_decode.py --only tune); programs are what registers and memory have room for.
+# Not measured yet: stages of hops, with which two matrices of 64 columns, or one of 128, take no more memory than pages
+# do; and prefetches, four pages a program for 7 us at the bandwidth of an H200, about what its queries take to move.
 LAUNCHES = {
-    64: Launch(num_warps=2, stages=5, registers=None, programs=4),
-    128: Launch(num_warps=4, stages=5, registers=None, programs=4),
-    256: Launch(num_warps=8, stages=3, registers=None, programs=4),
+    64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5, prefetch=4),
+    128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3, prefetch=4),
+    256: Launch(num_warps=8, stages=3, registers=None, programs=1, hop_stages=1, prefetch=2),
 }
 # Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
 # beside wider rows, or those of float32, which are read for their digits and not for speed.
-LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4)
+LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4, hop_stages=1, prefetch=0)
 MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
 FLOAT32_STAGES = 2
 
@@ -74,6 +98,18 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Has bulk prefetches, kernels launched before the one ahead of them has ended, and 227 KB of shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in HOPPER
+
+
+def _prefetched(state: State, launch: Launch) -> int:
+    """Pages that a program calls into the L2 cache ahead: rows of 16 bits, in parts of whole 16 bytes."""
+    aligned = all(dim % 8 == 0 for dim in (state.k.shape[3], state.v.shape[3]))
+    return launch.prefetch if _is_hopper(state.k.device) and aligned and state.coded else 0
 
 
 def _block(dim: int) -> int:
@@ -138,10 +174,10 @@ def _attend(
     block_rows, launch = _launch(state, rows)
     tiles = triton.cdiv(rows, block_rows)
     items = max(1, launch.programs * _multiprocessors(state.k.device) // (heads * tiles))
-    pieces = items + 2 * batch
+    pieces = items + batch
     out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
     log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
-    attend_kernel[((pieces - batch * moved) * heads * tiles,)](
+    attend_kernel[(pieces * heads * tiles,)](
         p_q=q,
         **new,
         **_fields(state, _ATTENDED),
@@ -165,6 +201,9 @@ def _attend(
         HALF=_HALF[state.k.dtype],
         STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
+        HOP_STAGES=launch.hop_stages,
+        PREFETCH=_prefetched(state, launch),
+        OVERLAPS=not moved and _is_hopper(q.device),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,
         maxnreg=launch.registers,
@@ -211,7 +250,7 @@ def step(
     result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
     count = q.shape[0] * q.shape[1]
     workers = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device)) if fold_due else 0
-    append_kernel[(workers + batch + count * query_heads,)](
+    append_kernel[(count * query_heads + batch + workers,)](
         p_out=found[0],
         p_log_sum_exp=found[1],
         p_before=before,
@@ -226,15 +265,18 @@ def step(
         H=heads,
         s_new=longest,
         s_items=found[2],
+        s_queries=count * query_heads,
         s_workers=workers,
         s_slots=state.keys.shape[1],
         s_page_columns=state.pages.shape[1],
         s_chunk_columns=state.chunks.shape[1],
         KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
+        OVERLAPS=_is_hopper(q.device),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=4,
         maxnreg=APPEND_REGISTERS,
         num_stages=1,
+        **({"launch_pdl": True} if _is_hopper(q.device) else {}),
     )
     return result
 
@@ -287,27 +329,54 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
     """
     k, v, w, beta = (x.contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta))
     batch, count, heads, dim = k.shape
-    warps, registers = next(launch for width, launch in FOLD_LAUNCHES.items() if _block(dim) <= width)
+    pages, block = state.chunk // PAGE, _block(dim)
+    launch = next(launch for width, launch in FOLD_LAUNCHES.items() if max(block, _block(v.shape[3])) <= width)
     segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
-    fold_chunk_kernel[(batch * heads * segments,)](
-        p_k=k,
-        p_v=v,
-        p_w=w,
-        p_beta=beta,
-        p_rows=None if rows is None else rows.to(torch.int32),
-        **_fields(state, "keys key_scale values products pages chunks product scale"),
-        p_codes=_codes(state),
-        s_tokens=count,
-        s_folded=folded,
-        s_due=due,
-        H=heads,
-        s_slots=state.keys.shape[1],
-        s_page_columns=state.pages.shape[1],
-        s_chunk_columns=state.chunks.shape[1],
-        # What is kept is for all tokens to come, and numbers are of order 1: two parts of 11 bits.
-        HALF=tl.float16,
-        **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
-        num_warps=warps,
-        maxnreg=registers,
-        num_stages=1,
-    )
+    chains = batch * heads * segments
+    size = max(_multiprocessors(k.device), FOLD_BYTES // (pages * 4 * block * (block + PAGE)))
+    size = min(chains, size)
+    right = torch.empty(2, size * pages, PAGE, block, dtype=torch.float16, device=k.device)
+    matrix = torch.empty(2, size * pages, block, block, dtype=torch.float16, device=k.device)
+    unit = torch.empty(size * pages, PAGE, dtype=torch.float32, device=k.device)
+    common: dict[str, object] = {
+        "p_rows": None if rows is None else rows.to(torch.int32),
+        "p_codes": _codes(state),
+        "p_right": right,
+        "p_unit": unit,
+        "p_matrix": matrix,
+        "s_folded": folded,
+        "s_due": due,
+        "s_segments": segments,
+        "H": heads,
+        "s_slots": state.keys.shape[1],
+        "s_page_columns": state.pages.shape[1],
+        "HALF": tl.float16,
+    }
+    for first in range(0, chains, size):
+        part = min(size, chains - first)
+        fold_leaf_kernel[(part * pages,)](
+            p_k=k,
+            p_v=v,
+            p_w=w,
+            p_beta=beta,
+            **_fields(state, "key_scale values pages scale"),
+            **common,
+            s_tokens=count,
+            s_first=first,
+            s_chains=part,
+            **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
+            num_warps=launch.leaf_warps,
+            maxnreg=launch.leaf_registers,
+            num_stages=1,
+        )
+        fold_chain_kernel[(part,)](
+            **_fields(state, "keys key_scale products pages chunks product scale"),
+            **common,
+            s_first=first,
+            s_chains=part,
+            s_chunk_columns=state.chunks.shape[1],
+            STAGES=launch.stages if _is_hopper(k.device) else 1,
+            **_options(state, heads, "D C BLOCK_D"),
+            num_warps=launch.chain_warps,
+            num_stages=1,
+        )

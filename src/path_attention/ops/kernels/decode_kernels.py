@@ -5,11 +5,15 @@ where they stand to the chunk it reads: past the new tokens, past the open ones,
 attend to the open tokens also put the new ones behind them, at places that no other program reads; append_kernels.py
 joins the results and does the rest.
 
+Moving the queries is a chain of small products that each wait for the one before, and no page can be met before its
+end. So that memory works meanwhile, the pages that come first are called into the L2 cache before it begins.
+
 Logits are times log2(e) in here, for exp2 is what the hardware has.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from path_attention.ops.kernels.tiles import LOG2_E, dot_float32
 
@@ -17,17 +21,25 @@ PAGE = tl.constexpr(64)  # tokens a page: PAGE of state.py
 SUFFIX = tl.constexpr(4)  # chunks a suffix: SUFFIX of state.py
 # Fewer pages are not worth a program: it moves its queries first, for about as long as it takes to read 4 pages.
 LEAST_PAGES = tl.constexpr(8)
+# Prefetches of an instruction: each thread of a program has its own.
+PREFETCHES = tl.constexpr(128)
+# Hops whose matrices are prefetched: that of the open chunk, three single chunks, a suffix, three more.
+PREFETCHED_HOPS = tl.constexpr(8)
 # In place of minus infinity where a maximum starts, so that differences are numbers.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def count_pieces(p_folded, B, s_items, BLOCK_B: tl.constexpr):
-    """Pages of every sequence, and the pieces that each is cut into so that all are about s_items alike ones."""
+    """Pages of every sequence, and the pieces that each is cut into, one at least, so that all are about alike.
+
+    Rounded down: s_items is as many as run at once, and one more would run after all others.
+    """
     o = tl.arange(0, BLOCK_B)
     b_pages = (tl.load(p_folded + o, mask=o < B, other=0) + (PAGE - 1)) // PAGE
-    s_size = tl.maximum(tl.cdiv(tl.sum(b_pages), s_items), LEAST_PAGES)
-    return b_pages, tl.cdiv(b_pages, s_size), o
+    b_count = b_pages * s_items // tl.maximum(tl.sum(b_pages), 1)
+    b_count = tl.maximum(tl.minimum(b_count, b_pages // LEAST_PAGES), 1)
+    return b_pages, tl.where(o < B, b_count, 0), o
 
 
 @triton.jit
@@ -39,7 +51,7 @@ def pieces_of(p_folded, i_sequence, B, s_items, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def work_item(p_folded, i_item, B, s_items, BLOCK_B: tl.constexpr):
-    """(sequence, first page, end page) of piece i_item of the histories.
+    """(sequence, first page, end page) of piece i_item of the histories, and whether it is its sequence's last.
 
     At most s_items + B pieces; those past the last have sequence B. No piece spans two sequences; the last ones of a
     sequence may be empty.
@@ -52,7 +64,33 @@ def work_item(p_folded, i_item, B, s_items, BLOCK_B: tl.constexpr):
     s_before = tl.sum(tl.where(o < i_sequence, b_count, 0))
     s_each = tl.cdiv(s_pages, tl.maximum(s_count, 1))
     i_first = tl.minimum((i_item - s_before) * s_each, s_pages)
-    return i_sequence, i_first, tl.minimum(i_first + s_each, s_pages)
+    return i_sequence, i_first, tl.minimum(i_first + s_each, s_pages), i_item - s_before == s_count - 1
+
+
+@triton.jit
+def prefetch(b_address, BYTES: tl.constexpr):
+    """Call so many bytes from each address on into the L2 cache."""
+    # An instruction without a result is given one, which nobody reads.
+    tl.inline_asm_elementwise(
+        f"cp.async.bulk.prefetch.L2.global [$1], {BYTES}; mov.u32 $0, 0;",
+        "=r,l",
+        [b_address.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_pages(p_table, p_keys, p_values, i_page, i_end, D: tl.constexpr, DV: tl.constexpr, PAGES: tl.constexpr):
+    """Call pages i_page ... of one head into the L2 cache, 16-bit numbers, at most PAGES and those before i_end."""
+    PARTS: tl.constexpr = PREFETCHES // PAGES
+    ROWS: tl.constexpr = PAGE // PARTS
+    o = tl.arange(0, PREFETCHES)
+    b_page = tl.load(p_table + tl.minimum(i_page + o // PARTS, i_end - 1))
+    b_slot = b_page.to(tl.int64) * PAGE + o % PARTS * ROWS
+    prefetch(p_keys + b_slot * D, ROWS * D * 2)
+    prefetch(p_values + b_slot * DV, ROWS * DV * 2)
 
 
 @triton.jit
@@ -317,22 +355,19 @@ def find_hop(
     HQ,
     D: tl.constexpr,
 ):
-    """Where hop number i_hop of plan_hops() finds its matrices, those of all key heads, and its gates."""
-    p_matrix = p_product
-    p_total = p_gate_total
+    """Where hop number i_hop of plan_hops() finds its matrices, those of all key heads, and its gates.
+
+    Without branches: the loop over hops fetches ahead, and addresses that come of a branch are not known ahead.
+    """
     i_single = i_hop - s_open
     i_group = i_chunk // SUFFIX
-    if (s_suffix == 1) & (i_single == s_singles):
-        p_matrix = p_suffix + i_group.to(tl.int64) * H * (D * D)
-        p_total = p_suffix_gate + i_group * HQ
-    elif i_single >= 0:
-        i_crossed -= i_single
-        if i_single >= s_singles:
-            i_crossed = (i_group + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix)
-        i_place = tl.load(p_chunks + i_crossed).to(tl.int64)
-        p_matrix = p_products + i_place * H * (D * D)
-        p_total = p_gate_totals + i_place * HQ
-    return p_matrix, p_total
+    is_suffix = (s_suffix == 1) & (i_single == s_singles)
+    i_within = (i_group + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix)
+    i_crossed = tl.where(i_single < s_singles, i_crossed - i_single, i_within)
+    i_place = tl.load(p_chunks + i_crossed, mask=(i_single >= 0) & (is_suffix == 0), other=0).to(tl.int64)
+    p_matrix = tl.where(is_suffix, p_suffix + i_group.to(tl.int64) * H * (D * D), p_products + i_place * H * (D * D))
+    p_total = tl.where(is_suffix, p_suffix_gate + i_group * HQ, p_gate_totals + i_place * HQ)
+    return tl.where(i_single < 0, p_product, p_matrix), tl.where(i_single < 0, p_gate_total, p_total)
 
 
 @triton.jit
@@ -464,7 +499,7 @@ def attend_kernel(
     p_beta,
     p_g,
     p_before,  # out (2, B) int32: length and folded as they are now; None where MOVED
-    p_out,  # out (H, items + B, rows, DV) float32: attention to a piece's keys; past the items, to the open tokens
+    p_out,  # out (H, items + B, rows, DV) float32: attention to a piece's keys, of the last piece to the open ones too
     p_log_sum_exp,  # out (H, items + B, rows) float32, base 2
     scale,
     capacity,  # tokens a sequence at most
@@ -492,19 +527,23 @@ def attend_kernel(
     MOVED: tl.constexpr,
     HALF: tl.constexpr,  # type of the parts that rows are moved in, None for float32
     STAGES: tl.constexpr,
+    HOP_STAGES: tl.constexpr,  # of the loop over matrices
+    PREFETCH: tl.constexpr,  # pages called into the L2 cache while queries move
+    OVERLAPS: tl.constexpr,  # the next kernel may be launched meanwhile: it waits by itself for what this one writes
 ):
-    """Attention of the new queries of one key head to one piece of one sequence's history, or to its open tokens."""
+    """Attention of the new queries of one key head to one piece of one sequence's history.
+
+    The last piece of a sequence takes its open and new tokens in, which its queries pass as those of all pieces do.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
     HQ = H * GROUP
     s_rows = s_new * GROUP
     s_tiles = tl.cdiv(s_rows, ROWS)
     i_tile = tl.program_id(0) % s_tiles
     i_head = (tl.program_id(0) // s_tiles) % H
     i_item = tl.program_id(0) // s_tiles // H
-    s_all_items = s_items + B
-    is_open = i_item >= s_all_items
-    i_sequence, i_first, i_end = work_item(p_folded, i_item, B, s_items, BLOCK_B)
-    if is_open:
-        i_sequence = i_item - s_all_items
+    i_sequence, i_first, i_end, is_last = work_item(p_folded, i_item, B, s_items, BLOCK_B)
     if i_sequence >= B:
         return
     s_length = tl.load(p_length + i_sequence)
@@ -516,12 +555,27 @@ def attend_kernel(
         i_start = tl.load(p_bounds + i_sequence)
         s_own = tl.load(p_bounds + i_sequence + 1) - i_start
     if not MOVED:
-        if is_open & (i_head == 0) & (i_tile == 0):
+        if is_last & (i_head == 0) & (i_tile == 0):
             tl.store(p_before + i_sequence, s_length)
             tl.store(p_before + B + i_sequence, s_folded)
     if (s_own == 0) | (s_length + s_own > capacity):
         return
 
+    # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
+    s_chunk_pages: tl.constexpr = C // PAGE
+    s_finished = s_folded // C
+    i_chunk = (i_end - 1) // s_chunk_pages
+    i_crossed = s_finished - 1
+    s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
+    s_hops = s_open + s_singles + s_suffix + s_within
+    p_table = p_pages + i_sequence.to(tl.int64) * s_page_columns
+    p_head_keys = p_keys + i_head.to(tl.int64) * s_slots * D
+    p_head_values = p_values + i_head.to(tl.int64) * s_slots * DV
+    p_own_product = p_product + i_sequence.to(tl.int64) * H * (D * D)
+    p_own_total = p_gate_total + i_sequence * HQ
+    p_own_suffix = p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D)
+    p_own_suffix_gate = p_suffix_gate + i_sequence * s_groups * HQ
+    p_own_chunks = p_chunks + i_sequence * s_chunk_columns
     # Every row is one query: token i_new of the new ones, query head i_query_head. Rows past the last repeat it.
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
@@ -541,7 +595,34 @@ def attend_kernel(
         i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
         b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
         b_x = b_x.to(tl.float32) * scale
-        if is_open:
+    if PREFETCH > 0:
+        if i_first < i_end:
+            i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
+            prefetch_pages(p_table, p_head_keys, p_head_values, i_page, i_end, D, DV, PREFETCH)
+            PARTS: tl.constexpr = PREFETCHES // PREFETCHED_HOPS
+            o_part = tl.arange(0, PREFETCHES)
+            p_matrices, _ = find_hop(
+                tl.minimum(o_part // PARTS, s_hops - 1),
+                i_chunk,
+                s_open,
+                s_singles,
+                s_suffix,
+                p_own_product,
+                p_own_total,
+                p_products,
+                p_gate_totals,
+                p_own_suffix,
+                p_own_suffix_gate,
+                p_own_chunks,
+                i_crossed,
+                H,
+                HQ,
+                D,
+            )
+            if s_hops > 0:
+                prefetch(p_matrices + i_head * (D * D) + o_part % PARTS * (D * D // PARTS), D * D * 4 // PARTS)
+    if not MOVED:
+        if is_last:
             b_x, b_gate, b_max, b_sum, b_out = past_tokens(
                 b_x,
                 b_gate,
@@ -611,7 +692,7 @@ def attend_kernel(
                 GATED,
                 False,
             )
-        if is_open & (i_tile == 0):
+        if is_last & (i_tile == 0):
             for i in range(s_own):
                 i_token = (i_start + i).to(tl.int64)
                 i_step = i_token * R * H + i_head
@@ -640,30 +721,23 @@ def attend_kernel(
                         p_own = p_g + (i_sequence * HQ + i_own).to(tl.int64) * ROOM
                         tl.store(p_own + (s_length + i) % ROOM, tl.maximum(s_g, LOWEST))
 
-    if not is_open and i_first < i_end:
-        # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
-        s_chunk_pages: tl.constexpr = C // PAGE
-        s_finished = s_folded // C
-        i_chunk = (i_end - 1) // s_chunk_pages
+    if i_first < i_end:
         s_chunks = i_chunk - i_first // s_chunk_pages + 1
-        s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
-        s_hops = s_open + s_singles + s_suffix + s_within
-        i_crossed = s_finished - 1
         for _ in range(s_chunks):
-            for i_hop in range(s_hops):
+            for i_hop in tl.range(s_hops, num_stages=HOP_STAGES):
                 p_matrix, p_total = find_hop(
                     i_hop,
                     i_chunk,
                     s_open,
                     s_singles,
                     s_suffix,
-                    p_product + i_sequence.to(tl.int64) * H * (D * D),
-                    p_gate_total + i_sequence * HQ,
+                    p_own_product,
+                    p_own_total,
                     p_products,
                     p_gate_totals,
-                    p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D),
-                    p_suffix_gate + i_sequence * s_groups * HQ,
-                    p_chunks + i_sequence * s_chunk_columns,
+                    p_own_suffix,
+                    p_own_suffix_gate,
+                    p_own_chunks,
                     i_crossed,
                     H,
                     HQ,
@@ -674,9 +748,6 @@ def attend_kernel(
                     b_gate += tl.load(p_total + i_query_head)
             i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
             i_last = tl.minimum(i_end, (i_chunk + 1) * s_chunk_pages)
-            p_table = p_pages + i_sequence.to(tl.int64) * s_page_columns
-            p_head_keys = p_keys + i_head.to(tl.int64) * s_slots * D
-            p_head_values = p_values + i_head.to(tl.int64) * s_slots * DV
             p_head_gates = p_gates + i_query_head.to(tl.int64) * s_slots
             if CODED and i_chunk < s_finished:
                 b_max, b_sum, b_out = attend_coded(
@@ -731,11 +802,17 @@ def attend_kernel(
             s_hops = 1
             i_crossed = i_chunk
             i_chunk -= 1
+            if PREFETCH > 0:
+                i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
+                if i_page < i_crossed * s_chunk_pages:
+                    prefetch_pages(
+                        p_table, p_head_keys, p_head_values, i_page, i_crossed * s_chunk_pages, D, DV, PREFETCH
+                    )
 
     # Nothing to attend to gives a log-sum-exp of minus infinity, whose output counts for nothing.
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     o_dv = tl.arange(0, BLOCK_DV)
-    i_result = (i_head * (s_all_items + B) + i_item).to(tl.int64) * s_rows + o_row
+    i_result = (i_head * (s_items + B) + i_item).to(tl.int64) * s_rows + o_row
     tl.store(
         p_out + i_result[:, None] * DV + o_dv[None, :], b_out, mask=(o_row < s_rows)[:, None] & (o_dv < DV)[None, :]
     )
