@@ -116,14 +116,14 @@ def run_edges(dim: int) -> None:
 
 
 def run_decode(dim: int, group: int = 1) -> None:
-    """A prompt, a step and a long call of a cache."""
+    """A prompt, a step that folds and a long call of a cache."""
     from path_attention import PathCache
     from path_attention.ops.history import serve
     from path_attention.ops.history.state import Tokens
     from path_attention.ops.kernels import decode
 
-    q = torch.zeros(1, 200, 2 * group, dim, dtype=torch.bfloat16)
-    k, beta = torch.zeros(1, 200, 2, dim, dtype=torch.bfloat16), torch.zeros(1, 200, 2)
+    q = torch.zeros(1, 207, 2 * group, dim, dtype=torch.bfloat16)
+    k, beta = torch.zeros(1, 207, 2, dim, dtype=torch.bfloat16), torch.zeros(1, 207, 2)
     cache = PathCache(chunk=128, capacity=400)
     cache.attend(q, k, k, k.float(), beta)  # in torch: this process has no GPU
     serve.DEVICES = frozenset({"cpu"})

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from path_attention.ops.history.state import PAGE, SHORT, State, Tokens
-from path_attention.ops.kernels.append_kernels import append_kernel, join_kernel
+from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
+from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
 
@@ -35,8 +35,6 @@ HOPPER = (9, 10)
 MIN_BLOCK = 16
 # Multiprocessors that interpreted kernels are launched for.
 INTERPRETED = 1
-# Programs a multiprocessor that share the pages to be folded.
-FOLDERS = 8
 # Of the kernels that fold a prompt, by the widest row: warps and registers a thread at most of fold_leaf_kernel, warps
 # and stages of the loop over pages of fold_chain_kernel.
 FOLD_LAUNCHES: dict[int, FoldLaunch] = {
@@ -45,11 +43,15 @@ FOLD_LAUNCHES: dict[int, FoldLaunch] = {
 }
 # Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
 FOLD_BYTES = 2**28
-# Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
-# more, at most: eight programs share a multiprocessor, and only folds, once in 16 steps, spill.
-FOLD_TILE, APPEND_REGISTERS = 2048, 64
+# Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
+FOLD_BYTES = 2**28
+# Numbers of a tile of keys that a fold moves, 32 a thread, tiles on their way, and registers a thread of append_kernel
+# at most: four programs share a multiprocessor.
+FOLD_TILE, FOLD_STAGES, APPEND_REGISTERS = 4096, 3, 128
 # Numbers of partial results of a long call's queries that are held at once: 256 MB.
 PARTIAL = 2**26
+# Numbers of a tile of the open chunk's product that a fold moves, 16 a thread.
+COLUMNS_TILE = 2048
 # What no sequence reaches, where memory grows.
 UNBOUNDED = 2**31 - 1
 
@@ -74,6 +76,26 @@ LAUNCHES = {
     64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5, prefetch=4),
     128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3, prefetch=4),
     256: Launch(num_warps=8, stages=3, registers=None, programs=1, hop_stages=1, prefetch=2),
+}
+
+
+@dataclass(frozen=True)
+class StepFold:
+    """How fold_kernel is launched."""
+
+    num_warps: int
+    registers: int | None  # a thread at most
+    programs: int  # a multiprocessor: as many as run at once
+    keys: int  # a tile
+    stages: int  # of the loop over these
+
+
+# By the widest row. Tiles of 64 keys leave the reflections in shared memory, where tensor cores read them; those of
+# fewer keys take them from registers, which are not there.
+STEP_FOLDS = {
+    64: StepFold(num_warps=4, registers=168, programs=3, keys=64, stages=5),
+    128: StepFold(num_warps=4, registers=None, programs=2, keys=64, stages=4),
+    256: StepFold(num_warps=8, registers=None, programs=1, keys=16, stages=1),
 }
 # Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
 # beside wider rows, or those of float32, which are read for their digits and not for speed.
@@ -150,9 +172,7 @@ _ATTENDED = (
     "keys key_scale values gates products gate_totals pages chunks length folded covered suffix suffix_gate product "
     "gate_total scale k v w beta g"
 )
-_APPENDED = (
-    "keys key_scale values gates products gate_totals pages chunks length folded product gate_total scale k v w beta g"
-)
+_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w beta g"
 
 
 def _attend(
@@ -249,16 +269,14 @@ def step(
     found = _attend(state, q, query_heads, longest, new, before, tokens.scale, capacity, moved=False)
     result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
     count = q.shape[0] * q.shape[1]
-    workers = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device)) if fold_due else 0
-    append_kernel[(count * query_heads + batch + workers,)](
+    append_kernel[(count * query_heads + batch,)](
         p_out=found[0],
         p_log_sum_exp=found[1],
         p_before=before,
         p_result=result,
         p_full=state.full,
         p_bounds=bounds,
-        **_fields(state, _APPENDED),
-        p_codes=_codes(state),
+        **_fields(state, "length folded"),
         keep=keep,
         capacity=capacity,
         B=batch,
@@ -266,19 +284,56 @@ def step(
         s_new=longest,
         s_items=found[2],
         s_queries=count * query_heads,
+        OVERLAPS=_is_hopper(q.device),
+        **_options(state, query_heads, "GROUP DV BLOCK_DV BLOCK_B"),
+        num_warps=4,
+        num_stages=1,
+        **_overlapping(q.device),
+    )
+    if fold_due:
+        _fold(state, before, bounds, longest, keep, capacity, query_heads)
+    return result
+
+
+def _overlapping(device: torch.device) -> dict[str, object]:
+    """Launched while the kernel before runs, for whose end it waits by itself."""
+    return {"launch_pdl": True} if _is_hopper(device) else {}
+
+
+def _fold(
+    state: State, before: Tensor, bounds: Tensor | None, longest: int, keep: int, capacity: int, query_heads: int
+) -> None:
+    """Fold the oldest open tokens of all sequences where it is time."""
+    batch, heads = state.k.shape[:2]
+    device = state.k.device
+    wide = max(_block(state.k.shape[3]), _block(state.v.shape[3]))
+    launch = next(launch for width, launch in STEP_FOLDS.items() if wide <= width)
+    workers = min(batch * heads * state.chunk // PAGE, launch.programs * _multiprocessors(device))
+    fold_kernel[(workers,)](
+        p_before=before,
+        p_bounds=bounds,
+        **_fields(state, _FOLDED),
+        p_codes=_codes(state),
         s_workers=workers,
+        keep=keep,
+        capacity=capacity,
+        B=batch,
+        H=heads,
+        s_new=longest,
         s_slots=state.keys.shape[1],
         s_page_columns=state.pages.shape[1],
         s_chunk_columns=state.chunks.shape[1],
-        KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
-        OVERLAPS=_is_hopper(q.device),
+        KEYS=launch.keys,
+        COLUMNS=min(_block(state.k.shape[3]), COLUMNS_TILE // _block(state.k.shape[3])),
+        STEPS=_block(FOLD * state.reflections),
+        STAGES=launch.stages if state.coded and _is_hopper(device) else 1,
+        OVERLAPS=_is_hopper(device),
         **_options(state, query_heads, STEP_OPTIONS),
-        num_warps=4,
-        maxnreg=APPEND_REGISTERS,
+        num_warps=launch.num_warps,
+        maxnreg=launch.registers,
         num_stages=1,
-        **({"launch_pdl": True} if _is_hopper(q.device) else {}),
+        **_overlapping(device),
     )
-    return result
 
 
 def attend_history(state: State, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
