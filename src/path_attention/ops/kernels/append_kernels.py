@@ -14,6 +14,7 @@ from path_attention.ops.kernels.decode_kernels import (
     PAGE,
     code_to_float,
     pieces_of,
+    triangle_inverse,
 )
 from path_attention.ops.kernels.tiles import LOG2_E, dot_float32
 
@@ -132,7 +133,7 @@ def fold_factors(
     """W and U (STEPS, BLOCK_D) of the FOLD oldest open tokens: a row that passes them all becomes x - (x W^T) U, and one
     that starts behind some of them the same without what x W^T has of these. Rows past the last are zeros.
 
-    U_i = beta_i (w_i - sum over j > i of (w_i . w_j) U_j), from the last on.
+    U = D (I + strictUpper(W W^T) D)^-1 W.
     """
     o = tl.arange(0, STEPS)
     o_d = tl.arange(0, BLOCK_D)
@@ -140,13 +141,8 @@ def fold_factors(
     m_step = o < FOLD * R
     b_w = tl.load(p_w + i_place[:, None] * D + o_d[None, :], mask=m_step[:, None] & (o_d < D)[None, :], other=0.0)
     b_beta = tl.load(p_beta + i_place, mask=m_step, other=0.0)
-    b_gram = b_beta[:, None] * dot_float32(b_w, tl.trans(b_w), HALF)
-    b_gram = tl.where(o[:, None] < o[None, :], b_gram, 0.0)
-    b_u = b_beta[:, None] * b_w
-    for i in range(STEPS - 1):
-        is_step = o == STEPS - 1 - i
-        b_row = tl.sum(tl.where(is_step[:, None], b_u, 0.0), axis=0)
-        b_u -= tl.sum(tl.where(is_step[None, :], b_gram, 0.0), axis=1)[:, None] * b_row[None, :]
+    b_gram = tl.where(o[:, None] < o[None, :], dot_float32(b_w, tl.trans(b_w), HALF) * b_beta[None, :], 0.0)
+    b_u = b_beta[:, None] * dot_float32(triangle_inverse(b_gram, HALF), b_w, HALF)
     return b_w, b_u
 
 

@@ -221,6 +221,7 @@ def _attend(
         HALF=_HALF[state.k.dtype],
         STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
+        STEPS=_block(FOLD * state.reflections),
         HOP_STAGES=launch.hop_stages,
         PREFETCH=_prefetched(state, launch),
         OVERLAPS=not moved and _is_hopper(q.device),

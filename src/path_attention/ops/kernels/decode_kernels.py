@@ -25,6 +25,9 @@ LEAST_PAGES = tl.constexpr(8)
 PREFETCHES = tl.constexpr(128)
 # Hops whose matrices are prefetched: that of the open chunk, three single chunks, a suffix, three more.
 PREFETCHED_HOPS = tl.constexpr(8)
+# Open tokens that queries pass at once, as few as a tile of a matrix unit has.
+BLOCK = tl.constexpr(16)
+OPEN_STAGES = tl.constexpr(2)
 # In place of minus infinity where a maximum starts, so that differences are numbers.
 LOWEST = tl.constexpr(-1e30)
 
@@ -201,6 +204,90 @@ def past_token(
 
 
 @triton.jit
+def triangle_inverse(b_n, HALF: tl.constexpr):
+    """(I + n)^-1 of a strictly upper triangular n: inverses of blocks on the diagonal, each made of two of half the size.
+
+    What is between them has numbers of at most 2, as products of transitions have, and nothing cancels.
+    """
+    SIZE: tl.constexpr = b_n.shape[0]
+    o = tl.arange(0, SIZE)
+    b_x = tl.where(o[:, None] == o[None, :], 1.0, 0.0)
+    for i in tl.static_range(8):
+        if 1 << i < SIZE:
+            is_pair = (o[:, None] >> (i + 1)) == (o[None, :] >> (i + 1))
+            b_between = tl.where(is_pair & ((o[:, None] >> i) < (o[None, :] >> i)), b_n, 0.0)
+            if i > 0:
+                b_between = dot_float32(dot_float32(b_x, b_between, HALF), b_x, HALF)
+            b_x -= b_between
+    return b_x
+
+
+@triton.jit
+def past_open_tokens(
+    b_x,
+    b_gate,
+    b_max,
+    b_sum,
+    b_out,
+    p_k,  # open tokens of this sequence and head, as are the next
+    p_v,
+    p_w,
+    p_beta,
+    p_g,  # (rows,): of each row's query head
+    i_last,
+    s_folded,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STEPS: tl.constexpr,
+    HALF: tl.constexpr,
+    GATED: tl.constexpr,
+    ATTENDS: tl.constexpr,
+):
+    """Queries moved past BLOCK open tokens at once, from number i_last on to the left. With W the vectors of their
+    reflections in the order in which they are met, c = x W^T D (I + strictUpper(W W^T) D)^-1 and x <- x - c W.
+    """
+    # Numbers of W alone are of order 1.
+    UNIT: tl.constexpr = None if HALF is None else tl.float16
+    o = tl.arange(0, STEPS)
+    o_d = tl.arange(0, BLOCK_D)
+    i_open = i_last - o // R
+    m_step = (i_open >= 0) & (o < BLOCK * R)
+    i_step = ((s_folded + tl.maximum(i_open, 0)) % ROOM) * R + R - 1 - o % R
+    b_w = tl.load(p_w + i_step[:, None] * D + o_d[None, :], mask=m_step[:, None] & (o_d < D)[None, :], other=0.0)
+    b_beta = tl.load(p_beta + i_step, mask=m_step, other=0.0)
+    b_gram = dot_float32(b_w, tl.trans(b_w), UNIT) * b_beta[None, :]
+    b_inverse = triangle_inverse(tl.where(o[:, None] < o[None, :], b_gram, 0.0), UNIT)
+    b_c = dot_float32(dot_float32(b_x, tl.trans(b_w), HALF) * b_beta[None, :], b_inverse, HALF)
+    o_token = tl.arange(0, BLOCK)
+    m_token = i_last - o_token >= 0
+    i_place = (s_folded + tl.maximum(i_last - o_token, 0)) % ROOM
+    if GATED:
+        b_g = tl.load(p_g[:, None] + i_place[None, :], mask=m_token[None, :], other=0.0)
+        b_g = tl.maximum(b_g, LOWEST)
+    if ATTENDS:
+        o_dv = tl.arange(0, BLOCK_DV)
+        b_k = tl.load(p_k + i_place[:, None] * D + o_d[None, :], mask=m_token[:, None] & (o_d < D)[None, :], other=0.0)
+        b_k = tl.trans(b_k.to(tl.float32))
+        # A query has passed the tokens behind the one that it meets.
+        b_behind = tl.where((o // R)[:, None] < o_token[None, :], dot_float32(b_w, b_k, HALF), 0.0)
+        b_logits = dot_float32(b_x, b_k, HALF) - dot_float32(b_c, b_behind, HALF)
+        if GATED:
+            b_before = tl.where(o_token[:, None] < o_token[None, :], 1.0, 0.0)
+            b_logits += b_gate[:, None] + tl.dot(b_g, b_before, input_precision="ieee")
+        b_logits = tl.where(m_token[None, :], b_logits * LOG2_E, float("-inf"))
+        m_v = m_token[:, None] & (o_dv < DV)[None, :]
+        b_v = tl.load(p_v + i_place[:, None] * DV + o_dv[None, :], mask=m_v, other=0.0)
+        b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
+    if GATED:
+        b_gate += tl.sum(b_g, axis=1)
+    return b_x - dot_float32(b_c, b_w, HALF), b_gate, b_max, b_sum, b_out
+
+
+@triton.jit
 def past_tokens(
     b_x,
     b_gate,
@@ -232,6 +319,8 @@ def past_tokens(
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    STEPS: tl.constexpr,
+    HALF: tl.constexpr,
     GATED: tl.constexpr,
     ATTENDS: tl.constexpr,
 ):
@@ -264,28 +353,28 @@ def past_tokens(
             GATED,
             ATTENDS,
         )
-    # One product of a vector after another: the rows they take are on their way meanwhile.
-    for i in tl.range(n, num_stages=4):
-        i_place = (s_folded + n - 1 - i) % ROOM
-        b_x, b_gate, b_max, b_sum, b_out = past_token(
+    for i in tl.range(tl.cdiv(n, BLOCK), num_stages=OPEN_STAGES):
+        b_x, b_gate, b_max, b_sum, b_out = past_open_tokens(
             b_x,
             b_gate,
             b_max,
             b_sum,
             b_out,
-            p_k + i_place * D,
-            p_v + i_place * DV,
-            p_w + i_place * (R * D),
-            p_beta + i_place * R,
-            p_g + i_place,
-            D,
-            1,
-            i_new >= 0,
+            p_k,
+            p_v,
+            p_w,
+            p_beta,
+            p_g,
+            n - 1 - i * BLOCK,
+            s_folded,
+            ROOM,
             R,
             D,
             DV,
             BLOCK_D,
             BLOCK_DV,
+            STEPS,
+            HALF,
             GATED,
             ATTENDS,
         )
@@ -522,6 +611,7 @@ def attend_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
     WIDTH: tl.constexpr,  # tile of rows of a product
+    STEPS: tl.constexpr,  # tile of the reflections of BLOCK open tokens
     CODED: tl.constexpr,
     GATED: tl.constexpr,
     MOVED: tl.constexpr,
@@ -654,6 +744,8 @@ def attend_kernel(
                 DV,
                 BLOCK_D,
                 BLOCK_DV,
+                STEPS,
+                HALF,
                 GATED,
                 True,
             )
@@ -689,6 +781,8 @@ def attend_kernel(
                 DV,
                 BLOCK_D,
                 BLOCK_DV,
+                STEPS,
+                HALF,
                 GATED,
                 False,
             )
