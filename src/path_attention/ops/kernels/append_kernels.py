@@ -1,8 +1,12 @@
 """Triton kernels that end a step of a cache, after decode_kernels.py.
 
-append_kernel joins what that one left in pieces, counts the new tokens, and folds the oldest open ones where it is time
-for that. No two of its programs touch the same memory, and what the cache held before the step is read from p_before,
-which the step's first kernel wrote.
+append_kernel joins what that one left in pieces and counts the new tokens; fold_kernel folds the oldest open ones where
+it is time for that. No two programs of a launch touch the same memory, and what the cache held before the step is read
+from p_before, which the step's first kernel wrote.
+
+A fold reads and writes all keys of the open chunk, up to C a head, so what it does to them is two products of matrix
+units, of float16 parts: a key's new format, 16 bits, rounds more than 22 bits do. The chunk's product is kept for all
+tokens to come and has few columns: they move in float32, one reflection after another.
 """
 
 import triton
@@ -130,8 +134,8 @@ def fold_factors(
     STEPS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """W and U (STEPS, BLOCK_D) of the FOLD oldest open tokens: a row that passes them all becomes x - (x W^T) U, and one
-    that starts behind some of them the same without what x W^T has of these. Rows past the last are zeros.
+    """W and U (STEPS, BLOCK_D) of the FOLD oldest open tokens: a row that passes them all becomes x - (x W^T) U, and
+    one that starts behind some of them the same without what x W^T has of these. Rows past the last are zeros.
 
     U = D (I + strictUpper(W W^T) D)^-1 W.
     """
@@ -157,8 +161,8 @@ def old_keys(
     KEYS: tl.constexpr,
     CODED: tl.constexpr,
 ):
-    """A tile of keys of the open chunk, float32, and what each row is times, zeros where m_key is false. CODED rows have
-    numbers of at most 1, so that their parts are float16 numbers.
+    """A tile of keys of the open chunk, float32, and what each row is times, zeros where m_key is false. CODED rows
+    have numbers of at most 1, so that their parts are float16 numbers.
     """
     o_key = tl.arange(0, KEYS)
     o_d = tl.arange(0, BLOCK_D)

@@ -1,4 +1,4 @@
-"""Launchers of a cache's step: attend_kernel and append_kernel.
+"""Launchers of a cache's step: attend_kernel, append_kernel and fold_kernel.
 
 Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for all lengths.
 """
@@ -65,17 +65,17 @@ class Launch:
     registers: int | None  # a thread at most; what a program does before its loop needs more, and may spill
     programs: int  # a multiprocessor, that histories are cut into pieces for: as many as run at once
     hop_stages: int  # of the loop over the matrices that a query passes
-    prefetch: int  # pages that a program calls into the L2 cache while its queries move; a power of two, or 0
 
 
 # By the widest row. Warps and stages were the fastest of ten launches on an H200, over the shapes of `path-attention
 # benchmark decode` (benchmarks/cuda_decode.py --only tune); programs are what registers and memory have room for.
-# Not measured yet: stages of hops, with which two matrices of 64 columns, or one of 128, take no more memory than pages
-# do; and prefetches, four pages a program for 7 us at the bandwidth of an H200, about what its queries take to move.
+# Twice as many programs as run at once were slower on an H100, by 4 % to 22 %: each moves its queries first. With 7
+# stages fewer of them fit, and a second round began. Not measured yet: stages of hops, with which two matrices of 64
+# columns, or one of 128, take no more memory than pages do.
 LAUNCHES = {
-    64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5, prefetch=4),
-    128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3, prefetch=4),
-    256: Launch(num_warps=8, stages=3, registers=None, programs=1, hop_stages=1, prefetch=2),
+    64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5),
+    128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3),
+    256: Launch(num_warps=8, stages=3, registers=None, programs=1, hop_stages=1),
 }
 
 
@@ -90,8 +90,8 @@ class StepFold:
     stages: int  # of the loop over these
 
 
-# By the widest row. Tiles of 64 keys leave the reflections in shared memory, where tensor cores read them; those of
-# fewer keys take them from registers, which are not there.
+# By the widest row. Tiles of 64 keys leave the reflections in shared memory, where matrix units read them; those of
+# fewer keys take them from registers, and all of these spill.
 STEP_FOLDS = {
     64: StepFold(num_warps=4, registers=168, programs=3, keys=64, stages=5),
     128: StepFold(num_warps=4, registers=None, programs=2, keys=64, stages=4),
@@ -99,7 +99,7 @@ STEP_FOLDS = {
 }
 # Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
 # beside wider rows, or those of float32, which are read for their digits and not for speed.
-LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4, hop_stages=1, prefetch=0)
+LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4, hop_stages=1)
 MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
 FLOAT32_STAGES = 2
 
@@ -124,14 +124,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    """Has bulk prefetches, kernels launched before the one ahead of them has ended, and 227 KB of shared memory."""
+    """Has kernels launched before the one ahead of them has ended, and 227 KB of shared memory."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in HOPPER
-
-
-def _prefetched(state: State, launch: Launch) -> int:
-    """Pages that a program calls into the L2 cache ahead: rows of 16 bits, in parts of whole 16 bytes."""
-    aligned = all(dim % 8 == 0 for dim in (state.k.shape[3], state.v.shape[3]))
-    return launch.prefetch if _is_hopper(state.k.device) and aligned and state.coded else 0
 
 
 def _block(dim: int) -> int:
@@ -223,7 +217,6 @@ def _attend(
         WIDTH=min(64, _block(dim)),
         STEPS=_block(FOLD * state.reflections),
         HOP_STAGES=launch.hop_stages,
-        PREFETCH=_prefetched(state, launch),
         OVERLAPS=not moved and _is_hopper(q.device),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,

@@ -6,7 +6,7 @@ attend to the open tokens also put the new ones behind them, at places that no o
 joins the results and does the rest.
 
 Moving the queries is a chain of small products that each wait for the one before, and no page can be met before its
-end. So that memory works meanwhile, the pages that come first are called into the L2 cache before it begins.
+end. To call the first pages into the L2 cache meanwhile made steps longer: what the chain itself reads came later.
 
 Logits are times log2(e) in here, for exp2 is what the hardware has.
 """
@@ -21,10 +21,6 @@ PAGE = tl.constexpr(64)  # tokens a page: PAGE of state.py
 SUFFIX = tl.constexpr(4)  # chunks a suffix: SUFFIX of state.py
 # Fewer pages are not worth a program: it moves its queries first, for about as long as it takes to read 4 pages.
 LEAST_PAGES = tl.constexpr(8)
-# Prefetches of an instruction: each thread of a program has its own.
-PREFETCHES = tl.constexpr(128)
-# Hops whose matrices are prefetched: that of the open chunk, three single chunks, a suffix, three more.
-PREFETCHED_HOPS = tl.constexpr(8)
 # Open tokens that queries pass at once, as few as a tile of a matrix unit has.
 BLOCK = tl.constexpr(16)
 OPEN_STAGES = tl.constexpr(2)
@@ -68,32 +64,6 @@ def work_item(p_folded, i_item, B, s_items, BLOCK_B: tl.constexpr):
     s_each = tl.cdiv(s_pages, tl.maximum(s_count, 1))
     i_first = tl.minimum((i_item - s_before) * s_each, s_pages)
     return i_sequence, i_first, tl.minimum(i_first + s_each, s_pages), i_item - s_before == s_count - 1
-
-
-@triton.jit
-def prefetch(b_address, BYTES: tl.constexpr):
-    """Call so many bytes from each address on into the L2 cache."""
-    # An instruction without a result is given one, which nobody reads.
-    tl.inline_asm_elementwise(
-        f"cp.async.bulk.prefetch.L2.global [$1], {BYTES}; mov.u32 $0, 0;",
-        "=r,l",
-        [b_address.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_pages(p_table, p_keys, p_values, i_page, i_end, D: tl.constexpr, DV: tl.constexpr, PAGES: tl.constexpr):
-    """Call pages i_page ... of one head into the L2 cache, 16-bit numbers, at most PAGES and those before i_end."""
-    PARTS: tl.constexpr = PREFETCHES // PAGES
-    ROWS: tl.constexpr = PAGE // PARTS
-    o = tl.arange(0, PREFETCHES)
-    b_page = tl.load(p_table + tl.minimum(i_page + o // PARTS, i_end - 1))
-    b_slot = b_page.to(tl.int64) * PAGE + o % PARTS * ROWS
-    prefetch(p_keys + b_slot * D, ROWS * D * 2)
-    prefetch(p_values + b_slot * DV, ROWS * DV * 2)
 
 
 @triton.jit
@@ -205,9 +175,9 @@ def past_token(
 
 @triton.jit
 def triangle_inverse(b_n, HALF: tl.constexpr):
-    """(I + n)^-1 of a strictly upper triangular n: inverses of blocks on the diagonal, each made of two of half the size.
+    """(I + n)^-1 of a strictly upper triangular n, from blocks on the diagonal, each made of two of half the size.
 
-    What is between them has numbers of at most 2, as products of transitions have, and nothing cancels.
+    Their numbers are of the order of those of products of transitions, which make nothing longer: nothing cancels.
     """
     SIZE: tl.constexpr = b_n.shape[0]
     o = tl.arange(0, SIZE)
@@ -618,7 +588,6 @@ def attend_kernel(
     HALF: tl.constexpr,  # type of the parts that rows are moved in, None for float32
     STAGES: tl.constexpr,
     HOP_STAGES: tl.constexpr,  # of the loop over matrices
-    PREFETCH: tl.constexpr,  # pages called into the L2 cache while queries move
     OVERLAPS: tl.constexpr,  # the next kernel may be launched meanwhile: it waits by itself for what this one writes
 ):
     """Attention of the new queries of one key head to one piece of one sequence's history.
@@ -685,32 +654,6 @@ def attend_kernel(
         i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
         b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
         b_x = b_x.to(tl.float32) * scale
-    if PREFETCH > 0:
-        if i_first < i_end:
-            i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
-            prefetch_pages(p_table, p_head_keys, p_head_values, i_page, i_end, D, DV, PREFETCH)
-            PARTS: tl.constexpr = PREFETCHES // PREFETCHED_HOPS
-            o_part = tl.arange(0, PREFETCHES)
-            p_matrices, _ = find_hop(
-                tl.minimum(o_part // PARTS, s_hops - 1),
-                i_chunk,
-                s_open,
-                s_singles,
-                s_suffix,
-                p_own_product,
-                p_own_total,
-                p_products,
-                p_gate_totals,
-                p_own_suffix,
-                p_own_suffix_gate,
-                p_own_chunks,
-                i_crossed,
-                H,
-                HQ,
-                D,
-            )
-            if s_hops > 0:
-                prefetch(p_matrices + i_head * (D * D) + o_part % PARTS * (D * D // PARTS), D * D * 4 // PARTS)
     if not MOVED:
         if is_last:
             b_x, b_gate, b_max, b_sum, b_out = past_tokens(
@@ -896,12 +839,6 @@ def attend_kernel(
             s_hops = 1
             i_crossed = i_chunk
             i_chunk -= 1
-            if PREFETCH > 0:
-                i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
-                if i_page < i_crossed * s_chunk_pages:
-                    prefetch_pages(
-                        p_table, p_head_keys, p_head_values, i_page, i_crossed * s_chunk_pages, D, DV, PREFETCH
-                    )
 
     # Nothing to attend to gives a log-sum-exp of minus infinity, whose output counts for nothing.
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
