@@ -6,6 +6,7 @@
    tests/test_cache_cuda.py runs.
 2. Launches of the step's kernel are timed in turn on each shape (benchmark/decode.py keeps those of kernels/decode.py).
 3. ``path-attention benchmark decode --device cuda``, with plot.
+4. With ``--only fla``: tokens a second of flash-linear-attention's PaTH model, added to a NAME.json that is there.
 
 NAME.json has the benchmark, NAME.tune.json the launches, NAME.tests.txt what pytest said; each is written as it comes.
 ``--only`` runs some of the parts. The last lines are a summary.
@@ -33,6 +34,7 @@ from path_attention.ops.kernels import decode
 from path_attention.ops.kernels.decode import FoldLaunch, Launch
 
 PARTS = ("compile", "tests", "tune", "benchmark")
+OTHER_PARTS = ("fla",)  # only where it is asked for
 # Launches to compare, by width. Programs a multiprocessor change only the grid: they cost no compilation.
 VARIANTS = {
     64: [
@@ -225,17 +227,42 @@ def tune_shape(shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
+def add_fla(path: Path, limit: float) -> list[str]:
+    """Tokens a second of flash-linear-attention's model beside ours, in the rows of ``path``; a process for each."""
+    result = json.loads(path.read_text())
+    lines = []
+    for row in result["models"]:
+        setting = [f"--{name}={row[name]}" for name in ("model", "batch", "prompt")]
+        command = [sys.executable, "-m", "path_attention.benchmark.fla_decode", *setting]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            row["left_out"]["fla"] = f"not done in {limit:.0f} s"
+        else:
+            if done.returncode:
+                row["left_out"]["fla"] = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            else:
+                row["fla"] = json.loads(done.stdout.splitlines()[-1])["tokens_per_second"]
+                row["others"] = [*(x for x in row["others"] if x != "fla"), "fla"]
+                row["left_out"].pop("fla", None)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        found = f"{row['fla']:.0f} tokens/s" if "fla" in row else row["left_out"]["fla"]
+        lines.append(f"batch {row['batch']}: PaTH {row['path']:.0f} tokens/s, flash-linear-attention's model {found}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the benchmark; others stand beside it")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS + OTHER_PARTS)}")
+    parser.add_argument("--fla-limit", type=float, default=150.0, help="seconds for each batch of part fla")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=4096, help="tokens before those that whole models make")
     parser.add_argument("--model", default="760m", help="whole models, or none")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
-    if not set(parts) <= set(PARTS):
-        parser.error(f"--only: got {arguments.only}; wanted some of {', '.join(PARTS)}")
+    if not set(parts) <= set(PARTS + OTHER_PARTS):
+        parser.error(f"--only: got {arguments.only}; wanted some of {', '.join(PARTS + OTHER_PARTS)}")
     out: Path = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
     summary, begun = [], time.perf_counter()
@@ -270,6 +297,9 @@ def main() -> None:
             plot=out.with_suffix(".png"),
         )
         log("timed")
+    if "fla" in parts:
+        summary += add_fla(out, arguments.fla_limit)
+        log("flash-linear-attention")
     print("\n".join(summary))
 
 
