@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=4096, help="tokens before those that whole models make")
     parser.add_argument("--model", default="760m", help="whole models, or none")
+    parser.add_argument("--commit", help="of the sources, where git does not tell")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
     if not set(parts) <= set(PARTS + OTHER_PARTS):
@@ -296,6 +297,8 @@ def main() -> None:
             out=out,
             plot=out.with_suffix(".png"),
         )
+        if arguments.commit:
+            out.write_text(json.dumps(json.loads(out.read_text()) | {"commit": arguments.commit}, indent=1) + "\n")
         log("timed")
     if "fla" in parts:
         summary += add_fla(out, arguments.fla_limit)
