@@ -11,7 +11,7 @@ tokens to come and has few columns: they move in float32, one reflection after a
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from path_attention.ops.kernels.decode_kernels import (
     LOWEST,
@@ -559,15 +559,12 @@ def fold_kernel(
     CODED: tl.constexpr,
     GATED: tl.constexpr,
     STAGES: tl.constexpr,  # of the loop over tiles of keys
-    OVERLAPS: tl.constexpr,  # launched before append_kernel has ended
 ):
     """Fold the FOLD oldest open tokens of all sequences where it is time: s_workers programs share heads and pages.
 
     Parts are dealt out in turn, those of all pages and then those of all products, of which each has as much to do as
     the others of its kind.
     """
-    if OVERLAPS:
-        gdc_wait()
     o_b = tl.arange(0, BLOCK_B)
     m_b = o_b < B
     b_length = tl.load(p_before + o_b, mask=m_b, other=0)
@@ -658,11 +655,10 @@ def append_kernel(
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    OVERLAPS: tl.constexpr,  # launched before attend_kernel has ended, and the next kernel before this one has
+    OVERLAPS: tl.constexpr,  # launched before attend_kernel has ended
 ):
     """The results of one query joined; behind these B programs count the tokens of a sequence."""
     if OVERLAPS:
-        gdc_launch_dependents()
         gdc_wait()
     HQ = H * GROUP
     i_query = tl.program_id(0)

@@ -282,16 +282,11 @@ def step(
         **_options(state, query_heads, "GROUP DV BLOCK_DV BLOCK_B"),
         num_warps=4,
         num_stages=1,
-        **_overlapping(q.device),
+        **({"launch_pdl": True} if _is_hopper(q.device) else {}),
     )
     if fold_due:
         _fold(state, before, bounds, longest, keep, capacity, query_heads)
     return result
-
-
-def _overlapping(device: torch.device) -> dict[str, object]:
-    """Launched while the kernel before runs, for whose end it waits by itself."""
-    return {"launch_pdl": True} if _is_hopper(device) else {}
 
 
 def _fold(
@@ -321,12 +316,10 @@ def _fold(
         COLUMNS=min(_block(state.k.shape[3]), COLUMNS_TILE // _block(state.k.shape[3])),
         STEPS=_block(FOLD * state.reflections),
         STAGES=launch.stages if state.coded and _is_hopper(device) else 1,
-        OVERLAPS=_is_hopper(device),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,
         maxnreg=launch.registers,
         num_stages=1,
-        **_overlapping(device),
     )
 
 
