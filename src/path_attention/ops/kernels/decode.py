@@ -215,7 +215,7 @@ def _attend(
         HALF=_HALF[state.k.dtype],
         STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
-        STEPS=_block(FOLD * state.reflections),
+        STEPS=_block(state.reflections),
         HOP_STAGES=launch.hop_stages,
         OVERLAPS=not moved and _is_hopper(q.device),
         **_options(state, query_heads, STEP_OPTIONS),
@@ -297,6 +297,8 @@ def _fold(
     device = state.k.device
     wide = max(_block(state.k.shape[3]), _block(state.v.shape[3]))
     launch = next(launch for width, launch in STEP_FOLDS.items() if wide <= width)
+    if not state.coded:
+        launch = replace(launch, keys=MIN_BLOCK)  # products in float32 take registers for every key
     workers = min(batch * heads * state.chunk // PAGE, launch.programs * _multiprocessors(device))
     fold_kernel[(workers,)](
         p_before=before,

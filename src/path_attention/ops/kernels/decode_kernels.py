@@ -21,7 +21,7 @@ PAGE = tl.constexpr(64)  # tokens a page: PAGE of state.py
 SUFFIX = tl.constexpr(4)  # chunks a suffix: SUFFIX of state.py
 # Fewer pages are not worth a program: it moves its queries first, for about as long as it takes to read 4 pages.
 LEAST_PAGES = tl.constexpr(8)
-# Open tokens that queries pass at once, as few as a tile of a matrix unit has.
+# Reflections that queries pass at once, and the tile of their tokens: as few as a matrix unit takes.
 BLOCK = tl.constexpr(16)
 OPEN_STAGES = tl.constexpr(2)
 # In place of minus infinity where a maximum starts, so that differences are numbers.
@@ -212,12 +212,13 @@ def past_open_tokens(
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    TOKENS: tl.constexpr,
     STEPS: tl.constexpr,
     HALF: tl.constexpr,
     GATED: tl.constexpr,
     ATTENDS: tl.constexpr,
 ):
-    """Queries moved past BLOCK open tokens at once, from number i_last on to the left. With W the vectors of their
+    """Queries moved past TOKENS open tokens at once, from number i_last on to the left. With W the vectors of their
     reflections in the order in which they are met, c = x W^T D (I + strictUpper(W W^T) D)^-1 and x <- x - c W.
     """
     # Numbers of W alone are of order 1.
@@ -225,7 +226,7 @@ def past_open_tokens(
     o = tl.arange(0, STEPS)
     o_d = tl.arange(0, BLOCK_D)
     i_open = i_last - o // R
-    m_step = (i_open >= 0) & (o < BLOCK * R)
+    m_step = (i_open >= 0) & (o < TOKENS * R)
     i_step = ((s_folded + tl.maximum(i_open, 0)) % ROOM) * R + R - 1 - o % R
     b_w = tl.load(p_w + i_step[:, None] * D + o_d[None, :], mask=m_step[:, None] & (o_d < D)[None, :], other=0.0)
     b_beta = tl.load(p_beta + i_step, mask=m_step, other=0.0)
@@ -233,7 +234,7 @@ def past_open_tokens(
     b_inverse = triangle_inverse(tl.where(o[:, None] < o[None, :], b_gram, 0.0), UNIT)
     b_c = dot_float32(dot_float32(b_x, tl.trans(b_w), HALF) * b_beta[None, :], b_inverse, HALF)
     o_token = tl.arange(0, BLOCK)
-    m_token = i_last - o_token >= 0
+    m_token = (i_last - o_token >= 0) & (o_token < TOKENS)
     i_place = (s_folded + tl.maximum(i_last - o_token, 0)) % ROOM
     if GATED:
         b_g = tl.load(p_g[:, None] + i_place[None, :], mask=m_token[None, :], other=0.0)
@@ -323,7 +324,8 @@ def past_tokens(
             GATED,
             ATTENDS,
         )
-    for i in tl.range(tl.cdiv(n, BLOCK), num_stages=OPEN_STAGES):
+    TOKENS: tl.constexpr = max(BLOCK // R, 1)
+    for i in tl.range(tl.cdiv(n, TOKENS), num_stages=OPEN_STAGES):
         b_x, b_gate, b_max, b_sum, b_out = past_open_tokens(
             b_x,
             b_gate,
@@ -335,7 +337,7 @@ def past_tokens(
             p_w,
             p_beta,
             p_g,
-            n - 1 - i * BLOCK,
+            n - 1 - i * TOKENS,
             s_folded,
             ROOM,
             R,
@@ -343,6 +345,7 @@ def past_tokens(
             DV,
             BLOCK_D,
             BLOCK_DV,
+            TOKENS,
             STEPS,
             HALF,
             GATED,
@@ -581,7 +584,7 @@ def attend_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
     WIDTH: tl.constexpr,  # tile of rows of a product
-    STEPS: tl.constexpr,  # tile of the reflections of BLOCK open tokens
+    STEPS: tl.constexpr,  # tile of reflections, of one token at least
     CODED: tl.constexpr,
     GATED: tl.constexpr,
     MOVED: tl.constexpr,
