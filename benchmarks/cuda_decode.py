@@ -6,6 +6,7 @@
    tests/test_cache_cuda.py runs.
 2. Launches of the step's kernel are timed in turn on each shape (benchmark/decode.py keeps those of kernels/decode.py).
 3. ``path-attention benchmark decode --device cuda``, with plot.
+4. With ``--only fla``: tokens a second of flash-linear-attention's PaTH model, added to a NAME.json that is there.
 
 NAME.json has the benchmark, NAME.tune.json the launches, NAME.tests.txt what pytest said; each is written as it comes.
 ``--only`` runs some of the parts. The last lines are a summary.
@@ -30,13 +31,14 @@ from path_attention.benchmark.measure import environment
 from path_attention.cache import PathCache
 from path_attention.ops.history import Tokens
 from path_attention.ops.kernels import decode
-from path_attention.ops.kernels.decode import Launch
+from path_attention.ops.kernels.decode import FoldLaunch, Launch
 
 PARTS = ("compile", "tests", "tune", "benchmark")
+OTHER_PARTS = ("fla",)  # only where it is asked for
 # Launches to compare, by width. Programs a multiprocessor change only the grid: they cost no compilation.
 VARIANTS = {
     64: [
-        Launch(num_warps=warps, stages=stages, registers=registers, programs=8)
+        replace(decode.LAUNCHES[64], num_warps=warps, stages=stages, registers=registers)
         for warps, stages, registers in (
             (4, 3, 128),
             (4, 4, 128),
@@ -51,7 +53,7 @@ VARIANTS = {
         )
     ],
     128: [
-        Launch(num_warps=warps, stages=stages, registers=registers, programs=8)
+        replace(decode.LAUNCHES[128], num_warps=warps, stages=stages, registers=registers)
         for warps, stages, registers in (
             (8, 3, 128),
             (8, 4, 128),
@@ -64,11 +66,11 @@ VARIANTS = {
         )
     ],
 }
-PROGRAMS = (4, 8, 16)
-# Warps and registers of the kernel that folds prompts, by width.
-FOLDS: dict[int, tuple[tuple[int, int | None], ...]] = {
-    64: ((4, 128), (4, 168), (4, None), (2, None), (8, 128)),
-    128: ((8, None), (8, 168), (8, 128), (4, None)),
+PROGRAMS = (1, 2, 3, 4, 8)
+# Launches of the kernels that fold prompts, by width.
+FOLDS = {
+    64: [FoldLaunch(*x) for x in ((4, 128, 4, 3), (4, 168, 4, 3), (4, None, 4, 3), (8, 128, 4, 2), (4, 168, 8, 3))],
+    128: [FoldLaunch(*x) for x in ((8, None, 8, 2), (8, 168, 8, 2), (4, None, 8, 2), (8, None, 8, 1))],
 }
 REPEATS = 5
 # Groups of tests that run at once: each compiles kernels of its own.
@@ -108,7 +110,7 @@ def prefill_once(shape: Shape) -> None:
     torch.cuda.synchronize()
 
 
-def fold_once(shape: Shape, launch: tuple[int, int | None]) -> None:
+def fold_once(shape: Shape, launch: FoldLaunch) -> None:
     """Compile one launch of the fold of a prompt."""
     decode.FOLD_LAUNCHES = {**decode.FOLD_LAUNCHES, width(shape): launch}
     prefill_once(replace(shape, length=700))
@@ -159,9 +161,7 @@ def tune(path: Path) -> list[str]:
         lines.append(f"{shape}: softmax {timed[0]['softmax']:.4f} ms, own launch {own['path']:.4f}; best {best}")
         torch.cuda.empty_cache()
         result["rows"][-1]["folds"] = folds = tune_fold(shape)
-        lines.append(
-            "  fold of the prompt, ms by (warps, registers): " + ", ".join(f"{k} {v:.3f}" for k, v in folds.items())
-        )
+        lines.append("  fold of the prompt, ms by FoldLaunch: " + ", ".join(f"{k} {v:.3f}" for k, v in folds.items()))
         path.write_text(json.dumps(result, indent=1) + "\n")
     return lines
 
@@ -185,7 +185,7 @@ def tune_fold(shape: Shape) -> dict[str, float]:
             end.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end))
-        found[str(launch)] = sorted(times[1:])[REPEATS // 2]
+        found[str(tuple(launch))] = sorted(times[1:])[REPEATS // 2]
     decode.FOLD_LAUNCHES = own
     return found
 
@@ -227,17 +227,43 @@ def tune_shape(shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
+def add_fla(path: Path, limit: float) -> list[str]:
+    """Tokens a second of flash-linear-attention's model beside ours, in the rows of ``path``; a process for each."""
+    result = json.loads(path.read_text())
+    lines = []
+    for row in result["models"]:
+        setting = [f"--{name}={row[name]}" for name in ("model", "batch", "prompt")]
+        command = [sys.executable, "-m", "path_attention.benchmark.fla_decode", *setting]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            row["left_out"]["fla"] = f"not done in {limit:.0f} s"
+        else:
+            if done.returncode:
+                row["left_out"]["fla"] = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            else:
+                row["fla"] = json.loads(done.stdout.splitlines()[-1])["tokens_per_second"]
+                row["others"] = [*(x for x in row["others"] if x != "fla"), "fla"]
+                row["left_out"].pop("fla", None)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        found = f"{row['fla']:.0f} tokens/s" if "fla" in row else row["left_out"]["fla"]
+        lines.append(f"batch {row['batch']}: PaTH {row['path']:.0f} tokens/s, flash-linear-attention's model {found}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the benchmark; others stand beside it")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS + OTHER_PARTS)}")
+    parser.add_argument("--fla-limit", type=float, default=150.0, help="seconds for each batch of part fla")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=4096, help="tokens before those that whole models make")
     parser.add_argument("--model", default="760m", help="whole models, or none")
+    parser.add_argument("--commit", help="of the sources, where git does not tell")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
-    if not set(parts) <= set(PARTS):
-        parser.error(f"--only: got {arguments.only}; wanted some of {', '.join(PARTS)}")
+    if not set(parts) <= set(PARTS + OTHER_PARTS):
+        parser.error(f"--only: got {arguments.only}; wanted some of {', '.join(PARTS + OTHER_PARTS)}")
     out: Path = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
     summary, begun = [], time.perf_counter()
@@ -271,7 +297,12 @@ def main() -> None:
             out=out,
             plot=out.with_suffix(".png"),
         )
+        if arguments.commit:
+            out.write_text(json.dumps(json.loads(out.read_text()) | {"commit": arguments.commit}, indent=1) + "\n")
         log("timed")
+    if "fla" in parts:
+        summary += add_fla(out, arguments.fla_limit)
+        log("flash-linear-attention")
     print("\n".join(summary))
 
 

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from path_attention.benchmark import decode
@@ -49,3 +51,24 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert all(x["path"] > 0 and x["others"] == ["rope"] for x in found["models"])
     assert plot.stat().st_size > 0
     assert "2x150x4/2x16" in capsys.readouterr().out
+
+
+def test_tokens_of_a_model_by_calls() -> None:
+    """The protocol of flash-linear-attention's model is that of ours: every call gets what the one before returned."""
+    pytest.importorskip("transformers")
+    from path_attention.benchmark.fla_decode import seconds_of_calls
+    from path_attention.models import PaTHConfig, PaTHForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = PaTHForCausalLM(PaTHConfig(num_attention_heads=2, **sizes)).eval()
+    lengths = []
+    forward = model.forward
+
+    def count(ids: torch.Tensor, **options: Any) -> Any:
+        cache = options.get("past_key_values")
+        lengths.append((ids.shape[1], options["attention_mask"].shape[1], cache.get_seq_length() if cache else 0))
+        return forward(ids, **options)
+
+    model.forward = count
+    assert seconds_of_calls(model, torch.ones(2, 5, dtype=torch.long), tokens=2, repeats=3, warm=1) > 0
+    assert lengths == [(5, 5, 0), *((1, 6 + n, 5 + n) for n in range(7))]

@@ -125,12 +125,35 @@ def run_convolve_normalise(dim: int, dtype: str = "bfloat16", packed: bool = Fal
     convolve_normalise.backward(w, x, weight, positions, dim, 1e-6, 0.0)
 
 
+def run_decode(dim: int, group: int = 1) -> None:
+    """A prompt, a step that folds and a long call of a cache."""
+    from path_attention import PathCache
+    from path_attention.ops.history import serve
+    from path_attention.ops.history.state import Tokens
+    from path_attention.ops.kernels import decode
+
+    q = torch.zeros(1, 207, 2 * group, dim, dtype=torch.bfloat16)
+    k, beta = torch.zeros(1, 207, 2, dim, dtype=torch.bfloat16), torch.zeros(1, 207, 2)
+    cache = PathCache(chunk=128, capacity=400)
+    cache.attend(q, k, k, k.float(), beta)  # in torch: this process has no GPU
+    serve.DEVICES = frozenset({"cpu"})
+    decode._is_hopper = lambda device: True  # type: ignore[assignment]
+    cache.attend(*(x[:, :1] for x in (q, k, k, k.float(), beta)))
+    decode.fold_tokens(cache.state, None, 0, 192, Tokens(q, k, k, k.float()[:, :, None], beta[:, :, None], None, 1.0))
+    decode.attend_history(cache.state, torch.zeros(1, 2, 64 * group, dim), None)
+
+
 if __name__ == "__main__":
     compiled: list[dict[str, Any]] = []
     compile_instead_of_launching(compiled)
     for call in sys.argv[1:]:
         options = json.loads(call)
-        others = {"pairs": run_pairs, "edges": run_edges, "convolve_normalise": run_convolve_normalise}
+        others = {
+            "pairs": run_pairs,
+            "edges": run_edges,
+            "decode": run_decode,
+            "convolve_normalise": run_convolve_normalise,
+        }
         if options["backend"] in others:
             others[options.pop("backend")](**options)
         else:

@@ -76,6 +76,20 @@ GATED_SPILLS: dict[int, dict[str, int]] = {
         "hopper.dense_backward.dense_backward_kernel": 1020,
     },
 }
+# Of a cache. attend_kernel of a step spills what it needs before it reads pages, that of long calls more; fold_kernel
+# what it needs before and after its loop over tiles of keys; fold_leaf_kernel for one more program a multiprocessor.
+CACHE_SPILLS: dict[int, dict[str, int]] = {
+    64: {
+        "decode_kernels.attend_kernel": 132,
+        "append_kernels.fold_kernel": 955,
+        "fold_kernels.fold_leaf_kernel": 1170,
+    },
+    128: {
+        "decode_kernels.attend_kernel": 1810,
+        "append_kernels.fold_kernel": 890,
+        "fold_kernels.fold_leaf_kernel": 970,
+    },
+}
 VERSION = ".".join(triton.__version__.split(".")[:2])
 for_hopper = pytest.mark.skipif(
     VERSION not in TRITON_VERSIONS,
@@ -129,6 +143,14 @@ def test_convolve_normalise(dim: int) -> None:
     found = compiled(call, {**call, "packed": True}, {**call, "dtype": "float32", "width": 4, "packed": True})
     assert len(found) == 6
     check(found, {})
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_kernels_of_a_cache(dim: int) -> None:
+    found = compiled({"backend": "decode", "dim": dim, "group": 4})
+    names = {x["kernel"].partition(".")[2] for x in found}
+    assert {f"{x}_kernel" for x in ("attend", "append", "fold", "join", "fold_leaf", "fold_chain")} <= names
+    check(found, CACHE_SPILLS[dim])
 
 
 def test_wide_rows() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from path_attention import PathCache, path_attention_reference
 from path_attention.ops.history import serve
-from path_attention.ops.history.state import Tokens, decode_rows, slots
+from path_attention.ops.history.state import PAGE, Tokens, decode_pages, decode_rows, slots
 from tests.ops.inputs import Inputs, Shape, make_inputs, relative_error
 from tests.ops.test_path_attention import softmax_attention
 
@@ -110,11 +110,52 @@ def test_prompts_are_folded_by_a_kernel(counts: list[int], beta: str) -> None:
     check(in_pieces(PathCache(chunk=128), inputs, [*counts, 1, 1]), inputs)
 
 
+@pytest.mark.parametrize("counts", [[211], [90, 121]], ids=["a prompt", "a chunk that goes on"])
+def test_folded_prompts_have_the_state_of_the_torch_engine(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two float16 parts hold 22 bits: products are as exact as in float32 but for some hundred roundings, and keys but
+    for the one to their pages. Launched for one chunk of one head after another, as prompts are whose pages do not all
+    fit between the kernels.
+    """
+    inputs = inputs_of(Shape(211, batch=2, query_heads=2, heads=2, dim=16, value_dim=24), dtype=torch.float16)
+    monkeypatch.setattr(decode, "FOLD_BYTES", 0)
+    found = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(serve, "DEVICES", devices)
+        cache = PathCache(chunk=128)
+        in_pieces(cache, inputs, counts)
+        found.append(cache.state)
+    a, b = found
+    assert a.facts() == b.facts() == [(192, 211)] * 2
+    for name in ("product", "products"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=100 * 2.0**-22)
+    where = [slots(x, slice(None), 0, 192) for x in found]
+    assert torch.equal(a.values[:, where[0]], b.values[:, where[1]])
+    finished, still_open = [], []
+    for x, at in zip(found, where, strict=True):
+        finished.append(decode_pages(x.keys[:, at[:, :128]], x.key_scale[:, at[:, :128:PAGE] // PAGE]))
+        still_open.append(decode_rows(x.keys.view(torch.int16)[:, at[:, 128:]], x.scale[:, :, :64].transpose(0, 1)))
+    # Both round, while the chunk is open to a 32767th of a key's largest number, at the end to 11 bits.
+    for keys, bits in ((finished, 10), (still_open, 14)):
+        torch.testing.assert_close(*keys, rtol=2.0**-bits, atol=float(keys[1].abs().max()) * 2.0**-14)
+
+
 def test_more_open_tokens_than_a_tile() -> None:
     inputs = inputs_of(Shape(160, query_heads=1, heads=1), gated=True, dtype=torch.float32)
     cache = PathCache(chunk=64, rewind=60)
     check(in_pieces(cache, inputs, [155, 1, 1, 3]), inputs)
     assert cache.state.room > 64
+
+
+def test_sequences_without_folded_tokens() -> None:
+    """Each has one piece all the same, which attends to its open tokens; beside one of many pages."""
+    inputs = inputs_of(Shape(90, batch=2, query_heads=2, heads=1), gated=True, dtype=torch.float32)
+    cache = PathCache(chunk=64)
+    cache.attend(**part(inputs, 0, 86))
+    cache.crop([0, 86])
+    again = {name: torch.cat([x[:1, 86:90], x[1:, :4]]) for name, x in inputs.items()}
+    got = torch.cat([cache.attend(**part(again, t, t + 1)) for t in range(4)], 1)
+    exact = path_attention_reference(**{name: x.double() for name, x in inputs.items()})
+    assert relative_error(got, torch.cat([exact[:1, 86:90], exact[1:, :4]])) <= FLOAT32_TOLERANCE
 
 
 def test_packed_calls_of_different_lengths() -> None:

@@ -1,35 +1,57 @@
-"""Launchers of a cache's step: attend_kernel and append_kernel.
+"""Launchers of a cache's step: attend_kernel, append_kernel and fold_kernel.
 
 Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for all lengths.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from path_attention.ops.history.state import PAGE, SHORT, State, Tokens
-from path_attention.ops.kernels.append_kernels import append_kernel, join_kernel
+from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
+from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
-from path_attention.ops.kernels.fold_kernels import fold_chunk_kernel
+from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
+
+
+class FoldLaunch(NamedTuple):
+    """How the kernels that fold a prompt are launched."""
+
+    leaf_warps: int
+    leaf_registers: int | None
+    chain_warps: int
+    stages: int
+
+
+# First numbers of the compute capabilities of Hopper and of what has its instructions and as much shared memory.
+HOPPER = (9, 10)
 # Narrowest tile of a matrix unit.
 MIN_BLOCK = 16
 # Multiprocessors that interpreted kernels are launched for.
 INTERPRETED = 1
-# Programs a multiprocessor that share the pages to be folded.
-FOLDERS = 2
-# Warps, and registers a thread at most, of fold_chunk_kernel, by the widest row.
-FOLD_LAUNCHES: dict[int, tuple[int, int | None]] = {64: (4, 168), 128: (8, None)}
-# Numbers of a tile of keys that a fold moves, 16 a thread; and registers a thread of append_kernel, whose joins need no
-# more, at most: eight programs share a multiprocessor, and only folds, once in 16 steps, spill.
-FOLD_TILE, APPEND_REGISTERS = 2048, 64
+# Of the kernels that fold a prompt, by the widest row: warps and registers a thread at most of fold_leaf_kernel, warps
+# and stages of the loop over pages of fold_chain_kernel.
+FOLD_LAUNCHES: dict[int, FoldLaunch] = {
+    64: FoldLaunch(leaf_warps=4, leaf_registers=168, chain_warps=4, stages=3),
+    128: FoldLaunch(leaf_warps=4, leaf_registers=None, chain_warps=8, stages=2),
+}
+# Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
+FOLD_BYTES = 2**28
+# Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
+FOLD_BYTES = 2**28
+# Numbers of a tile of keys that a fold moves, 32 a thread, tiles on their way, and registers a thread of append_kernel
+# at most: four programs share a multiprocessor.
+FOLD_TILE, FOLD_STAGES, APPEND_REGISTERS = 4096, 3, 128
 # Numbers of partial results of a long call's queries that are held at once: 256 MB.
 PARTIAL = 2**26
+# Numbers of a tile of the open chunk's product that a fold moves, 16 a thread.
+COLUMNS_TILE = 2048
 # What no sequence reaches, where memory grows.
 UNBOUNDED = 2**31 - 1
 
@@ -41,19 +63,43 @@ class Launch:
     num_warps: int
     stages: int  # of the loop over pages: one for the entry of the table, one to work on, the others on their way
     registers: int | None  # a thread at most; what a program does before its loop needs more, and may spill
-    programs: int  # a multiprocessor, that histories are cut into pieces for: some run at once, the rest evens out
+    programs: int  # a multiprocessor, that histories are cut into pieces for: as many as run at once
+    hop_stages: int  # of the loop over the matrices that a query passes
 
 
-# By the widest row. The fastest of ten launches and three counts of programs on an H200, over the shapes of
-# `path-attention benchmark decode` (benchmarks/cuda_decode.py --only tune).
+# By the widest row. Warps and stages were the fastest of ten launches on an H200, over the shapes of `path-attention
+# benchmark decode` (benchmarks/cuda_decode.py --only tune); programs are what registers and memory have room for.
+# Twice as many programs as run at once were slower on an H100, by 4 % to 22 %: each moves its queries first. With 7
+# stages fewer of them fit, and a second round began. Not measured yet: stages of hops, with which two matrices of 64
+# columns, or one of 128, take no more memory than pages do.
 LAUNCHES = {
-    64: Launch(num_warps=2, stages=5, registers=None, programs=4),
-    128: Launch(num_warps=4, stages=5, registers=None, programs=4),
-    256: Launch(num_warps=8, stages=3, registers=None, programs=4),
+    64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5),
+    128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3),
+    256: Launch(num_warps=8, stages=3, registers=None, programs=1, hop_stages=1),
+}
+
+
+@dataclass(frozen=True)
+class StepFold:
+    """How fold_kernel is launched."""
+
+    num_warps: int
+    registers: int | None  # a thread at most
+    programs: int  # a multiprocessor: as many as run at once
+    keys: int  # a tile
+    stages: int  # of the loop over these
+
+
+# By the widest row. Tiles of 64 keys leave the reflections in shared memory, where matrix units read them; those of
+# fewer keys take them from registers, and all of these spill.
+STEP_FOLDS = {
+    64: StepFold(num_warps=4, registers=168, programs=3, keys=64, stages=5),
+    128: StepFold(num_warps=4, registers=None, programs=2, keys=64, stages=4),
+    256: StepFold(num_warps=8, registers=None, programs=1, keys=16, stages=1),
 }
 # Many query rows, as of long calls: tiles of MAX_ROWS have matrix units to keep busy, not memory. They do not fit
 # beside wider rows, or those of float32, which are read for their digits and not for speed.
-LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4)
+LAUNCH_ROWS = Launch(num_warps=8, stages=3, registers=None, programs=4, hop_stages=1)
 MAX_ROWS, MAX_ROWS_WIDTH = 64, 128
 FLOAT32_STAGES = 2
 
@@ -74,6 +120,12 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Has kernels launched before the one ahead of them has ended, and 227 KB of shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in HOPPER
 
 
 def _block(dim: int) -> int:
@@ -114,9 +166,7 @@ _ATTENDED = (
     "keys key_scale values gates products gate_totals pages chunks length folded covered suffix suffix_gate product "
     "gate_total scale k v w beta g"
 )
-_APPENDED = (
-    "keys key_scale values gates products gate_totals pages chunks length folded product gate_total scale k v w beta g"
-)
+_FOLDED = "keys key_scale values gates products gate_totals pages chunks product gate_total scale k v w beta g"
 
 
 def _attend(
@@ -138,10 +188,10 @@ def _attend(
     block_rows, launch = _launch(state, rows)
     tiles = triton.cdiv(rows, block_rows)
     items = max(1, launch.programs * _multiprocessors(state.k.device) // (heads * tiles))
-    pieces = items + 2 * batch
+    pieces = items + batch
     out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
     log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
-    attend_kernel[((pieces - batch * moved) * heads * tiles,)](
+    attend_kernel[(pieces * heads * tiles,)](
         p_q=q,
         **new,
         **_fields(state, _ATTENDED),
@@ -165,6 +215,9 @@ def _attend(
         HALF=_HALF[state.k.dtype],
         STAGES=launch.stages,
         WIDTH=min(64, _block(dim)),
+        STEPS=_block(state.reflections),
+        HOP_STAGES=launch.hop_stages,
+        OVERLAPS=not moved and _is_hopper(q.device),
         **_options(state, query_heads, STEP_OPTIONS),
         num_warps=launch.num_warps,
         maxnreg=launch.registers,
@@ -210,33 +263,66 @@ def step(
     found = _attend(state, q, query_heads, longest, new, before, tokens.scale, capacity, moved=False)
     result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
     count = q.shape[0] * q.shape[1]
-    workers = min(batch * heads * state.chunk // PAGE, FOLDERS * _multiprocessors(q.device)) if fold_due else 0
-    append_kernel[(workers + batch + count * query_heads,)](
+    append_kernel[(count * query_heads + batch,)](
         p_out=found[0],
         p_log_sum_exp=found[1],
         p_before=before,
         p_result=result,
         p_full=state.full,
         p_bounds=bounds,
-        **_fields(state, _APPENDED),
-        p_codes=_codes(state),
+        **_fields(state, "length folded"),
         keep=keep,
         capacity=capacity,
         B=batch,
         H=heads,
         s_new=longest,
         s_items=found[2],
+        s_queries=count * query_heads,
+        OVERLAPS=_is_hopper(q.device),
+        **_options(state, query_heads, "GROUP DV BLOCK_DV BLOCK_B"),
+        num_warps=4,
+        num_stages=1,
+        **({"launch_pdl": True} if _is_hopper(q.device) else {}),
+    )
+    if fold_due:
+        _fold(state, before, bounds, longest, keep, capacity, query_heads)
+    return result
+
+
+def _fold(
+    state: State, before: Tensor, bounds: Tensor | None, longest: int, keep: int, capacity: int, query_heads: int
+) -> None:
+    """Fold the oldest open tokens of all sequences where it is time."""
+    batch, heads = state.k.shape[:2]
+    device = state.k.device
+    wide = max(_block(state.k.shape[3]), _block(state.v.shape[3]))
+    launch = next(launch for width, launch in STEP_FOLDS.items() if wide <= width)
+    if not state.coded:
+        launch = replace(launch, keys=MIN_BLOCK)  # products in float32 take registers for every key
+    workers = min(batch * heads * state.chunk // PAGE, launch.programs * _multiprocessors(device))
+    fold_kernel[(workers,)](
+        p_before=before,
+        p_bounds=bounds,
+        **_fields(state, _FOLDED),
+        p_codes=_codes(state),
         s_workers=workers,
+        keep=keep,
+        capacity=capacity,
+        B=batch,
+        H=heads,
+        s_new=longest,
         s_slots=state.keys.shape[1],
         s_page_columns=state.pages.shape[1],
         s_chunk_columns=state.chunks.shape[1],
-        KEYS=min(PAGE, FOLD_TILE // _block(state.k.shape[3])),
+        KEYS=launch.keys,
+        COLUMNS=min(_block(state.k.shape[3]), COLUMNS_TILE // _block(state.k.shape[3])),
+        STEPS=_block(FOLD * state.reflections),
+        STAGES=launch.stages if state.coded and _is_hopper(device) else 1,
         **_options(state, query_heads, STEP_OPTIONS),
-        num_warps=4,
-        maxnreg=APPEND_REGISTERS,
+        num_warps=launch.num_warps,
+        maxnreg=launch.registers,
         num_stages=1,
     )
-    return result
 
 
 def attend_history(state: State, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -287,27 +373,54 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
     """
     k, v, w, beta = (x.contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta))
     batch, count, heads, dim = k.shape
-    warps, registers = next(launch for width, launch in FOLD_LAUNCHES.items() if _block(dim) <= width)
+    pages, block = state.chunk // PAGE, _block(dim)
+    launch = next(launch for width, launch in FOLD_LAUNCHES.items() if max(block, _block(v.shape[3])) <= width)
     segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
-    fold_chunk_kernel[(batch * heads * segments,)](
-        p_k=k,
-        p_v=v,
-        p_w=w,
-        p_beta=beta,
-        p_rows=None if rows is None else rows.to(torch.int32),
-        **_fields(state, "keys key_scale values products pages chunks product scale"),
-        p_codes=_codes(state),
-        s_tokens=count,
-        s_folded=folded,
-        s_due=due,
-        H=heads,
-        s_slots=state.keys.shape[1],
-        s_page_columns=state.pages.shape[1],
-        s_chunk_columns=state.chunks.shape[1],
-        # What is kept is for all tokens to come, and numbers are of order 1: two parts of 11 bits.
-        HALF=tl.float16,
-        **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
-        num_warps=warps,
-        maxnreg=registers,
-        num_stages=1,
-    )
+    chains = batch * heads * segments
+    size = max(_multiprocessors(k.device), FOLD_BYTES // (pages * 4 * block * (block + PAGE)))
+    size = min(chains, size)
+    right = torch.empty(2, size * pages, PAGE, block, dtype=torch.float16, device=k.device)
+    matrix = torch.empty(2, size * pages, block, block, dtype=torch.float16, device=k.device)
+    unit = torch.empty(size * pages, PAGE, dtype=torch.float32, device=k.device)
+    common: dict[str, object] = {
+        "p_rows": None if rows is None else rows.to(torch.int32),
+        "p_codes": _codes(state),
+        "p_right": right,
+        "p_unit": unit,
+        "p_matrix": matrix,
+        "s_folded": folded,
+        "s_due": due,
+        "s_segments": segments,
+        "H": heads,
+        "s_slots": state.keys.shape[1],
+        "s_page_columns": state.pages.shape[1],
+        "HALF": tl.float16,
+    }
+    for first in range(0, chains, size):
+        part = min(size, chains - first)
+        fold_leaf_kernel[(part * pages,)](
+            p_k=k,
+            p_v=v,
+            p_w=w,
+            p_beta=beta,
+            **_fields(state, "key_scale values pages scale"),
+            **common,
+            s_tokens=count,
+            s_first=first,
+            s_chains=part,
+            **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
+            num_warps=launch.leaf_warps,
+            maxnreg=launch.leaf_registers,
+            num_stages=1,
+        )
+        fold_chain_kernel[(part,)](
+            **_fields(state, "keys key_scale products pages chunks product scale"),
+            **common,
+            s_first=first,
+            s_chains=part,
+            s_chunk_columns=state.chunks.shape[1],
+            STAGES=launch.stages if _is_hopper(k.device) else 1,
+            **_options(state, heads, "D C BLOCK_D"),
+            num_warps=launch.chain_warps,
+            num_stages=1,
+        )

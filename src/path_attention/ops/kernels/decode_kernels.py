@@ -5,11 +5,15 @@ where they stand to the chunk it reads: past the new tokens, past the open ones,
 attend to the open tokens also put the new ones behind them, at places that no other program reads; append_kernels.py
 joins the results and does the rest.
 
+Moving the queries is a chain of small products that each wait for the one before, and no page can be met before its
+end. To call the first pages into the L2 cache meanwhile made steps longer: what the chain itself reads came later.
+
 Logits are times log2(e) in here, for exp2 is what the hardware has.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from path_attention.ops.kernels.tiles import LOG2_E, dot_float32
 
@@ -17,17 +21,24 @@ PAGE = tl.constexpr(64)  # tokens a page: PAGE of state.py
 SUFFIX = tl.constexpr(4)  # chunks a suffix: SUFFIX of state.py
 # Fewer pages are not worth a program: it moves its queries first, for about as long as it takes to read 4 pages.
 LEAST_PAGES = tl.constexpr(8)
+# Reflections that queries pass at once, and the tile of their tokens: as few as a matrix unit takes.
+BLOCK = tl.constexpr(16)
+OPEN_STAGES = tl.constexpr(2)
 # In place of minus infinity where a maximum starts, so that differences are numbers.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def count_pieces(p_folded, B, s_items, BLOCK_B: tl.constexpr):
-    """Pages of every sequence, and the pieces that each is cut into so that all are about s_items alike ones."""
+    """Pages of every sequence, and the pieces that each is cut into, one at least, so that all are about alike.
+
+    Rounded down: s_items is as many as run at once, and one more would run after all others.
+    """
     o = tl.arange(0, BLOCK_B)
     b_pages = (tl.load(p_folded + o, mask=o < B, other=0) + (PAGE - 1)) // PAGE
-    s_size = tl.maximum(tl.cdiv(tl.sum(b_pages), s_items), LEAST_PAGES)
-    return b_pages, tl.cdiv(b_pages, s_size), o
+    b_count = b_pages * s_items // tl.maximum(tl.sum(b_pages), 1)
+    b_count = tl.maximum(tl.minimum(b_count, b_pages // LEAST_PAGES), 1)
+    return b_pages, tl.where(o < B, b_count, 0), o
 
 
 @triton.jit
@@ -39,7 +50,7 @@ def pieces_of(p_folded, i_sequence, B, s_items, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def work_item(p_folded, i_item, B, s_items, BLOCK_B: tl.constexpr):
-    """(sequence, first page, end page) of piece i_item of the histories.
+    """(sequence, first page, end page) of piece i_item of the histories, and whether it is its sequence's last.
 
     At most s_items + B pieces; those past the last have sequence B. No piece spans two sequences; the last ones of a
     sequence may be empty.
@@ -52,7 +63,7 @@ def work_item(p_folded, i_item, B, s_items, BLOCK_B: tl.constexpr):
     s_before = tl.sum(tl.where(o < i_sequence, b_count, 0))
     s_each = tl.cdiv(s_pages, tl.maximum(s_count, 1))
     i_first = tl.minimum((i_item - s_before) * s_each, s_pages)
-    return i_sequence, i_first, tl.minimum(i_first + s_each, s_pages)
+    return i_sequence, i_first, tl.minimum(i_first + s_each, s_pages), i_item - s_before == s_count - 1
 
 
 @triton.jit
@@ -163,6 +174,91 @@ def past_token(
 
 
 @triton.jit
+def triangle_inverse(b_n, HALF: tl.constexpr):
+    """(I + n)^-1 of a strictly upper triangular n, from blocks on the diagonal, each made of two of half the size.
+
+    Their numbers are of the order of those of products of transitions, which make nothing longer: nothing cancels.
+    """
+    SIZE: tl.constexpr = b_n.shape[0]
+    o = tl.arange(0, SIZE)
+    b_x = tl.where(o[:, None] == o[None, :], 1.0, 0.0)
+    for i in tl.static_range(8):
+        if 1 << i < SIZE:
+            is_pair = (o[:, None] >> (i + 1)) == (o[None, :] >> (i + 1))
+            b_between = tl.where(is_pair & ((o[:, None] >> i) < (o[None, :] >> i)), b_n, 0.0)
+            if i > 0:
+                b_between = dot_float32(dot_float32(b_x, b_between, HALF), b_x, HALF)
+            b_x -= b_between
+    return b_x
+
+
+@triton.jit
+def past_open_tokens(
+    b_x,
+    b_gate,
+    b_max,
+    b_sum,
+    b_out,
+    p_k,  # open tokens of this sequence and head, as are the next
+    p_v,
+    p_w,
+    p_beta,
+    p_g,  # (rows,): of each row's query head
+    i_last,
+    s_folded,
+    ROOM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HALF: tl.constexpr,
+    GATED: tl.constexpr,
+    ATTENDS: tl.constexpr,
+):
+    """Queries moved past TOKENS open tokens at once, from number i_last on to the left. With W the vectors of their
+    reflections in the order in which they are met, c = x W^T D (I + strictUpper(W W^T) D)^-1 and x <- x - c W.
+    """
+    # Numbers of W alone are of order 1.
+    UNIT: tl.constexpr = None if HALF is None else tl.float16
+    o = tl.arange(0, STEPS)
+    o_d = tl.arange(0, BLOCK_D)
+    i_open = i_last - o // R
+    m_step = (i_open >= 0) & (o < TOKENS * R)
+    i_step = ((s_folded + tl.maximum(i_open, 0)) % ROOM) * R + R - 1 - o % R
+    b_w = tl.load(p_w + i_step[:, None] * D + o_d[None, :], mask=m_step[:, None] & (o_d < D)[None, :], other=0.0)
+    b_beta = tl.load(p_beta + i_step, mask=m_step, other=0.0)
+    b_gram = dot_float32(b_w, tl.trans(b_w), UNIT) * b_beta[None, :]
+    b_inverse = triangle_inverse(tl.where(o[:, None] < o[None, :], b_gram, 0.0), UNIT)
+    b_c = dot_float32(dot_float32(b_x, tl.trans(b_w), HALF) * b_beta[None, :], b_inverse, HALF)
+    o_token = tl.arange(0, BLOCK)
+    m_token = (i_last - o_token >= 0) & (o_token < TOKENS)
+    i_place = (s_folded + tl.maximum(i_last - o_token, 0)) % ROOM
+    if GATED:
+        b_g = tl.load(p_g[:, None] + i_place[None, :], mask=m_token[None, :], other=0.0)
+        b_g = tl.maximum(b_g, LOWEST)
+    if ATTENDS:
+        o_dv = tl.arange(0, BLOCK_DV)
+        b_k = tl.load(p_k + i_place[:, None] * D + o_d[None, :], mask=m_token[:, None] & (o_d < D)[None, :], other=0.0)
+        b_k = tl.trans(b_k.to(tl.float32))
+        # A query has passed the tokens behind the one that it meets.
+        b_behind = tl.where((o // R)[:, None] < o_token[None, :], dot_float32(b_w, b_k, HALF), 0.0)
+        b_logits = dot_float32(b_x, b_k, HALF) - dot_float32(b_c, b_behind, HALF)
+        if GATED:
+            b_before = tl.where(o_token[:, None] < o_token[None, :], 1.0, 0.0)
+            b_logits += b_gate[:, None] + tl.dot(b_g, b_before, input_precision="ieee")
+        b_logits = tl.where(m_token[None, :], b_logits * LOG2_E, float("-inf"))
+        m_v = m_token[:, None] & (o_dv < DV)[None, :]
+        b_v = tl.load(p_v + i_place[:, None] * DV + o_dv[None, :], mask=m_v, other=0.0)
+        b_max, b_sum, b_out = add_up(b_logits, b_v, b_max, b_sum, b_out)
+    if GATED:
+        b_gate += tl.sum(b_g, axis=1)
+    return b_x - dot_float32(b_c, b_w, HALF), b_gate, b_max, b_sum, b_out
+
+
+@triton.jit
 def past_tokens(
     b_x,
     b_gate,
@@ -194,6 +290,8 @@ def past_tokens(
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    STEPS: tl.constexpr,
+    HALF: tl.constexpr,
     GATED: tl.constexpr,
     ATTENDS: tl.constexpr,
 ):
@@ -226,28 +324,30 @@ def past_tokens(
             GATED,
             ATTENDS,
         )
-    # One product of a vector after another: the rows they take are on their way meanwhile.
-    for i in tl.range(n, num_stages=4):
-        i_place = (s_folded + n - 1 - i) % ROOM
-        b_x, b_gate, b_max, b_sum, b_out = past_token(
+    TOKENS: tl.constexpr = max(BLOCK // R, 1)
+    for i in tl.range(tl.cdiv(n, TOKENS), num_stages=OPEN_STAGES):
+        b_x, b_gate, b_max, b_sum, b_out = past_open_tokens(
             b_x,
             b_gate,
             b_max,
             b_sum,
             b_out,
-            p_k + i_place * D,
-            p_v + i_place * DV,
-            p_w + i_place * (R * D),
-            p_beta + i_place * R,
-            p_g + i_place,
-            D,
-            1,
-            i_new >= 0,
+            p_k,
+            p_v,
+            p_w,
+            p_beta,
+            p_g,
+            n - 1 - i * TOKENS,
+            s_folded,
+            ROOM,
             R,
             D,
             DV,
             BLOCK_D,
             BLOCK_DV,
+            TOKENS,
+            STEPS,
+            HALF,
             GATED,
             ATTENDS,
         )
@@ -317,22 +417,19 @@ def find_hop(
     HQ,
     D: tl.constexpr,
 ):
-    """Where hop number i_hop of plan_hops() finds its matrices, those of all key heads, and its gates."""
-    p_matrix = p_product
-    p_total = p_gate_total
+    """Where hop number i_hop of plan_hops() finds its matrices, those of all key heads, and its gates.
+
+    Without branches: the loop over hops fetches ahead, and addresses that come of a branch are not known ahead.
+    """
     i_single = i_hop - s_open
     i_group = i_chunk // SUFFIX
-    if (s_suffix == 1) & (i_single == s_singles):
-        p_matrix = p_suffix + i_group.to(tl.int64) * H * (D * D)
-        p_total = p_suffix_gate + i_group * HQ
-    elif i_single >= 0:
-        i_crossed -= i_single
-        if i_single >= s_singles:
-            i_crossed = (i_group + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix)
-        i_place = tl.load(p_chunks + i_crossed).to(tl.int64)
-        p_matrix = p_products + i_place * H * (D * D)
-        p_total = p_gate_totals + i_place * HQ
-    return p_matrix, p_total
+    is_suffix = (s_suffix == 1) & (i_single == s_singles)
+    i_within = (i_group + 1) * SUFFIX - 1 - (i_single - s_singles - s_suffix)
+    i_crossed = tl.where(i_single < s_singles, i_crossed - i_single, i_within)
+    i_place = tl.load(p_chunks + i_crossed, mask=(i_single >= 0) & (is_suffix == 0), other=0).to(tl.int64)
+    p_matrix = tl.where(is_suffix, p_suffix + i_group.to(tl.int64) * H * (D * D), p_products + i_place * H * (D * D))
+    p_total = tl.where(is_suffix, p_suffix_gate + i_group * HQ, p_gate_totals + i_place * HQ)
+    return tl.where(i_single < 0, p_product, p_matrix), tl.where(i_single < 0, p_gate_total, p_total)
 
 
 @triton.jit
@@ -464,7 +561,7 @@ def attend_kernel(
     p_beta,
     p_g,
     p_before,  # out (2, B) int32: length and folded as they are now; None where MOVED
-    p_out,  # out (H, items + B, rows, DV) float32: attention to a piece's keys; past the items, to the open tokens
+    p_out,  # out (H, items + B, rows, DV) float32: attention to a piece's keys, of the last piece to the open ones too
     p_log_sum_exp,  # out (H, items + B, rows) float32, base 2
     scale,
     capacity,  # tokens a sequence at most
@@ -487,24 +584,28 @@ def attend_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
     WIDTH: tl.constexpr,  # tile of rows of a product
+    STEPS: tl.constexpr,  # tile of reflections, of one token at least
     CODED: tl.constexpr,
     GATED: tl.constexpr,
     MOVED: tl.constexpr,
     HALF: tl.constexpr,  # type of the parts that rows are moved in, None for float32
     STAGES: tl.constexpr,
+    HOP_STAGES: tl.constexpr,  # of the loop over matrices
+    OVERLAPS: tl.constexpr,  # the next kernel may be launched meanwhile: it waits by itself for what this one writes
 ):
-    """Attention of the new queries of one key head to one piece of one sequence's history, or to its open tokens."""
+    """Attention of the new queries of one key head to one piece of one sequence's history.
+
+    The last piece of a sequence takes its open and new tokens in, which its queries pass as those of all pieces do.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
     HQ = H * GROUP
     s_rows = s_new * GROUP
     s_tiles = tl.cdiv(s_rows, ROWS)
     i_tile = tl.program_id(0) % s_tiles
     i_head = (tl.program_id(0) // s_tiles) % H
     i_item = tl.program_id(0) // s_tiles // H
-    s_all_items = s_items + B
-    is_open = i_item >= s_all_items
-    i_sequence, i_first, i_end = work_item(p_folded, i_item, B, s_items, BLOCK_B)
-    if is_open:
-        i_sequence = i_item - s_all_items
+    i_sequence, i_first, i_end, is_last = work_item(p_folded, i_item, B, s_items, BLOCK_B)
     if i_sequence >= B:
         return
     s_length = tl.load(p_length + i_sequence)
@@ -516,12 +617,27 @@ def attend_kernel(
         i_start = tl.load(p_bounds + i_sequence)
         s_own = tl.load(p_bounds + i_sequence + 1) - i_start
     if not MOVED:
-        if is_open & (i_head == 0) & (i_tile == 0):
+        if is_last & (i_head == 0) & (i_tile == 0):
             tl.store(p_before + i_sequence, s_length)
             tl.store(p_before + B + i_sequence, s_folded)
     if (s_own == 0) | (s_length + s_own > capacity):
         return
 
+    # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
+    s_chunk_pages: tl.constexpr = C // PAGE
+    s_finished = s_folded // C
+    i_chunk = (i_end - 1) // s_chunk_pages
+    i_crossed = s_finished - 1
+    s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
+    s_hops = s_open + s_singles + s_suffix + s_within
+    p_table = p_pages + i_sequence.to(tl.int64) * s_page_columns
+    p_head_keys = p_keys + i_head.to(tl.int64) * s_slots * D
+    p_head_values = p_values + i_head.to(tl.int64) * s_slots * DV
+    p_own_product = p_product + i_sequence.to(tl.int64) * H * (D * D)
+    p_own_total = p_gate_total + i_sequence * HQ
+    p_own_suffix = p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D)
+    p_own_suffix_gate = p_suffix_gate + i_sequence * s_groups * HQ
+    p_own_chunks = p_chunks + i_sequence * s_chunk_columns
     # Every row is one query: token i_new of the new ones, query head i_query_head. Rows past the last repeat it.
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
@@ -541,7 +657,8 @@ def attend_kernel(
         i_query = (i_start + i_new).to(tl.int64) * HQ + i_query_head
         b_x = tl.load(p_q + i_query[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
         b_x = b_x.to(tl.float32) * scale
-        if is_open:
+    if not MOVED:
+        if is_last:
             b_x, b_gate, b_max, b_sum, b_out = past_tokens(
                 b_x,
                 b_gate,
@@ -573,6 +690,8 @@ def attend_kernel(
                 DV,
                 BLOCK_D,
                 BLOCK_DV,
+                STEPS,
+                HALF,
                 GATED,
                 True,
             )
@@ -608,10 +727,12 @@ def attend_kernel(
                 DV,
                 BLOCK_D,
                 BLOCK_DV,
+                STEPS,
+                HALF,
                 GATED,
                 False,
             )
-        if is_open & (i_tile == 0):
+        if is_last & (i_tile == 0):
             for i in range(s_own):
                 i_token = (i_start + i).to(tl.int64)
                 i_step = i_token * R * H + i_head
@@ -640,30 +761,23 @@ def attend_kernel(
                         p_own = p_g + (i_sequence * HQ + i_own).to(tl.int64) * ROOM
                         tl.store(p_own + (s_length + i) % ROOM, tl.maximum(s_g, LOWEST))
 
-    if not is_open and i_first < i_end:
-        # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
-        s_chunk_pages: tl.constexpr = C // PAGE
-        s_finished = s_folded // C
-        i_chunk = (i_end - 1) // s_chunk_pages
+    if i_first < i_end:
         s_chunks = i_chunk - i_first // s_chunk_pages + 1
-        s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
-        s_hops = s_open + s_singles + s_suffix + s_within
-        i_crossed = s_finished - 1
         for _ in range(s_chunks):
-            for i_hop in range(s_hops):
+            for i_hop in tl.range(s_hops, num_stages=HOP_STAGES):
                 p_matrix, p_total = find_hop(
                     i_hop,
                     i_chunk,
                     s_open,
                     s_singles,
                     s_suffix,
-                    p_product + i_sequence.to(tl.int64) * H * (D * D),
-                    p_gate_total + i_sequence * HQ,
+                    p_own_product,
+                    p_own_total,
                     p_products,
                     p_gate_totals,
-                    p_suffix + (i_sequence * s_groups).to(tl.int64) * H * (D * D),
-                    p_suffix_gate + i_sequence * s_groups * HQ,
-                    p_chunks + i_sequence * s_chunk_columns,
+                    p_own_suffix,
+                    p_own_suffix_gate,
+                    p_own_chunks,
                     i_crossed,
                     H,
                     HQ,
@@ -674,9 +788,6 @@ def attend_kernel(
                     b_gate += tl.load(p_total + i_query_head)
             i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
             i_last = tl.minimum(i_end, (i_chunk + 1) * s_chunk_pages)
-            p_table = p_pages + i_sequence.to(tl.int64) * s_page_columns
-            p_head_keys = p_keys + i_head.to(tl.int64) * s_slots * D
-            p_head_values = p_values + i_head.to(tl.int64) * s_slots * DV
             p_head_gates = p_gates + i_query_head.to(tl.int64) * s_slots
             if CODED and i_chunk < s_finished:
                 b_max, b_sum, b_out = attend_coded(
@@ -735,7 +846,7 @@ def attend_kernel(
     # Nothing to attend to gives a log-sum-exp of minus infinity, whose output counts for nothing.
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     o_dv = tl.arange(0, BLOCK_DV)
-    i_result = (i_head * (s_all_items + B) + i_item).to(tl.int64) * s_rows + o_row
+    i_result = (i_head * (s_items + B) + i_item).to(tl.int64) * s_rows + o_row
     tl.store(
         p_out + i_result[:, None] * DV + o_dv[None, :], b_out, mask=(o_row < s_rows)[:, None] & (o_dv < DV)[None, :]
     )

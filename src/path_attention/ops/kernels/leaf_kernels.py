@@ -70,7 +70,7 @@ def _unit_lower_inverse(b_n, WORK: tl.constexpr):
 
 
 @triton.jit
-def _corrected_inverse(b_n, WORK: tl.constexpr):
+def corrected_inverse(b_n, WORK: tl.constexpr):
     """(I + n)^-1 of a float32 n to some 20 bits: x + x (I - (I + n) x) for the x of :func:`_unit_lower_inverse`."""
     o = tl.arange(0, ROWS)
     b_n_rounded = rounded(b_n, WORK)
@@ -180,7 +180,7 @@ def leaf_forward_kernel(
     b_w_rest = rest(b_w_given, b_w, WORK)
     b_beta = tl.load(p_beta + tl.cast(i_row, tl.int64) * H + o * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
     b_n = _triangle(b_w, b_w_rest, b_beta, WORK, SPLIT_W)
-    b_inverse = _corrected_inverse(b_n, WORK)
+    b_inverse = corrected_inverse(b_n, WORK)
     if p_inverse is not None:
         store_square(p_inverse, b_inverse, i_tile, ROWS, ROWS)
     b_a_whole = b_inverse * b_beta[None, :]
