@@ -186,19 +186,19 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path: Path) -> None:
     disturbed.wait(1)
     assert disturbed.failure == ""
     assert disturbed.killed_at is not None
-    alone = restart.recipe(2, "cpu")
+    alone = restart.TINY.recipe(2, "cpu")
     del alone["training"]["parallel"]
     (run,) = train(recipe_from_mapping(alone), tmp_path / "alone")
     calm = {e["step"]: e["loss"] for e in read_metrics(run.folder / METRICS) if "loss" in e}
-    found = restart._compare(calm, disturbed.losses())
+    found = restart._compare(restart.TINY, calm, disturbed.losses())
     assert found["largest_difference"] < 1e-3
 
 
 def test_a_training_that_lost_steps_is_wrong() -> None:
-    calm = {step: 1.0 for step in range(restart.EVERY, restart.STEPS + 1, restart.EVERY)}
-    assert "wrong" not in restart._compare(calm, calm)
-    assert "wrong" in restart._compare(calm, {k: v for k, v in calm.items() if k != 10})
-    assert "wrong" in restart._compare(calm, {**calm, 10: 1.1})
+    calm = {step: 1.0 for step in range(restart.TINY.every, restart.TINY.steps + 1, restart.TINY.every)}
+    assert "wrong" not in restart._compare(restart.TINY, calm, calm)
+    assert "wrong" in restart._compare(restart.TINY, calm, {k: v for k, v in calm.items() if k != 10})
+    assert "wrong" in restart._compare(restart.TINY, calm, {**calm, 10: 1.1})
 
 
 def test_place_names_the_innermost_step() -> None:

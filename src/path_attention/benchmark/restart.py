@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,74 +16,96 @@ import yaml
 
 from path_attention.training.trainer import COMPLETE, METRICS, read_metrics
 
-# Flip-flop language modelling by a tiny model: starting processes is most of the time. The rate is low enough that
-# rounding, where a device adds up in no fixed order, does not grow into another training.
-STEPS, EVERY = 40, 5
-RECIPE: dict[str, Any] = {
-    "name": "restart",
-    "mixers": ["path"],
-    "task": {"name": "flip_flop", "length": 64},
-    "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
-    "training": {
-        "steps": STEPS,
-        "learning_rate": 1e-3,
-        "warmup_steps": 5,
-        "log_every": EVERY,
-        "save_every": EVERY,
-        "parallel": {"strategy": "fsdp"},
-    },
-    "evaluation": {"answers": 100, "batch_size": 8},
-}
-# Sequences of a step for each process.
-SEQUENCES_EACH = 4
+
+@dataclass(frozen=True)
+class Plan:
+    """A training on flip-flop language modelling. Rates are low enough that rounding, where a device adds up in no
+    fixed order, does not grow into another training.
+    """
+
+    model: dict[str, Any]
+    length: int
+    sequences_each: int  # of a step, for each process
+    steps: int
+    every: int  # steps between checkpoints
+    learning_rate: float
+    precision: str
+    limit: float  # seconds that a training may take, the restart included
+
+    def recipe(self, ranks: int, device: str) -> dict[str, Any]:
+        """For so many processes."""
+        return {
+            "name": NAME,
+            "mixers": [MIXER],
+            "task": {"name": "flip_flop", "length": self.length},
+            "model": self.model,
+            "training": {
+                "steps": self.steps,
+                "batch_size": self.sequences_each * ranks,
+                "learning_rate": self.learning_rate,
+                "warmup_steps": self.every,
+                "log_every": self.every,
+                "save_every": self.every,
+                "precision": self.precision,
+                "parallel": {"strategy": "fsdp"},
+                "device": "auto" if device == "cuda" else "cpu",
+            },
+            "evaluation": {"answers": 100, "batch_size": 8},
+        }
+
+
+NAME, MIXER = "restart", "path"
+# Starting processes is most of the time.
+TINY = Plan(
+    model={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    length=64, sequences_each=4, steps=40, every=5, learning_rate=1e-3, precision="float32", limit=240.0
+)  # fmt: skip
+# The layers of the paper's model, PaTHConfig's defaults. A checkpoint has 8 GB, and writing it is most of the time.
+PAPER = Plan(
+    model={}, length=2048, sequences_each=4, steps=16, every=4, learning_rate=1e-5, precision="bfloat16", limit=400.0
+)
 # Relative, of a logged loss. On CPUs there is none.
 TOLERANCE = 1e-2
-# Seconds that a training may take, the restart included.
-LIMIT = 240.0
 # What torchrun is told. By default its processes meet in a store that still has the addresses of those before the
 # restart, where they fail to meet (torch 2.13); and processes that wait in NCCL for the one that is gone, and hear no
 # signal, are given 30 seconds.
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
 
 
-def scenario(ranks: int, device: str) -> dict[str, Any]:
+def scenario(ranks: int, device: str, plan: Plan = TINY) -> dict[str, Any]:
     """The losses of a disturbed training beside those of an undisturbed one, and the seconds lost."""
     with tempfile.TemporaryDirectory(prefix="path-attention-") as folder:
-        calm = Training(Path(folder) / "calm", ranks, device)
+        calm = Training(Path(folder) / "calm", ranks, device, plan)
         calm_seconds = calm.wait(None)
-        disturbed = Training(Path(folder) / "disturbed", ranks, device)
+        losses = calm.losses()
+        shutil.rmtree(calm.folder)  # checkpoints of a large model fill disks
+        disturbed = Training(Path(folder) / "disturbed", ranks, device, plan)
         seconds = disturbed.wait(ranks - 1)
-        found = _compare(calm.losses(), disturbed.losses())
+        found = _compare(plan, losses, disturbed.losses())
     found |= {"killed_rank": ranks - 1, "killed_after_step": disturbed.killed_at, "tolerance": TOLERANCE}
     found |= {"seconds": round(seconds, 1), "seconds_undisturbed": round(calm_seconds, 1)}
     if disturbed.failure or calm.failure:
         return found | {"wrong": disturbed.failure or calm.failure}
-    text = f"rank {ranks - 1} killed after step {disturbed.killed_at}, {STEPS} steps all the same"
+    text = f"rank {ranks - 1} killed after step {disturbed.killed_at}, {plan.steps} steps all the same"
     return found | {"found": f"{text}; losses differ by {found['largest_difference']:.1e} at most"}
 
 
-def recipe(ranks: int, device: str) -> dict[str, Any]:
-    """RECIPE for so many processes."""
-    how = {"batch_size": SEQUENCES_EACH * ranks, "device": "auto" if device == "cuda" else "cpu"}
-    return RECIPE | {"training": RECIPE["training"] | how}
-
-
-def _compare(calm: dict[int, float], disturbed: dict[int, float]) -> dict[str, Any]:
-    if calm.keys() != disturbed.keys() or max(calm, default=0) != STEPS:
+def _compare(plan: Plan, calm: dict[int, float], disturbed: dict[int, float]) -> dict[str, Any]:
+    if calm.keys() != disturbed.keys() or max(calm, default=0) != plan.steps:
         return {"wrong": f"steps {sorted(disturbed)} were logged, undisturbed {sorted(calm)}"}
     largest = max(abs(disturbed[step] - loss) / loss for step, loss in calm.items())
-    found: dict[str, Any] = {"steps": STEPS, "largest_difference": largest, "last_loss": disturbed[STEPS]}
+    found: dict[str, Any] = {"steps": plan.steps, "largest_difference": largest, "last_loss": disturbed[plan.steps]}
     return found if largest <= TOLERANCE else found | {"wrong": f"losses differ by {largest:.1e}"}
 
 
 class Training:
     """One run of torchrun in a folder of its own."""
 
-    def __init__(self, folder: Path, ranks: int, device: str) -> None:
+    def __init__(self, folder: Path, ranks: int, device: str, plan: Plan = TINY) -> None:
         folder.mkdir()
-        self.folder, self.killed_at, self.failure = folder, None, ""
+        self.folder, self.limit, self.killed_at, self.failure = folder, plan.limit, None, ""
         file = folder / "restart.yaml"
-        file.write_text(yaml.safe_dump(recipe(ranks, device)), encoding="utf-8")
+        file.write_text(yaml.safe_dump(plan.recipe(ranks, device)), encoding="utf-8")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*launch, "--max-restarts=1", "-m", "path_attention", "train", str(file), "--runs", str(folder)]
         self.log = folder / "log.txt"
@@ -93,14 +117,14 @@ class Training:
 
     @property
     def run(self) -> Path:
-        return self.folder / RECIPE["name"] / RECIPE["mixers"][0]
+        return self.folder / NAME / MIXER
 
     def wait(self, kill: int | None) -> float:
         """For its end; seconds. Kills the process of this rank once there is a checkpoint."""
         try:
             while self.process.poll() is None:
-                if time.monotonic() - self.started > LIMIT:
-                    self.failure = f"no end after {LIMIT:.0f} s"
+                if time.monotonic() - self.started > self.limit:
+                    self.failure = f"no end after {self.limit:.0f} s"
                     break
                 if kill is not None and self.killed_at is None and self._complete():
                     self._kill(kill)
@@ -155,4 +179,4 @@ def _rank(pid: int) -> int | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(scenario(int(sys.argv[1]), sys.argv[2]), indent=1))
+    print(json.dumps(scenario(int(sys.argv[1]), sys.argv[2], PAPER if "paper" in sys.argv[3:] else TINY), indent=1))

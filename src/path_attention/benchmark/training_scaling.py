@@ -54,7 +54,7 @@ def run_training_scaling(
         ranks: numbers of devices; None for those of 1, 2, 4, 8 that this machine has.
         mixer: path or path_fox.
         compile: torch.compile, as the recipe has it.
-        quick: one shape, fewer repeats, nothing compiled.
+        quick: one shape, fewer repeats, nothing compiled; a process of a tiny model is killed.
         parts: of steps, checkpoint and restart.
         out: JSON file, written after every row. One that is there already is continued.
         commit: of the sources, where git does not tell.
@@ -75,7 +75,8 @@ def run_training_scaling(
         _checkpoints(table, options)
     if "restart" in parts:
         most = max(options["ranks"])
-        table.once({"kind": "restart", "ranks": most}, lambda: restart.scenario(most, device))
+        plan = restart.PAPER if device == "cuda" and not quick else restart.TINY
+        table.once({"kind": "restart", "ranks": most}, lambda: restart.scenario(most, device, plan))
     result["summary"] = summary(result)
     results_file.write(result, path)
     print_table(result)
