@@ -149,7 +149,7 @@ def perplexity_by_position(positions: Mapping[str, PositionLosses], trained: int
         left.plot([end - width / 2 for end in ends], values, color=colour, label=name)
         lengths = lengths_of(losses)
         right.plot(lengths, losses.by_length(lengths), color=colour, marker=".", label=name)
-    first = next(iter(positions.values()))
+    first, names = next(iter(positions.values())), {NAMES.get(mixer, mixer) for mixer in positions}
     left.set_xlabel("position")
     left.set_ylabel(f"perplexity of {first.length // RANGES:,} tokens")
     right.set_xlabel("length")
@@ -168,9 +168,10 @@ def perplexity_by_position(positions: Mapping[str, PositionLosses], trained: int
                 fontsize=8,
                 color="#666666",
             )
-        low, high = axis.get_ylim()
-        if high > 8 * low > 0:  # one that falls apart would press the others flat
+        drawn = [y for line in axis.get_lines() if line.get_label() in names for y in line.get_ydata()]
+        if max(drawn) > 8 * min(drawn):  # one that falls apart would press the others flat
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
     return figure
