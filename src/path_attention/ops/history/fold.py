@@ -55,7 +55,7 @@ def fold(state: State, rows: Rows, folded: int, tokens: Folding) -> None:
         if chunks:
             _fold_chunks(state, rows, folded + first, part)
         else:
-            k, product = _right_edge(part.k[:, :, None], part.w[:, :, None], part.beta[:, :, None])
+            k, product = right_edge(part.k[:, :, None], part.w[:, :, None], part.beta[:, :, None])
             _fold_behind(state, rows, folded + first, k[:, :, 0], product[:, :, 0], part.v, part.g)
 
 
@@ -126,7 +126,7 @@ def fold_oldest(state: State, rows: Rows, folded: int, open_rows: Open) -> None:
 # --- rows at edges ---------------------------------------------------------------------------------------------------
 
 
-def _right_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def right_edge(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Keys (b, H, spans, n, D) at the right edge of their span, and the spans' products (b, H, spans, D, D)."""
     n, dim = k.shape[3:]
     leaf = min(LEAF, n)
@@ -188,7 +188,7 @@ def _fold_chunks(state: State, rows: Rows, folded: int, tokens: Folding) -> None
     def by_chunk(x: Tensor, dim: int = 2) -> Tensor:
         return x.unflatten(dim, (count // size, -1))
 
-    k, product = _right_edge(by_chunk(tokens.k), by_chunk(tokens.w), by_chunk(tokens.beta))
+    k, product = right_edge(by_chunk(tokens.k), by_chunk(tokens.w), by_chunk(tokens.beta))
     first = folded // size
     where = state.chunks[rows][:, first : first + count // size].long()
     state.products[where] = product.transpose(1, 2)
