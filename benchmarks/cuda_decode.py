@@ -265,6 +265,8 @@ def main() -> None:
     if not set(parts) <= set(PARTS + OTHER_PARTS):
         parser.error(f"--only: got {arguments.only}; wanted some of {', '.join(PARTS + OTHER_PARTS)}")
     out: Path = arguments.out
+    if "fla" in parts and "benchmark" not in parts and not out.exists():
+        parser.error(f"--only fla: {out} is not there; wanted the JSON of part benchmark, to whose rows it adds")
     out.parent.mkdir(parents=True, exist_ok=True)
     summary, begun = [], time.perf_counter()
 

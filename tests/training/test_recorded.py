@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from path_attention import cli
+from path_attention.conversion.recipe import Align
 from path_attention.models import PaTHConfig, PaTHForCausalLM
 from path_attention.training import recorded, trainer
 from path_attention.training import source as sources
@@ -240,13 +241,14 @@ def test_several_processes_and_several_gpus_are_refused(tmp_path: Path, monkeypa
         with monkeypatch.context() as patch:
             patch.setenv("RANK", "0")
             patch.setenv("WORLD_SIZE", str(processes))
-            with pytest.raises(ValueError, match=rf"training\.cuda_graphs: wanted .* got true with {processes} of it"):
+            with pytest.raises(ValueError, match=rf"training\.cuda_graphs: wanted false .*SIZE {processes}\), got"):
                 train(tiny(GRAPHS), tmp_path)
     assert not any(tmp_path.iterdir())
     monkeypatch.setattr(trainer.TrainingArguments, "n_gpu", property(lambda self: 3))
-    settings = Training(steps=1, batch_size=3, learning_rate=0.1, device="cpu", cuda_graphs=True)
-    with pytest.raises(ValueError, match=r"training\.cuda_graphs: wanted false, or one GPU .*got true with 3 GPUs"):
-        trainer.training_arguments(settings, tmp_path)
+    for stage, section in ((Training, "training"), (Align, "align")):
+        settings = stage(steps=1, batch_size=3, learning_rate=0.1, device="cpu", cuda_graphs=True)
+        with pytest.raises(ValueError, match=rf"{section}\.cuda_graphs: wanted false, or one GPU .*true with 3 GPUs"):
+            trainer.training_arguments(settings, tmp_path)
 
 
 def test_without_a_gpu_the_option_has_no_effect_and_says_so_once(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class PaTHAttention(OperatorAttention):
         beta = self.beta_proj(hidden_states)
         gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
         shape = (self.num_reflections, self.num_kv_heads)
-        if convolution is not None and cu_seqlens is None and self._is_kernels(w, convolution):
+        if convolution is not None and cu_seqlens is None and self._is_kernels(w):
             assert self.w_conv is not None
             w, beta, g = convolution.step(self.w_conv, w, beta, gate, self.head_dim, NORM_EPS)
             g = None if g is None else self.gate_scale * g
@@ -124,7 +124,7 @@ class PaTHAttention(OperatorAttention):
         g = None if gate is None else self.gate_scale * F.logsigmoid(at_least_float32(gate))
         return PaTHInputs(q, k, v, w, beta, g)
 
-    def _is_kernels(self, w: Tensor, convolution: ConvolutionState) -> bool:
+    def _is_kernels(self, w: Tensor) -> bool:
         """Whether one kernel makes the transitions of one more token: what torch.compile cannot put together itself."""
         wanted = w.shape[1] == 1 and not self.w_norm_eps and not (torch.is_grad_enabled() and w.requires_grad)
         return wanted and not torch.compiler.is_compiling() and has_kernels(w)

@@ -114,7 +114,7 @@ class ConvolutionState:
         from path_attention.ops.kernels import transition
 
         self.offered = []
-        return transition.step(x, beta, gate, convolution.weight, self.rows, self.length, head_dim, eps)
+        return transition.step(x, beta, gate, convolution.local_weight, self.rows, self.length, head_dim, eps)
 
     def take_in(self) -> None:
         """Hold the rows that were offered last; ``length`` counts them already."""

@@ -29,7 +29,7 @@ def check_processes(settings: Training) -> None:
     parallel, processes = settings.parallel, int(os.environ.get("WORLD_SIZE", "1"))
     if settings.cuda_graphs and (processes > 1 or "RANK" in os.environ):  # DDP's hooks work on a stream of their own
         raise ValueError(
-            f"training.cuda_graphs: wanted false, or one process without torchrun, got true with {processes} of it"
+            f"training.cuda_graphs: wanted false under torchrun or accelerate launch (WORLD_SIZE {processes}), got true"
         )
     if parallel.strategy == "ddp":
         return

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -105,6 +105,8 @@ class Training:
     cuda_graphs: bool = False
     activation_checkpointing: bool = False
     parallel: Parallel = Parallel()
+
+    section: ClassVar[str] = "training"  # the recipe's key
 
     def __post_init__(self) -> None:
         _positive(self, "training", "steps", "batch_size", "learning_rate", "accumulation_steps")

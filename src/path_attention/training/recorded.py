@@ -13,8 +13,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-# Steps that run as they are before the graph is recorded: the first compiles kernels, the next ones let allocator and
-# optimiser settle. They are steps of the training like all others.
+# Steps, or passes of micro-batches, that run as they are before the graph is recorded: the first compiles kernels, the
+# next ones let allocator and optimiser settle. They count for the training like all others.
 EAGER_STEPS = 3
 
 Result = TypeVar("Result")

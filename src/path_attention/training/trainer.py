@@ -109,7 +109,7 @@ def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArgu
     )
     if settings.cuda_graphs and arguments.n_gpu > 1:
         raise ValueError(
-            "training.cuda_graphs: wanted false, or one GPU (CUDA_VISIBLE_DEVICES=0), got true with "
+            f"{settings.section}.cuda_graphs: wanted false, or one GPU (CUDA_VISIBLE_DEVICES=0), got true with "
             f"{arguments.n_gpu} GPUs"
         )
     both = settings.parallel.tensor * settings.parallel.context
@@ -235,9 +235,10 @@ class RecipeTrainer(Trainer):
         try:
             return self.recorded(given)
         except recorded.GraphCaptureFailed as error:
+            option = f"{self.settings.section}.cuda_graphs"
             raise recorded.GraphCaptureFailed(
-                f"training.cuda_graphs: step {self.state.global_step + 1} could not be recorded: {error}. The same "
-                "command with training.cuda_graphs=false goes on from the last checkpoint"
+                f"{option}: step {self.state.global_step + 1} could not be recorded: {error}. The same command with "
+                f"{option}=false goes on from the last checkpoint"
             ) from error
 
     def _passes(self, given: dict[str, Tensor]) -> Tensor:

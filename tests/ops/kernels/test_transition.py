@@ -1,9 +1,12 @@
 """The kernel of a token's transitions and gates, in Triton's interpreter: it equals the layer's own operators."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from path_attention.layers import PaTHAttention
 from path_attention.layers.short_convolution import ConvolutionState
@@ -48,3 +51,24 @@ def test_one_more_token(options: dict[str, int], gate: bool, monkeypatch: pytest
             assert (y is None) == (z is None)
             if y is not None:
                 torch.testing.assert_close(y, z)
+
+
+@torch.no_grad()
+def test_a_shared_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under tensor parallelism the weight is a DTensor, whose memory a kernel cannot read."""
+    monkeypatch.setattr(short_convolution, "KERNEL_DEVICES", {"cpu"})
+    torch.manual_seed(0)
+    layer, x = PaTHAttention(16, 2), torch.randn(1, 1, 16)
+    assert layer.w_conv is not None
+
+    def w() -> torch.Tensor:
+        return layer.project(x, convolution=ConvolutionState(1, 16, 4, x)).w
+
+    expected = w()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        layer.w_conv.weight = torch.nn.Parameter(distribute_tensor(layer.w_conv.weight.detach(), mesh, [Shard(0)]))
+        assert torch.equal(w(), expected)
+    finally:
+        dist.destroy_process_group()

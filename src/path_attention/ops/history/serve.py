@@ -15,7 +15,7 @@ def kernels_serve(state: State) -> bool:
 
 
 def fold_kernel_serves(state: State) -> bool:
-    """Whether many tokens are folded by a kernel: half precision, one reflection a token, matrices that fit an SM."""
+    """Whether many tokens are folded by kernels: half precision, one reflection a token, matrices that fit an SM."""
     narrow = max(state.k.shape[3], state.v.shape[3]) <= MAX_FOLD_DIM
     return kernels_serve(state) and state.coded and state.reflections == 1 and narrow
 

@@ -1,4 +1,4 @@
-"""Launchers of a cache's step: attend_kernel, append_kernel and fold_kernel.
+"""Launchers of a cache's step (attend_kernel, append_kernel, fold_kernel), of long calls and of the fold of prompts.
 
 Grids depend on shapes and on the number of multiprocessors only, so that a captured step is right for all lengths.
 """
@@ -43,11 +43,6 @@ FOLD_LAUNCHES: dict[int, FoldLaunch] = {
 }
 # Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
 FOLD_BYTES = 2**28
-# Bytes that lie between these two kernels at most, but for a chain a multiprocessor.
-FOLD_BYTES = 2**28
-# Numbers of a tile of keys that a fold moves, 32 a thread, tiles on their way, and registers a thread of append_kernel
-# at most: four programs share a multiprocessor.
-FOLD_TILE, FOLD_STAGES, APPEND_REGISTERS = 4096, 3, 128
 # Numbers of partial results of a long call's queries that are held at once: 256 MB.
 PARTIAL = 2**26
 # Numbers of a tile of the open chunk's product that a fold moves, 16 a thread.

@@ -23,6 +23,7 @@ SUFFIX = tl.constexpr(4)  # chunks a suffix: SUFFIX of state.py
 LEAST_PAGES = tl.constexpr(8)
 # Reflections that queries pass at once, and the tile of their tokens: as few as a matrix unit takes.
 BLOCK = tl.constexpr(16)
+# Of the loop over these tiles: one is fetched while another is passed.
 OPEN_STAGES = tl.constexpr(2)
 # In place of minus infinity where a maximum starts, so that differences are numbers.
 LOWEST = tl.constexpr(-1e30)

@@ -16,8 +16,6 @@ from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 from path_attention.ops.kernels.merge_kernels import output_rows_kernel, token_rows_kernel
 
-# Head dims that the kernels' layouts of registers and shared memory are made for; head_dim and value_dim are alike.
-DIMS = (64, 128)
 # Keys of a tile, and rows of a program: two leaves.
 PAIR = 128
 # Heads of one program of output_rows_kernel: 64 x 16 numbers keep its loads 64 bytes wide.

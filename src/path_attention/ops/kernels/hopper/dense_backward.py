@@ -130,7 +130,7 @@ def _weigh(
     b_dv, b_column, b_k, b_v, s_q, s_do, s_lse, s_delta, s_ds, do_full, p_gate_key, s_phase, COLUMNS: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """dS of 64 keys and so many queries, to shared memory and as an operand. dV is still under way."""
+    """dS of 64 keys and COLUMNS queries, to shared memory and as an operand. dV is still under way."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
