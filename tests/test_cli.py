@@ -149,6 +149,18 @@ def test_benchmark_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert given == {"lengths": (64, 128), "repeats": 3, "out": tmp_path / "x.json"}
 
 
+def test_an_interruption_promises_to_go_on_where_that_is_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("path_attention.training.run.train", interrupted)
+    monkeypatch.setattr("path_attention.benchmark.run_operator_benchmark", interrupted)
+    training, timing = call("train", recipe), call("benchmark", "operator")
+    assert (training.exit_code, timing.exit_code) == (1, 1)
+    assert "interrupted; the same command continues where it stopped" in training.stderr
+    assert timing.stderr == "path-attention: interrupted\n"  # on a CPU every length is measured again
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(recipe: Path) -> None:
     place = recipe.parent / "file"
     place.touch()

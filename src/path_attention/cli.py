@@ -43,6 +43,8 @@ _FAILURES = (
 )
 # Full, or not ours to write or read: nothing that a traceback would tell more about.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+# What begins anew after Ctrl-C, on some devices or with some options at least; all others go on where they stopped.
+_ANEW = ("evaluate", "generate", "recipes", "task", "benchmark_operator", "benchmark_decode", "doctor")
 _RUNS = Path("runs")
 
 
@@ -656,7 +658,8 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             code = _fail(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
         except KeyboardInterrupt:
-            code = _fail("interrupted; the same command continues where it stopped", FAILED)
+            anew = command.__name__ in _ANEW
+            code = _fail(f"interrupted{'' if anew else '; the same command continues where it stopped'}", FAILED)
         except RuntimeError as error:
             if type(error).__name__ not in _FAILURES:
                 raise
