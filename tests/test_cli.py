@@ -128,6 +128,9 @@ def test_version() -> None:
             "--to: wanted path_attention",
         ),
         (["generate", "{folder}"], "--prompt: wanted either --prompt or --prompts"),
+        (["generate", "{folder}", "--prompts", "{folder}/none"], "/none: No such file or directory"),
+        (["generate", "{folder}", "--prompt", "w1", "--device", "foo"], "that this machine has, got 'foo'"),
+        (["generate", "{folder}", "--prompt", "w1", "--device", "cuda:99"], "that this machine has, got 'cuda:99'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(recipe: Path, arguments: list[str], message: str) -> None:
@@ -135,6 +138,7 @@ def test_mistakes_are_one_line_and_exit_2(recipe: Path, arguments: list[str], me
     result = call(*filled, *(["--runs", recipe.parent / "runs"] if arguments[0] in ("train", "demo") else []))
     assert result.exit_code == 2
     assert message in result.stderr
+    assert "Errno" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (recipe.parent / "runs").exists()
 

@@ -359,6 +359,7 @@ def reproduce(
     """
     _quiet()
     from path_attention.reproduction import command as reproduction
+    from path_attention.reproduction.tables import TABLES
 
     console = _console()
     if table.removesuffix(".json").rpartition("/")[2].removesuffix("-quick") == "language-model":
@@ -374,6 +375,8 @@ def reproduce(
         path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
         reproduction.remake(path, path.parent, console)
         return
+    if table not in TABLES:
+        raise ValueError(f"table: got {table!r}; wanted one of {', '.join(TABLES)}, language-model")
     parts = ["path-attention reproduce", table, *(overrides or ()), *(["--quick"] if quick else [])]
     parts += [f"--seeds {seeds}"] if seeds is not None else []
     parts += [f"--rows {rows}"] if rows else []
@@ -652,7 +655,7 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             code = _fail(f"{package} is not installed: {_install(_EXTRA[package])}", FAILED)
         except (ValueError, FileNotFoundError, FileExistsError) as error:
-            code = _fail(str(error), MISTAKE)
+            code = _fail(_said(error), MISTAKE)
         except OSError as error:
             if error.errno not in _DISK:
                 raise
@@ -669,6 +672,13 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return checked
+
+
+def _said(error: Exception) -> str:
+    """Without the number, and the quotes around the name, of an error of the operating system."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _install(extra: str) -> str:
