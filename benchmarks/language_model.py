@@ -288,9 +288,18 @@ def parsed() -> argparse.Namespace:
     except ValueError:
         parser.error(f"--long: wanted whole numbers separated by commas, got {options.long!r}")
     if unknown := set(options.mixers) - set(NAMES):
-        parser.error(f"--mixers: no {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        parser.error(f"--mixers: no {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(NAMES)}")
+    if options.device.partition(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device: wanted cpu or cuda, got {options.device!r}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device: no GPU here; wanted cpu, with --size tiny")
+    for name, least in (("batch", 1), ("length", 0), ("repeats", 1)):
+        if (given := getattr(options, name)) < least:
+            parser.error(f"--{name}: wanted a number from {least} on, got {given}")
+    if min(options.long, default=1) < 1:
+        parser.error(f"--long: wanted numbers above 0, got {options.long}")
+    if options.time_limit is not None and not options.time_limit >= 0:
+        parser.error(f"--time-limit: wanted a number from 0 on, got {options.time_limit}")
     on_gpu = options.device.startswith("cuda")
     if options.cuda_graphs and not on_gpu:
         parser.error(f"--cuda-graphs: wanted --device cuda, got {options.device}")
@@ -302,7 +311,7 @@ def main() -> None:
     options = parsed()
     try:
         result = results_file.resume(fresh(options), options.out, SAME)
-    except FileExistsError as error:
+    except (ValueError, FileExistsError) as error:
         raise SystemExit(str(error)) from error
     rows = Rows(result, options)
     # rope and path are what the others are looked at for.
@@ -316,6 +325,8 @@ def main() -> None:
                     rows.read(mixer)
     except GraphCaptureFailed as error:
         raise SystemExit(f"a step could not be recorded, --no-cuda-graphs does without: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted" + ("; the same command goes on" if options.out else "")) from None
     for row in rows.result["training"]:
         if "failed" not in row:
             print(f"{row['mixer']:10} {row['tokens_per_second']:12,.0f} tokens/s  {row[f'of_{BASE}']}")

@@ -128,6 +128,9 @@ def test_version() -> None:
             "--to: wanted path_attention",
         ),
         (["generate", "{folder}"], "--prompt: wanted either --prompt or --prompts"),
+        (["generate", "{folder}", "--prompts", "{folder}/none"], "/none: No such file or directory"),
+        (["generate", "{folder}", "--prompt", "w1", "--device", "foo"], "that this machine has, got 'foo'"),
+        (["generate", "{folder}", "--prompt", "w1", "--device", "cuda:99"], "that this machine has, got 'cuda:99'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(recipe: Path, arguments: list[str], message: str) -> None:
@@ -135,6 +138,7 @@ def test_mistakes_are_one_line_and_exit_2(recipe: Path, arguments: list[str], me
     result = call(*filled, *(["--runs", recipe.parent / "runs"] if arguments[0] in ("train", "demo") else []))
     assert result.exit_code == 2
     assert message in result.stderr
+    assert "Errno" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (recipe.parent / "runs").exists()
 
@@ -147,6 +151,18 @@ def test_benchmark_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
     result = call("benchmark", "operator", "--lengths", "64,128", "--repeats", 3, "--out", tmp_path / "x.json")
     assert result.exit_code == 0, result.output
     assert given == {"lengths": (64, 128), "repeats": 3, "out": tmp_path / "x.json"}
+
+
+def test_an_interruption_promises_to_go_on_where_that_is_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("path_attention.training.run.train", interrupted)
+    monkeypatch.setattr("path_attention.benchmark.run_operator_benchmark", interrupted)
+    training, timing = call("train", recipe), call("benchmark", "operator")
+    assert (training.exit_code, timing.exit_code) == (1, 1)
+    assert "interrupted; the same command continues where it stopped" in training.stderr
+    assert timing.stderr == "path-attention: interrupted\n"  # on a CPU every length is measured again
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(recipe: Path) -> None:

@@ -43,6 +43,8 @@ _FAILURES = (
 )
 # Full, or not ours to write or read: nothing that a traceback would tell more about.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+# What begins anew after Ctrl-C, on some devices or with some options at least; all others go on where they stopped.
+_ANEW = ("evaluate", "generate", "recipes", "task", "benchmark_operator", "benchmark_decode", "doctor")
 _RUNS = Path("runs")
 
 
@@ -357,6 +359,7 @@ def reproduce(
     """
     _quiet()
     from path_attention.reproduction import command as reproduction
+    from path_attention.reproduction.tables import TABLES
 
     console = _console()
     if table.removesuffix(".json").rpartition("/")[2].removesuffix("-quick") == "language-model":
@@ -372,6 +375,8 @@ def reproduce(
         path = Path(table) if table.endswith(".json") else out / f"{table}{'-quick' if quick else ''}.json"
         reproduction.remake(path, path.parent, console)
         return
+    if table not in TABLES:
+        raise ValueError(f"table: got {table!r}; wanted one of {', '.join(TABLES)}, language-model")
     parts = ["path-attention reproduce", table, *(overrides or ()), *(["--quick"] if quick else [])]
     parts += [f"--seeds {seeds}"] if seeds is not None else []
     parts += [f"--rows {rows}"] if rows else []
@@ -650,13 +655,14 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             code = _fail(f"{package} is not installed: {_install(_EXTRA[package])}", FAILED)
         except (ValueError, FileNotFoundError, FileExistsError) as error:
-            code = _fail(str(error), MISTAKE)
+            code = _fail(_said(error), MISTAKE)
         except OSError as error:
             if error.errno not in _DISK:
                 raise
             code = _fail(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
         except KeyboardInterrupt:
-            code = _fail("interrupted; the same command continues where it stopped", FAILED)
+            anew = command.__name__ in _ANEW
+            code = _fail(f"interrupted{'' if anew else '; the same command continues where it stopped'}", FAILED)
         except RuntimeError as error:
             if type(error).__name__ not in _FAILURES:
                 raise
@@ -666,6 +672,13 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return checked
+
+
+def _said(error: Exception) -> str:
+    """Without the number, and the quotes around the name, of an error of the operating system."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _install(extra: str) -> str:

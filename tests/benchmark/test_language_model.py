@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +46,7 @@ def test_what_is_measured_stays_and_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script, "one_pass", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
         call(script, monkeypatch, "--out", out)
     # What the paper's claim is about comes first, between two measurements of what it is compared with.
     assert rows(out, "training") == [("rope", 1), ("path", 1), ("rope", 1)]
@@ -87,3 +88,36 @@ def test_a_row_that_fails_leaves_the_others_and_is_tried_again(
     assert rows(out, "long") == [("rope", 1), ("path", 2)]
     call(script, monkeypatch, "--mixers", "path_fox", "--time-limit", 0, "--out", out)
     assert len(rows(out, "training")) == 3  # no row was begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", 0], "--repeats: wanted a number from 1 on, got 0"),
+        (["--batch", 0], "--batch: wanted a number from 1 on, got 0"),
+        (["--length", -4], "--length: wanted a number from 0 on, got -4"),
+        (["--long", "128,0"], r"--long: wanted numbers above 0, got \[128, 0\]"),
+        (["--time-limit", -1], "--time-limit: wanted a number from 0 on, got -1"),
+        (["--mixers", ""], "--mixers: no ''; there are path"),
+        (["--device", "tpu"], "--device: wanted cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_measured(
+    arguments: list[object],
+    message: str,
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        call(script, monkeypatch, *arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_damaged_file_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    out.write_text('{"benchmark": ')
+    with pytest.raises(SystemExit, match=r"--out: .*out\.json is not JSON"):
+        call(script, monkeypatch, "--out", out)
+    with pytest.raises(SystemExit, match="--out: wanted a file, got the folder"):
+        call(script, monkeypatch, "--out", tmp_path)

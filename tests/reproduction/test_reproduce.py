@@ -408,6 +408,9 @@ def test_json_of_another_recipe_or_table_is_refused_and_left_alone(
     assert "holds flip_flop-roap-0, which table1 does not have" in quick_table().stderr
     file.write_text(before.decode().replace('"table": "table1"', '"table": "a5"'))
     assert "wanted the JSON of table1, got that of a5-quick" in quick_table().stderr
+    file.write_bytes(before[:100])
+    assert f"{file}: no JSON" in " ".join(quick_table().stderr.splitlines())
+    assert file.read_bytes() == before[:100]
 
 
 def test_cells_without_their_own_date_get_what_their_json_says(
@@ -489,7 +492,7 @@ def test_time_limit_leaves_work_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["reproduce", "table9"], "table: got 'table9'"),
+        (["reproduce", "table9"], "table: got 'table9'; wanted one of table1, mqrar, a5, length, language-model"),
         (["reproduce", "a5", "--rows", "pth"], "--rows: got 'pth'"),
         (["reproduce", "a5", "--time-limit", "0"], "--time-limit: wanted a number above 0"),
         (["reproduce", "a5", "--device", "tpu"], "--device"),

@@ -13,7 +13,7 @@ from path_attention.models import PaTHConfig
 from path_attention.training.parallel import SharedBatches, check_model
 from path_attention.training.recipe import Parallel, Recipe, Training
 from path_attention.training.run import FINAL, Run, Unfinished, train
-from path_attention.training.trainer import METRICS, TrainingDiverged, read_metrics
+from path_attention.training.trainer import METRICS, TrainingDiverged, read_metrics, training_arguments
 from tests.training.test_run import weights
 from tests.training.texts import over_texts, write_texts
 
@@ -146,3 +146,17 @@ def test_models_that_cannot_be_shared_are_named(mixer: str, parallel: dict[str, 
     settings = Training(steps=1, batch_size=1, learning_rate=1.0, parallel=shared)
     with pytest.raises(ValueError, match=rf"^training\.{message}"):
         check_model(settings, config, 16)
+
+
+def test_processes_without_an_accelerator_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Training(steps=1, batch_size=4, learning_rate=1e-3)
+    there = [False, True]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there[0])
+    # Only of a device that is known to be the CPU does accelerate make a process group by gloo.
+    assert training_arguments(settings, tmp_path).use_cpu
+    # On another device, where it makes none, each process would train the whole model by itself, in one folder.
+    del there[0]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"training\.device: got auto with 2 processes, of which transformers makes 1"):
+        training_arguments(settings, tmp_path)

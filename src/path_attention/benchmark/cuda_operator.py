@@ -7,7 +7,6 @@ behind them.
 """
 
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from path_attention.benchmark import cuda_measure
+from path_attention.benchmark import cuda_measure, results_file
 from path_attention.benchmark.cuda_contenders import (
     CUDA_CONTENDERS,
     Arguments,
@@ -53,6 +52,8 @@ REPEATS, QUICK_REPEATS = 7, 3
 ERROR_FACTOR = 4
 # Where cuDNN's attention does not run: half the distance of two bfloat16 numbers near 1.
 ROUNDING = {"output": torch.finfo(DTYPE).eps / 2, "gradients": torch.finfo(DTYPE).eps / 2}
+# Results are continued where these are the same.
+_SAME = ("benchmark", "commit", "gpu", "versions", "dtype", "options")
 BASELINE = CUDA_CONTENDERS[0].name
 
 
@@ -79,7 +80,7 @@ def run_cuda_operator_benchmark(
 
     Raises:
         ValueError: an argument of another form.
-        FileExistsError: ``out`` holds results of other sources, versions, options or another GPU.
+        FileExistsError: ``out`` holds results of other sources, versions, options or another GPU, or is damaged.
         WrongResult: after everything that is right was timed, where a backend of this library is wrong.
         DeviceLost: a contender broke the device; where there is a file the same command goes on without it.
     """
@@ -90,7 +91,7 @@ def run_cuda_operator_benchmark(
     packages = ["triton", *(["fla"] if any(x.name.startswith("fla_") for x in contenders) else [])]
     fresh = describe(device, commit, packages) | {"options": {"repeats": repeats, "without": list(names)}}
     path = None if out is None else Path(out)
-    result = resume(fresh, path)
+    result = results_file.resume(fresh, path, _SAME)
     done = {row["shape"] for row in result["rows"]}
     for shape in parsed:
         if str(shape) in done:
@@ -100,10 +101,10 @@ def run_cuda_operator_benchmark(
             row = measure_shape(shape, contenders, broken, repeats, device, everywhere=shapes is not None)
         except DeviceLost as error:
             result["broken"][str(shape)] = {**broken, error.name: f"broke the device: {error.reason}"}
-            _write(result, path)
+            results_file.write(result, path)
             raise
         result["rows"].append(row)
-        _write(result, path)
+        results_file.write(result, path)
         print_row(row)
     if path is not None:
         print(f"written to {path}")
@@ -132,26 +133,6 @@ def _version(package: str) -> str:
         return str(importlib.import_module(package).__version__)
     except Exception as error:  # of another project's import, which its contenders then report too
         return one_line(error)
-
-
-def resume(fresh: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    """The results that the file has, where they are of the same sources, versions, options and GPU; else fresh ones."""
-    if path is None or not path.exists():
-        return fresh
-    found = json.loads(path.read_text())
-    for key in ("benchmark", "commit", "gpu", "versions", "dtype", "options"):
-        if found.get(key) != fresh[key]:
-            given = f"{key} {found.get(key)}, not {fresh[key]}"
-            raise FileExistsError(f"--out: {path} has results of {given}: name another file, or remove it")
-    return found
-
-
-def _write(result: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(path)  # never half a file
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:

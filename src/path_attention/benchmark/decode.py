@@ -5,7 +5,6 @@ the prefill that made the cache (against torch's causal attention); then tokens 
 are CUDA graphs. A cache whose steps differ from the definition is not timed at all.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from path_attention.benchmark import results_file
 from path_attention.benchmark.contenders import Setting, make_operands
 from path_attention.benchmark.measure import environment
 from path_attention.benchmark.operator import ERROR_FACTOR, WrongResult
@@ -125,6 +125,9 @@ def run_decode_benchmark(
         raise ValueError(f"--model: wanted one of {', '.join(MODELS)}, got {model!r}")
     if prompt < 1:
         raise ValueError(f"--prompt: wanted at least 1, got {prompt}")
+    path, plot = (None if x is None else Path(x) for x in (out, plot))
+    results_file.check(path)
+    results_file.check(plot, "--plot")
     precision: torch.dtype = getattr(torch, dtype)
     result: dict[str, Any] = {**environment(), "benchmark": "decode", "dtype": dtype, "device": device}
     if kind == "cuda":
@@ -133,14 +136,14 @@ def run_decode_benchmark(
     result |= {"errors": check_steps(device, precision), "rows": [], "models": []}
     for shape in parsed:
         result["rows"].append(time_shape(shape, precision, device, repeats))
-        _write(result, out)
+        results_file.write(result, path)
     for batch in BATCHES if model is not None else ():
         assert model is not None
         result["models"].append(time_models(model, MODELS[model], batch, prompt, precision, device))
-        _write(result, out)
+        results_file.write(result, path)
     _print(result)
     if plot is not None:
-        Path(plot).parent.mkdir(parents=True, exist_ok=True)
+        plot.parent.mkdir(parents=True, exist_ok=True)
         _plot(result).savefig(plot, dpi=130)
     return result
 
@@ -149,12 +152,6 @@ def _triton_version() -> str:
     import triton
 
     return str(triton.__version__)
-
-
-def _write(result: dict[str, Any], out: Path | str | None) -> None:
-    if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ A contender that differs from its definition is not timed at all. Then, for ever
 backward of all contenders in turn, and the memory each adds in a process of its own.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from path_attention.benchmark import results_file
 from path_attention.benchmark.contenders import CONTENDERS, Contender, Setting, make_operands
 from path_attention.benchmark.measure import (
     Times,
@@ -48,8 +48,11 @@ def run_operator_benchmark(
         out: JSON file, made with its folder.
 
     Raises:
+        ValueError: no file can be written to ``out``.
         WrongResult: before anything is timed.
     """
+    path = None if out is None else Path(out)
+    results_file.check(path)
     base = Setting(length=0)
     result = {
         "benchmark": "operator",
@@ -61,17 +64,11 @@ def run_operator_benchmark(
     for length in lengths:
         print(f"length {length} ...", flush=True)
         result["rows"] += benchmark_length(replace(base, length=length), repeats)
-        if out is not None:
-            _write(result, Path(out))  # after every length: the longest ones take minutes
+        results_file.write(result, path)  # after every length: the longest ones take minutes
     _print_tables(result)
-    if out is not None:
-        print(f"written to {out}")
+    if path is not None:
+        print(f"written to {path}")
     return result
-
-
-def _write(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def check_contenders(base: Setting, contenders: Iterable[Contender] = CONTENDERS) -> dict[str, dict[str, float]]:

@@ -77,6 +77,7 @@ def _share_attention(attention: Attention, mesh: DeviceMesh) -> None:
     if isinstance(attention, PaTHAttention) and attention.w_conv is not None:
         weight = attention.w_conv.weight  # (channels, width): channels are heads
         attention.w_conv.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+        attention.w_conv.is_shared = True
 
 
 class _SumOfGradients(Function):

@@ -81,8 +81,10 @@ def generate(
     One prompt: each token as it comes. Several: each continuation, with its prompt, when it is done.
 
     Raises:
-        ValueError: what the model cannot continue.
+        ValueError: what the model cannot continue; a device that is not there.
     """
+    if not _is_there(device):
+        raise ValueError(f"--device: wanted cpu, or another device that this machine has, got {device!r}")
     out = sys.stdout if out is None else out
     loaded, encode, decode = load(model)
     ids = [encode(prompt) for prompt in prompts]
@@ -108,6 +110,15 @@ def generate(
     if len(prompts) == 1:
         out.write("\n")
     return sum(map(len, made)) / seconds
+
+
+def _is_there(device: str) -> bool:
+    try:
+        torch.empty(0, device=device)
+        torch.Generator(device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch's, by kind of device and how it was built
+        return False
+    return True
 
 
 def _tokens(

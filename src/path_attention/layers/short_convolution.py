@@ -1,6 +1,7 @@
 """A causal depthwise convolution over a few tokens, that stops at the boundaries of packed sequences."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class ShortConvolution(nn.Module):
         check_integer("channels", channels, 1)
         check_integer("width", width, 1)
         self.width = width
+        # Whether the weight is a DTensor. Under torch.compile it does not show: hasattr is False there (torch 2.13).
+        self.is_shared = False
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.reset_parameters()
 
@@ -45,7 +48,10 @@ class ShortConvolution(nn.Module):
     @property
     def local_weight(self) -> Tensor:
         """Of a DTensor, under tensor parallelism, the channels of this process."""
-        return self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        if not self.is_shared and not hasattr(self.weight, "to_local"):
+            return self.weight
+        weight: Any = self.weight
+        return cast(Tensor, weight.to_local())
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (B, L, channels) and positions (L,), each token's index in its own sequence -> (B, L, channels)."""

@@ -241,7 +241,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # UnicodeDecodeError is one too
         raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(numbers, dict) or numbers.get("table") != NAME or "models" not in numbers:
         raise ValueError(f"{path}: wanted the JSON of {NAME}, got something else")

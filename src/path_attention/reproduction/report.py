@@ -105,7 +105,10 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is something else.
     """
-    numbers = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(numbers, dict) or numbers.get("table") not in TABLES or "cells" not in numbers:
         raise ValueError(f"{path}: wanted the JSON of a table ({', '.join(TABLES)}), got something else")
     return numbers

@@ -74,7 +74,7 @@ def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArgu
 
     Raises:
         ValueError: if batch_size does not divide among the devices and accumulation steps; cuda_graphs beside several
-            GPUs.
+            GPUs; processes that would not work together.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -87,7 +87,9 @@ def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArgu
         adam_beta2=settings.betas[1],
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
-        use_cpu=settings.device == "cpu",
+        # Said where there is nothing else, too: else accelerate takes no notice of the other processes of torchrun, and
+        # each would train by itself.
+        use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
         logging_steps=settings.log_every,
         # The default replaces a loss that is NaN by the mean so far; here it stops the run.
         logging_nan_inf_filter=False,
@@ -111,6 +113,12 @@ def training_arguments(settings: recipes.Training, folder: Path) -> TrainingArgu
         raise ValueError(
             f"{settings.section}.cuda_graphs: wanted false, or one GPU (CUDA_VISIBLE_DEVICES=0), got true with "
             f"{arguments.n_gpu} GPUs"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ and arguments.world_size != processes:
+        raise ValueError(
+            f"training.device: got {settings.device} with {processes} processes, of which transformers makes "
+            f"{arguments.world_size} here; wanted cpu, or torchrun with a GPU for each"
         )
     both = settings.parallel.tensor * settings.parallel.context
     devices = arguments.world_size * max(1, arguments.n_gpu) // both
