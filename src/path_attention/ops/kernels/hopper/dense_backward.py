@@ -171,21 +171,16 @@ def _step(
     # Two buffers of dS: whoever is a tile ahead writes to the one that no product still reads.
     s_own_ds = s_ds.slice(C * LEAF, LEAF, 0)
     mbarrier.wait(q_full, s_phase)
-    for i in gl.static_range(ROWS // COLUMNS - 1):
+    for i in gl.static_range(ROWS // COLUMNS):
         s_part = s_q.slice(i * COLUMNS, COLUMNS, 0)
         t_dv, b_weights, b_ds_operand, b_column = _weigh(
             b_dv, b_column, b_k, b_v, s_part, s_do.slice(i * COLUMNS, COLUMNS, 0),
             s_lse.slice(i * COLUMNS, COLUMNS, 1), s_delta.slice(i * COLUMNS, COLUMNS, 1),
             s_own_ds.slice(i * COLUMNS, COLUMNS, 1), do_full, p_gate_key, s_phase, COLUMNS, D, DV, GATED
         )  # fmt: skip
-        t_dk = warpgroup_mma(b_ds_operand, s_part, b_dk, is_async=True)
-        b_dv, b_dk, _, _ = warpgroup_mma_wait(0, (t_dv, t_dk, b_weights, b_ds_operand))
-    s_part = s_q.slice(ROWS - COLUMNS, COLUMNS, 0)
-    t_dv, b_weights, b_ds_operand, b_column = _weigh(
-        b_dv, b_column, b_k, b_v, s_part, s_do.slice(ROWS - COLUMNS, COLUMNS, 0),
-        s_lse.slice(ROWS - COLUMNS, COLUMNS, 1), s_delta.slice(ROWS - COLUMNS, COLUMNS, 1),
-        s_own_ds.slice(ROWS - COLUMNS, COLUMNS, 1), do_full, p_gate_key, s_phase, COLUMNS, D, DV, GATED
-    )  # fmt: skip
+        if i < ROWS // COLUMNS - 1:  # the last part's products go on below
+            t_dk = warpgroup_mma(b_ds_operand, s_part, b_dk, is_async=True)
+            b_dv, b_dk, _, _ = warpgroup_mma_wait(0, (t_dv, t_dk, b_weights, b_ds_operand))
     fence_async_shared()
     mbarrier.arrive(ds_full, count=1)
     mbarrier.wait(ds_full, s_ds_phase)
@@ -226,12 +221,13 @@ def _consume(
     STAGES: gl.constexpr, HELD: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Keys of leaf C of the pair."""
-    KEYS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    KEYS: gl.constexpr = gl.SliceLayout(1, S)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     b_dv = gl.full([LEAF, DV], 0.0, gl.float32, V)
     mbarrier.wait(v_full, 0)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]), 2)
     b_v = s_v.slice(C * LEAF, LEAF, 0)
     if HELD:
         b_v = b_v.load(OPERAND)
