@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from path_attention.benchmark import results_file
 from path_attention.benchmark.decode import SHAPES, Shape, run_decode_benchmark
 from path_attention.benchmark.decode_times import STEPS, _capture, _milliseconds, operands
 from path_attention.benchmark.measure import environment
@@ -245,7 +246,7 @@ def add_fla(path: Path, limit: float) -> list[str]:
                 row["fla"] = json.loads(done.stdout.splitlines()[-1])["tokens_per_second"]
                 row["others"] = [*(x for x in row["others"] if x != "fla"), "fla"]
                 row["left_out"].pop("fla", None)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        results_file.write(result, path)
         found = f"{row['fla']:.0f} tokens/s" if "fla" in row else row["left_out"]["fla"]
         lines.append(f"batch {row['batch']}: PaTH {row['path']:.0f} tokens/s, flash-linear-attention's model {found}")
     return lines
@@ -298,9 +299,8 @@ def main() -> None:
             prompt=arguments.prompt,
             out=out,
             plot=out.with_suffix(".png"),
+            commit=arguments.commit,
         )
-        if arguments.commit:
-            out.write_text(json.dumps(json.loads(out.read_text()) | {"commit": arguments.commit}, indent=1) + "\n")
         log("timed")
     if "fla" in parts:
         summary += add_fla(out, arguments.fla_limit)

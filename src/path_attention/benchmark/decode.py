@@ -92,6 +92,7 @@ def run_decode_benchmark(
     prompt: int = 512,
     out: Path | str | None = None,
     plot: Path | str | None = None,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """Check, then time every shape and the models; print tables; write JSON and a plot where asked to.
 
@@ -104,6 +105,7 @@ def run_decode_benchmark(
         prompt: tokens before those that the models make.
         out: JSON file, written after every row.
         plot: PNG file.
+        commit: of the sources, where git does not tell.
 
     Raises:
         ValueError: an argument of another form.
@@ -130,6 +132,8 @@ def run_decode_benchmark(
     results_file.check(plot, "--plot")
     precision: torch.dtype = getattr(torch, dtype)
     result: dict[str, Any] = {**environment(), "benchmark": "decode", "dtype": dtype, "device": device}
+    if commit is not None:
+        result["commit"] = commit
     if kind == "cuda":
         result["machine"]["gpu"] = torch.cuda.get_device_name(device)
         result["versions"]["triton"] = _triton_version()

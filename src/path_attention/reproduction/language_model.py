@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from path_attention.evaluation.perplexity import RANGES, PositionLosses
 from path_attention.evaluation.tables import NAMES, lengths_of
+from path_attention.reproduction.report import read_json
 from path_attention.training.recipe import Recipe, load_recipe
 from path_attention.training.run import (
     EVALUATION,
@@ -239,10 +240,7 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is something else.
     """
-    try:
-        numbers = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one too
-        raise ValueError(f"{path}: no JSON: {error}") from error
+    numbers = read_json(path)
     if not isinstance(numbers, dict) or numbers.get("table") != NAME or "models" not in numbers:
         raise ValueError(f"{path}: wanted the JSON of {NAME}, got something else")
     return numbers

@@ -98,6 +98,14 @@ def _text(numbers: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join([*lines, f'"cells": [\n{cells}\n]']) + "\n}\n"
 
 
+def read_json(path: Path) -> Any:
+    """What the file holds; a ValueError that names it, if that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise ValueError(f"{path}: no JSON: {error}") from error
+
+
 def read(path: Path) -> dict[str, Any]:
     """The JSON that :func:`write` wrote.
 
@@ -105,10 +113,7 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is something else.
     """
-    try:
-        numbers = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one too
-        raise ValueError(f"{path}: no JSON: {error}") from error
+    numbers = read_json(path)
     if not isinstance(numbers, dict) or numbers.get("table") not in TABLES or "cells" not in numbers:
         raise ValueError(f"{path}: wanted the JSON of a table ({', '.join(TABLES)}), got something else")
     return numbers
