@@ -52,7 +52,7 @@ class Inputs:
     beta: Tensor  # (T, H), or (T, H, R)
     g: Tensor | None  # (T, HQ)
     scale: float
-    # Our kernels take one reflection a token; those for Hopper bfloat16 without gates.
+    # Our kernels take one reflection a token; those for Hopper bfloat16.
     leaves: LeavesBy = "triton"
     # The tree and the transports read their factors in pieces: what float32 ones ask for on a GPU.
     in_pieces: bool = False
