@@ -551,7 +551,7 @@ def benchmark_scaling(
     heads: Annotated[int, typer.Option(help="Query and key heads.")] = 32,
     head_dim: Annotated[int, typer.Option(help="Of each.")] = 64,
     per_device: Annotated[int | None, typer.Option(help="Tokens of a device, weak scaling.  [65536]")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two lengths, not the longest; under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two lengths, bfloat16 alone, not the longest.")] = False,
     repeats: Annotated[int | None, typer.Option(help="Timed repetitions of each.  [5; quick 2]")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file, with a figure beside it; continued if there.")] = None,
     commit: Annotated[str | None, typer.Option(help="Of the sources, where git does not tell.")] = None,

@@ -57,6 +57,7 @@ class Options:
     dtype: str
     repeats: int
     probes: tuple[int, int]  # 0 heads: the end of memory is not looked for
+    equal: tuple[str, ...]  # dtypes in which several devices are compared with one
 
     def as_json(self) -> dict[str, Any]:
         return {name: list(x) if isinstance(x, tuple) else x for name, x in vars(self).items()}
@@ -84,7 +85,7 @@ def run_scaling_benchmark(
         heads, dim: of the attention.
         per_device: tokens a device of weak scaling and of the search for the end of memory; None for PER_DEVICE, or
             for the first of the lengths that are given.
-        quick: two lengths, fewer repeats, no search for the longest.
+        quick: two lengths, fewer repeats, equality in the timed dtype alone, no search for the longest.
         repeats: timed measurements of each; fewer where they would take more than some seconds.
         out: JSON file, written after every row. One that is there already is continued.
         commit: of the sources, where git does not tell.
@@ -144,6 +145,7 @@ def _options(
         dtype=DTYPE,
         repeats=repeats or (QUICK_REPEATS if quick else REPEATS),
         probes=PROBES if device == "cuda" and not quick else (0, 0),
+        equal=(DTYPE,) if quick else (DTYPE, "float32"),
     )
 
 
@@ -235,7 +237,7 @@ class Devices:
 
 def _measure_all(devices: Devices, options: Options) -> None:
     for formula in FORMULAS:
-        right = all([_equal(devices, options, formula, dtype) for dtype in (options.dtype, "float32")])
+        right = all([_equal(devices, options, formula, dtype) for dtype in options.equal])
         if not right:
             continue
         before: dict[str, Any] | None = None
