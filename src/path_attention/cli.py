@@ -390,7 +390,7 @@ def reproduce(
         command=" ".join(parts),
         commit=commit,
     )
-    reproduction.reproduce(
+    complete = reproduction.reproduce(
         table,
         quick=quick,
         seeds=seeds,
@@ -400,6 +400,8 @@ def reproduce(
         out=out,
         console=console,
     )
+    if not complete:
+        raise typer.Exit(FAILED)
 
 
 def _language_model(
@@ -428,7 +430,7 @@ def _language_model(
     changes = [*overrides, *(["training.device=cpu"] if device == "cpu" else [])]
     parts = ["path-attention reproduce language-model", *overrides, *(["--quick"] if quick else [])]
     parts += [f"--rows {rows}"] if rows else []
-    language_model.reproduce(
+    complete = language_model.reproduce(
         quick=quick,
         rows=[row for row in rows.split(",") if row],
         overrides=changes,
@@ -439,6 +441,8 @@ def _language_model(
         console=console,
         commit=commit,
     )
+    if not complete:
+        raise typer.Exit(FAILED)
 
 
 def benchmark_operator(

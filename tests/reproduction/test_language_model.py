@@ -37,7 +37,7 @@ def tiny(tmp_path: Path) -> list[object]:
 def test_it_stops_in_time_and_the_same_command_ends_with_a_report(tiny: list[object], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = call(*tiny, "--time-limit", 1e-3)
-    assert first.exit_code == 0, first.output
+    assert first.exit_code == 1, first.output
     assert "rope: stopped at step 2 of 6; the same command goes on" in first.stdout
     assert json.loads((out / "language-model-quick.json").read_text())["missing"] == ["rope", "path"]
     assert not (out / "language-model-quick.md").exists()
@@ -122,7 +122,7 @@ def test_json_has_every_model_as_soon_as_it_is_finished(
     monkeypatch.setattr(run, "_train_one", train_one)
     shutil.rmtree(tmp_path / "out")
     result = call(*tiny, "training.log_every=6", "training.save_every=6", "name=short", "--time-limit", 1e-3)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     assert "path: not begun, time is up" in result.stdout
     assert json.loads((tmp_path / "out" / "language-model-quick.json").read_text())["missing"] == ["path"]
 
