@@ -56,7 +56,7 @@ SPILLS: dict[int, dict[str, int]] = {
 }
 SPILLS_FLOAT32 = {
     64: {"dense_kernels.dense_backward_keys_kernel": 800},
-    256: SPILLS[256] | {"tree_kernels.tree_backward_kernel": 31},
+    256: SPILLS[256],
 }
 # Of a split sequence's edges, whose gradients leave the same kernels in float32 and come without a factor.
 EDGE_SPILLS: dict[int, dict[str, int]] = {

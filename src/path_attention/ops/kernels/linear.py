@@ -25,10 +25,9 @@ from path_attention.ops.kernels.tree_kernels import tree_backward_kernel, tree_k
 
 # Narrowest tile of the linear stages, in columns: what a matrix instruction of Hopper takes whole.
 MIN_BLOCK = 64
-# Levels of the tree that one launch works through: seven products in a row, and a third of the launches and of the
-# traffic of one launch a level.
+# Levels of the tree that one launch upwards works through: seven products in a row, and a third of the launches and of
+# the traffic of one launch a level.
 TREE_LEVELS = 3
-
 
 # Widest row whose float16 matrix a program of the tree and the transports holds whole.
 WHOLE_DIM = 128
@@ -219,13 +218,14 @@ def _leaves(
         }
         _launch_leaves(inputs, table, results, factors)
     for first_level in range(0, table.num_levels - 1, TREE_LEVELS):
-        tree_kernel[(leaves * heads,)](
+        levels = min(TREE_LEVELS, table.num_levels - 1 - first_level)
+        tree_kernel[(_spans(table, first_level + levels) * heads,)](
             p_node=nodes,
             p_node_rest=node_rest,
             p_gate_node=gate_nodes,
             first_level=first_level,
             H=heads,
-            LEVELS=min(TREE_LEVELS, table.num_levels - 1 - first_level),
+            LEVELS=levels,
             **table.arguments,
             **inputs.matrix_options(wide=True),
         )
@@ -409,22 +409,28 @@ def levels_backward(
         **key_table.arguments,
     )
     nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
-    for first_level in reversed(range(0, tree_levels, TREE_LEVELS)):
-        tree_backward_kernel[(table.num_leaves * heads,)](
+    for level in reversed(range(tree_levels)):
+        tree_backward_kernel[(_spans(table, level + 1) * heads, 2)](
             p_query_partials=query_partials.tiles,
             p_query_partials_power=query_partials.power,
             p_key_partials=key_partials.tiles,
             p_key_partials_power=key_partials.power,
             p_d_node=nodes.tiles,
             p_d_node_power=nodes.power,
-            first_level=first_level,
+            level=level,
             query_slots=table.query_slots,
             key_slots=table.key_slots,
-            LEVELS=min(TREE_LEVELS, tree_levels - first_level),
             **shared,
             **table.arguments,
         )
     return EdgeGradients(q_left, k_right, nodes)
+
+
+def _spans(table: LeafTable, level: int) -> int:
+    """Programs that find all spans of a level by _first_leaf of tree_kernels.py."""
+    if table.columns is not None:
+        return table.num_leaves
+    return table.num_leaves // table.leaves * -(-table.leaves >> level)
 
 
 def _scaled_rows(inputs: Inputs, table: LeafTable, of_heads: int) -> Scaled:

@@ -3,7 +3,9 @@
 The matrix P of a span is kept in two parts of half precision, what it rounds to and the rest: 22 bits together. A row
 that a span moves needs the first part only.
 
-A program works through LEVELS levels of one subtree: what a level writes, the next one reads in the same program.
+Upwards a program works through LEVELS levels of one subtree: what a level writes, the next one reads in the same
+program. Downwards it makes one matrix of one level: most of its time it adds up what the rows above have to say of it,
+more of them the higher the level and the fewer the matrices.
 
 Where PIECE is given matrices are float32, too much for one tile: made ROWS rows at a time, from PIECE columns or
 rows of their factors at a time.
@@ -55,6 +57,19 @@ def store_rows_of(p_x, b_x, i_tile, i_row, D: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+def _first_leaf(i_span, s_span, p_table, table_leaves):
+    """The leaf at which span number i_span of s_span leaves begins, where all sequences are alike; with a table every
+    leaf is a number, and most begin none.
+    """
+    if p_table is not None:
+        return i_span
+    else:
+        s_spans = (table_leaves + s_span - 1) // s_span
+        i_sequence = i_span // s_spans
+        return i_sequence * table_leaves + (i_span - i_sequence * s_spans) * s_span
+
+
+@triton.jit
 def _product_in_pieces(
     p_node, i_right, i_left, i_parent, D: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr
 ):  # fmt: skip
@@ -85,10 +100,11 @@ def tree_kernel(
     PIECE: tl.constexpr = None,
 ):
     """P_parent = P_right P_left for the parents that something lies to the right of: no other is ever used."""
-    i_leaf = tl.program_id(0) // H
+    s_subtree = 1 << (first_level + LEVELS)
+    i_leaf = _first_leaf(tl.program_id(0) // H, s_subtree, p_table, table_leaves)
     i_head = tl.program_id(0) % H
     _, _, i_first, s_count, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
-    if (i_first & ((1 << (first_level + LEVELS)) - 1)) != 0:
+    if (i_first & (s_subtree - 1)) != 0:
         return
     i_base = 2 * (i_leaf - i_first)
     for i in range(LEVELS):
@@ -126,52 +142,41 @@ def tree_kernel(
 
 
 @triton.jit
-def _add_partials(
-    b_sum, p_partials, p_power, i_first, s_count, i_head, s_heads, GROUP: tl.constexpr, D: tl.constexpr,
+def _partial(p_partials, p_power, i_tile, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr):
+    return load_square(p_partials, i_tile, D, BLOCK_D).to(tl.float32) * load_power(p_power, i_tile, WORK)
+
+
+@triton.jit
+def _sum_of_partials(
+    p_partials, p_power, i_first, s_count, i_head, s_heads, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, WORK: tl.constexpr
 ):  # fmt: skip
-    """b_sum and the s_count tiles from i_first on of (tiles, s_heads * GROUP, D, D), of all heads of the group."""
-    for i in range(s_count * GROUP):
+    """Sum of the s_count tiles from i_first on of (tiles, s_heads * GROUP, D, D), of all heads of the group."""
+    # So many are under way at a time; of 64 x 64 halves four warps hold that many beside their sum.
+    AHEAD: tl.constexpr = 4
+    b_sum = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    s_tiles = s_count * GROUP
+    s_whole = s_tiles // AHEAD * AHEAD
+    for i in range(0, s_whole, AHEAD):
+        for j in tl.static_range(AHEAD):
+            i_tile = (i_first + (i + j) // GROUP) * s_heads * GROUP + i_head * GROUP + (i + j) % GROUP
+            b_sum += _partial(p_partials, p_power, i_tile, D, BLOCK_D, WORK)
+    for i in range(s_whole, s_tiles):
         i_tile = (i_first + i // GROUP) * s_heads * GROUP + i_head * GROUP + i % GROUP
-        b_partial = load_square(p_partials, i_tile, D, BLOCK_D).to(tl.float32)
-        b_sum += b_partial * load_power(p_power, i_tile, WORK)
+        b_sum += _partial(p_partials, p_power, i_tile, D, BLOCK_D, WORK)
     return b_sum
 
 
 @triton.jit
-def _add_partial_rows(
-    b_sum, p_partials, i_first, s_count, i_row, i_head, s_heads, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr
+def _sum_of_partial_rows(
+    p_partials, i_first, s_count, i_row, i_head, s_heads, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """_add_partials of rows i_row .. i_row + ROWS of float32 tiles."""
+    """_sum_of_partials of rows i_row .. i_row + ROWS of float32 tiles."""
+    b_sum = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(s_count * GROUP):
         i_tile = (i_first + i // GROUP) * s_heads * GROUP + i_head * GROUP + i % GROUP
         b_sum += _rows_of(p_partials, i_tile, i_row, D, BLOCK_D)
     return b_sum
-
-
-@triton.jit
-def _pair_gradients_in_pieces(
-    p_query_partials, p_key_partials, p_node, p_d_node, i_query_tile, s_query_tiles, i_key_tile, s_key_tiles,
-    i_left_node, i_right_node, i_parent_node, is_moved, parent_used, i_head, H, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, PIECE: tl.constexpr
-):  # fmt: skip
-    """Gradients of both matrices of a pair; is_moved: some queries of the right one are moved by the left one's."""
-    p_right = p_node + tl.cast(i_right_node, tl.int64) * (D * D)
-    p_d_parent = p_d_node + tl.cast(i_parent_node, tl.int64) * (D * D)
-    for i in range(0, D, ROWS):
-        b_d = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        if parent_used:
-            b_d = columns_times(p_right, 0, D, i, p_d_parent, 0, D, D, D, BLOCK_D, PIECE, ROWS)
-        if is_moved:
-            b_d = _add_partial_rows(
-                b_d, p_query_partials, i_query_tile, s_query_tiles, i, i_head, H, GROUP, D, BLOCK_D
-            )  # fmt: skip
-        store_rows_of(p_d_node, b_d, i_left_node, i, D, BLOCK_D)
-        if parent_used:
-            b_d = rows_times(p_d_parent, i, D - i, D, p_node, i_left_node, True, D, BLOCK_D, PIECE, ROWS)
-            b_d = _add_partial_rows(b_d, p_key_partials, i_key_tile, s_key_tiles, i, i_head, H, 1, D, BLOCK_D)
-            store_rows_of(p_d_node, b_d, i_right_node, i, D, BLOCK_D)
 
 
 @triton.jit
@@ -195,9 +200,9 @@ def tree_backward_kernel(
     p_key_partials,  # (tiles, H, D, D) likewise
     p_key_partials_power,
     p_node,  # (2 N, H, D, D) WORK
-    p_d_node,  # (2 N, H, D, D) WORK, to be multiplied by its power: reads the level above, writes those below it
+    p_d_node,  # (2 N, H, D, D) WORK, to be multiplied by its power: reads the level above, writes this one
     p_d_node_power,  # (2 N, H) float32
-    first_level,
+    level,
     H,
     query_slots,
     key_slots,
@@ -205,62 +210,64 @@ def tree_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
-    LEVELS: tl.constexpr,
     PIECE: tl.constexpr = None,
 ):
-    """Gradients of both matrices of the pairs of LEVELS levels: of P_left from the queries it moved, of P_right from
-    the keys it moved, and of both from their product, P_parent = P_right P_left.
+    """Gradient of one matrix of each pair of a level: of P_left (program_id(1) = 0) from the queries it moved, of
+    P_right from the keys it moved, and of either from their product, P_parent = P_right P_left.
     """
-    i_leaf = tl.program_id(0) // H
+    s_span = 1 << level
+    i_leaf = _first_leaf(tl.program_id(0) // H, 2 * s_span, p_table, table_leaves)
     i_head = tl.program_id(0) % H
-    _, _, i_first, s_count, i_query_base, i_key_base, _ = place(
+    is_left = tl.program_id(1) == 0
+    _, _, i_left, s_count, i_query_base, i_key_base, _ = place(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys
     )
-    if (i_first & ((1 << (first_level + LEVELS)) - 1)) != 0:
+    i_right = i_left + s_span
+    if (i_left & (2 * s_span - 1)) != 0 or i_right >= s_count:
         return
-    i_base = 2 * (i_leaf - i_first)
-    for i in range(LEVELS):
-        level = first_level + LEVELS - 1 - i
-        s_span = 1 << level
-        for i_pair in range(1 << i):
-            i_left = i_first + 2 * s_span * i_pair
-            i_right = i_left + s_span
-            if i_right < s_count:
-                i_left_node = (i_base + node(i_left, level)) * H + i_head
-                i_right_node = (i_base + node(i_right, level)) * H + i_head
-                i_parent_node = (i_base + node(i_left, level + 1)) * H + i_head
-                parent_used = i_right + s_span < s_count
-                if PIECE is not None:
-                    i_query_tile = partial_tile(level, i_query_base + within(i_right, level), query_slots)
-                    i_key_tile = partial_tile(level, i_key_base + within(i_left, level), key_slots)
-                    _pair_gradients_in_pieces(
-                        p_query_partials, p_key_partials, p_node, p_d_node, i_query_tile,
-                        (tl.minimum(s_span, s_count - i_right) + 1) // 2, i_key_tile, (s_span + 1) // 2, i_left_node,
-                        i_right_node, i_parent_node, i_left != 0, parent_used, i_head, H, GROUP, D, BLOCK_D, PIECE
-                    )  # fmt: skip
-                else:
-                    # One matrix after the other: both at once do not fit in registers at D = 128.
-                    b_d = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-                    if i_left != 0:
-                        i_tile = partial_tile(level, i_query_base + within(i_right, level), query_slots)
-                        s_tiles = (tl.minimum(s_span, s_count - i_right) + 1) // 2
-                        b_d = _add_partials(
-                            b_d, p_query_partials, p_query_partials_power, i_tile, s_tiles, i_head, H, GROUP, D,
-                            BLOCK_D, WORK
-                        )  # fmt: skip
-                    if parent_used:
-                        b_d_parent = load_square(p_d_node, i_parent_node, D, BLOCK_D)
-                        b_right = load_square(p_node, i_right_node, D, BLOCK_D)
-                        b_d += dot(tl.trans(b_right), b_d_parent) * load_power(p_d_node_power, i_parent_node, WORK)
-                    store_square_scaled(p_d_node, p_d_node_power, b_d, i_left_node, D, BLOCK_D, WORK)
-                    if parent_used:
-                        i_tile = partial_tile(level, i_key_base + within(i_left, level), key_slots)
-                        b_d = _add_partials(
-                            tl.zeros((BLOCK_D, BLOCK_D), tl.float32), p_key_partials, p_key_partials_power, i_tile,
-                            (s_span + 1) // 2, i_head, H, 1, D, BLOCK_D, WORK
-                        )  # fmt: skip
-                        b_d_parent = load_square(p_d_node, i_parent_node, D, BLOCK_D)
-                        b_left = load_square(p_node, i_left_node, D, BLOCK_D)
-                        b_d += dot(b_d_parent, tl.trans(b_left)) * load_power(p_d_node_power, i_parent_node, WORK)
-                        store_square_scaled(p_d_node, p_d_node_power, b_d, i_right_node, D, BLOCK_D, WORK)
-        tl.debug_barrier()  # the next level reads what every thread of this program has written
+    parent_used = i_right + s_span < s_count
+    if not is_left and not parent_used:  # nothing lies to the right of it
+        return
+    i_base = 2 * (i_leaf - i_left)
+    i_left_node = (i_base + node(i_left, level)) * H + i_head
+    i_right_node = (i_base + node(i_right, level)) * H + i_head
+    i_parent_node = (i_base + node(i_left, level + 1)) * H + i_head
+    i_query_tile = partial_tile(level, i_query_base + within(i_right, level), query_slots)
+    s_query_tiles = (tl.minimum(s_span, s_count - i_right) + 1) // 2
+    if i_left == 0:  # no query is moved past the first span
+        s_query_tiles = 0
+    i_key_tile = partial_tile(level, i_key_base + within(i_left, level), key_slots)
+    s_key_tiles = (s_span + 1) // 2
+    if PIECE is not None:
+        p_right = p_node + tl.cast(i_right_node, tl.int64) * (D * D)
+        p_d_parent = p_d_node + tl.cast(i_parent_node, tl.int64) * (D * D)
+        s_parent = tl.where(parent_used, D, 0)
+        if is_left:
+            for i in range(0, D, ROWS):
+                b_d = columns_times(p_right, 0, D, i, p_d_parent, 0, D, s_parent, D, BLOCK_D, PIECE, ROWS)
+                b_d += _sum_of_partial_rows(
+                    p_query_partials, i_query_tile, s_query_tiles, i, i_head, H, GROUP, D, BLOCK_D
+                )  # fmt: skip
+                store_rows_of(p_d_node, b_d, i_left_node, i, D, BLOCK_D)
+        else:
+            for i in range(0, D, ROWS):
+                b_d = rows_times(p_d_parent, i, D - i, D, p_node, i_left_node, True, D, BLOCK_D, PIECE, ROWS)
+                b_d += _sum_of_partial_rows(p_key_partials, i_key_tile, s_key_tiles, i, i_head, H, 1, D, BLOCK_D)
+                store_rows_of(p_d_node, b_d, i_right_node, i, D, BLOCK_D)
+    elif is_left:
+        b_d = _sum_of_partials(
+            p_query_partials, p_query_partials_power, i_query_tile, s_query_tiles, i_head, H, GROUP, D, BLOCK_D, WORK
+        )
+        if parent_used:
+            b_d_parent = load_square(p_d_node, i_parent_node, D, BLOCK_D)
+            b_right = load_square(p_node, i_right_node, D, BLOCK_D)
+            b_d += dot(tl.trans(b_right), b_d_parent) * load_power(p_d_node_power, i_parent_node, WORK)
+        store_square_scaled(p_d_node, p_d_node_power, b_d, i_left_node, D, BLOCK_D, WORK)
+    else:
+        b_d = _sum_of_partials(
+            p_key_partials, p_key_partials_power, i_key_tile, s_key_tiles, i_head, H, 1, D, BLOCK_D, WORK
+        )
+        b_d_parent = load_square(p_d_node, i_parent_node, D, BLOCK_D)
+        b_left = load_square(p_node, i_left_node, D, BLOCK_D)
+        b_d += dot(b_d_parent, tl.trans(b_left)) * load_power(p_d_node_power, i_parent_node, WORK)
+        store_square_scaled(p_d_node, p_d_node_power, b_d, i_right_node, D, BLOCK_D, WORK)
