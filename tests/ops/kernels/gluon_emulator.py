@@ -73,11 +73,13 @@ class _Partition(threading.local):
     name: str
     products: deque["_Product"]  # issued, not waited for
     stores: deque[Callable[[], None]]  # of the copy engine, likewise
+    copies: deque[list[Callable[[], None]]]  # asynchronous ones to shared memory, in groups; the last group is open
     unfenced: list[tuple[int, int]]  # bytes of shared memory that this thread stored since its last fence
 
     def enter(self, program: _Program, name: str) -> None:
         self.program, self.name = program, name
         self.products, self.stores, self.unfenced = deque(), deque(), []
+        self.copies = deque([[]])
 
 
 _here = _Partition()
@@ -272,6 +274,34 @@ def fence_async_shared() -> None:
     _here.unfenced.clear()
 
 
+class async_copy:
+    """Copies by the threads themselves, which land when their group is waited for."""
+
+    @staticmethod
+    def async_copy_global_to_shared(into: Shared, pointer: Pointer, mask: Any = None) -> None:
+        offset, meant = pointer.places(mask)
+        assert offset.shape == into.tensor.shape, (offset.shape, into.tensor.shape)
+        assert pointer.tensor.dtype == into.dtype, (pointer.tensor.dtype, into.dtype)
+        into.tensor.fill_(float("nan"))
+        source = pointer.tensor.view(-1)
+
+        def land() -> None:
+            into.tensor.copy_(torch.where(meant, source[offset], 0.0))
+            _here.unfenced.append(into._bytes())
+
+        _here.copies[-1].append(land)
+
+    @staticmethod
+    def commit_group() -> None:
+        _here.copies.append([])
+
+    @staticmethod
+    def wait_group(num_outstanding: int = 0) -> None:
+        while len(_here.copies) > num_outstanding + 1:
+            for land in _here.copies.popleft():
+                land()
+
+
 class TensorDescriptor:
     """A matrix in tiles: what is read past its end is zero, what is written there is dropped."""
 
@@ -464,6 +494,7 @@ class language:
     minimum = staticmethod(_pairwise(min, torch.minimum))
     max = staticmethod(lambda x, axis: x.amax(axis))
     sum = staticmethod(lambda x, axis: x.sum(axis))
+    barrier = staticmethod(lambda: None)
     abs, exp2, log2 = staticmethod(torch.abs), staticmethod(torch.exp2), staticmethod(torch.log2)
 
 
@@ -490,6 +521,7 @@ class Jitted:
             _here.enter(_Program((index % x, index // x % y, index // (x * y))), "program")
             self.function(**arguments)
             assert not _here.products, "the program ends with a product in flight"
+            assert not any(_here.copies), "the program ends with a copy in flight"
             tma.store_wait(0)
 
     @staticmethod
@@ -530,6 +562,7 @@ def _instead_of_gluon() -> dict[str, Any]:
         f"{root}.gluon": gluon,
         f"{root}.gluon.language": language,
         f"{root}.gluon.language._core": _module("_core", builtin=_builtin),
+        f"{root}.gluon.language.nvidia.ampere": _module("ampere", async_copy=async_copy),
         f"{root}.gluon.language.nvidia.hopper": _module("hopper", **hopper),
         f"{root}.gluon.nvidia.hopper": _module("hopper", TensorDescriptor=TensorDescriptor),
     }

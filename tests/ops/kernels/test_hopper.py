@@ -78,6 +78,7 @@ def test_engine_equals_the_definition(hopper: dict[str, ModuleType], case: dict)
     _, length, query_heads, heads, _ = case["shape"]
     assert hopper["leaf"].leaf_forward_kernel.launches == 2  # once more in the backward pass
     assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
+    assert hopper["leaf_group"].leaf_backward_group_kernel.launches == (query_heads > heads)
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
     assert hopper["dense_backward"].dense_backward_kernel.launches == (length > 128)
 
@@ -89,6 +90,7 @@ def test_gates_equal_the_definition(hopper: dict[str, ModuleType], case: dict) -
     _, _, query_heads, heads, _ = case["shape"]
     assert hopper["leaf"].leaf_forward_kernel.launches == 2
     assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
+    assert hopper["leaf_group"].leaf_backward_group_kernel.launches == (query_heads > heads)
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
     assert hopper["dense_backward"].dense_backward_kernel.launches == (case["shape"][1] > 128)
 
