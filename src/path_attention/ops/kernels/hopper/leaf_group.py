@@ -15,7 +15,6 @@ from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
 from path_attention.ops.kernels.hopper.leaf import (
     TILE,
     gates_between,
-    largest,
     load_tile,
     place_of_leaf,
     power_of_two,
@@ -49,19 +48,24 @@ def _zeros(COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(s_tile, p_x, i_row, s_rows, row_stride, COLUMNS: gl.constexpr):
-    """Begin to copy rows i_row .. i_row + s_rows, zeros past them."""
-    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))[:, None]
-    o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, MEMORY))[None, :]
-    p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
-    async_copy.async_copy_global_to_shared(s_tile, p, mask=o_row < s_rows)
+def _anew(o_x):
+    """o_x, as far as the compiler knows another number each time: what follows from it is computed where it is wanted,
+    instead of before the loop, from where dozens of addresses and masks would take up registers.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [o_x], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _largest(b_x):
+    """Of all in one reduction: each has the warps wait for one another twice."""
+    return gl.max(gl.ravel(gl.abs(b_x)), 0)
 
 
 @gluon.jit
 def _normalise(s_x, b_x):
     """b_x / p to s_x, for the power of two p of the tile; returns p and 1 / p."""
     b_x = b_x.to(gl.float32)
-    s_power, s_inverse = power_of_two(largest(b_x))
+    s_power, s_inverse = power_of_two(_largest(b_x))
     put(s_x, b_x * s_inverse)
     return s_power, s_inverse
 
@@ -123,10 +127,11 @@ def leaf_backward_group_kernel(
     i_first = i_head * GROUP  # of the group's query heads
     key_stride = H * D
     query_stride = HQ * D
-    p_q += i_first * D
-    p_d_out += i_first * D
-    p_d_q_left += i_first * D
-    p_d_q += i_first * D
+    o_query = gl.cast(i_row, gl.int64) * query_stride + i_first * D
+    p_q += o_query
+    p_d_out += o_query
+    p_d_q += o_query
+    p_d_q_left += gl.cast(i_leaf * LEAF, gl.int64) * query_stride + i_first * D
     p_k += i_head * D
     p_v += i_head * D
     p_w += i_head * D
@@ -150,10 +155,14 @@ def leaf_backward_group_kernel(
     s_ds = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then dY
     s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first; then F
     s_dq_left = s_dq.index(0)
-    s_out = s_dq.index(1)
-    _fetch(s_next_q, p_q, i_row, s_rows, query_stride, D)
-    _fetch(s_do, p_d_out, i_row, s_rows, query_stride, D)
-    _fetch(s_next_dq_left, p_d_q_left, i_leaf * LEAF, LEAF, query_stride, D)
+    s_out = s_dq.index(1)._reinterpret(HALF, [LEAF, D], TILE)
+    o_tile_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))
+    o_tile_column = gl.arange(0, D, gl.SliceLayout(0, MEMORY))
+    o_tile = o_tile_row[:, None] * query_stride + o_tile_column[None, :]
+    m_tile_row = (o_tile_row < s_rows)[:, None]
+    async_copy.async_copy_global_to_shared(s_next_q, p_q + o_tile, mask=m_tile_row)
+    async_copy.async_copy_global_to_shared(s_do, p_d_out + o_tile, mask=m_tile_row)
+    async_copy.async_copy_global_to_shared(s_next_dq_left, p_d_q_left + o_tile)
     async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
@@ -183,10 +192,19 @@ def leaf_backward_group_kernel(
         s_dk_power = gl.load(p_d_k_right_power + i_tile) * s_k_power
         s_dp_power = gl.load(p_d_node_power + i_node)
         s_unit = gl.maximum(s_unit, gl.maximum(s_dk_power, s_dp_power))
+    i_number = gl.cast(i_row, gl.int64) * HQ + i_first
+    p_log_sum_exp += i_number
+    p_delta += i_number
+    if p_g is not None:
+        p_g += i_number
+        p_d_gate += i_number
     for i_group in range(GROUP):
-        p_number = gl.cast(i_row, gl.int64) * HQ + i_first + i_group
-        b_shift = gl.load(p_log_sum_exp + p_number + o_row * HQ, mask=m_row, other=0.0) * LOG2_E
-        b_delta = gl.load(p_delta + p_number + o_row * HQ, mask=m_row, other=0.0)
+        o_row = _anew(o_row)
+        o_number = o_row * HQ + i_group
+        m_row = o_row < s_rows
+        causal = o_row[:, None] >= o_column[None, :]
+        b_shift = gl.load(p_log_sum_exp + o_number, mask=m_row, other=0.0) * LOG2_E
+        b_delta = gl.load(p_delta + o_number, mask=m_row, other=0.0)
         s_dq_power = gl.load(p_d_q_left_power + i_leaf * HQ + i_first + i_group)
         async_copy.wait_group(0)
         barrier()  # as all products of the head before are done
@@ -199,7 +217,7 @@ def leaf_backward_group_kernel(
         b_s = warpgroup_mma_wait(0, (t_s,))
         b_s *= s_q_power * s_k_power * scale * LOG2_E
         if p_g is not None:
-            b_s += gates_between(gl.load(p_g + p_number + o_row * HQ, mask=m_row, other=0.0).to(gl.float32), NARROW)
+            b_s += gates_between(gl.load(p_g + o_number, mask=m_row, other=0.0).to(gl.float32), NARROW)
         b_p = gl.exp2(b_s - b_shift[:, None])
         b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
         s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
@@ -209,11 +227,11 @@ def leaf_backward_group_kernel(
         b_dp, b_dv = warpgroup_mma_wait(0, (t_dp, t_dv))
         b_ds = b_p * (b_dp - b_delta[:, None])
         if p_g is not None:
-            b_d_gate = gl.load(p_d_gate + p_number + o_row * HQ, mask=m_row, other=0.0)
+            b_d_gate = gl.load(p_d_gate + o_number, mask=m_row, other=0.0)
             b_d_gate += gl.sum(b_ds, 1) - gl.convert_layout(gl.sum(b_ds, 0), ROW)
-            gl.store(p_d_gate + p_number + o_row * HQ, b_d_gate, mask=m_row)
+            gl.store(p_d_gate + o_number, b_d_gate, mask=m_row)
         s_dq_power *= s_q_power * scale
-        s_ds_power, _inverse = power_of_two(largest(b_ds))
+        s_ds_power, _inverse = power_of_two(_largest(b_ds))
         s_ds_scale = s_q_power * s_k_power * scale
         s_raised = gl.maximum(s_unit, gl.maximum(s_ds_power * s_ds_scale, s_dq_power))
         s_ratio = s_unit / s_raised
@@ -232,21 +250,23 @@ def leaf_backward_group_kernel(
         t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, b_dy, is_async=True)
         b_dx = warpgroup_mma_wait(3, (t_dx,))
         b_dx = gl.where(causal, b_dx, 0.0)
-        barrier()  # all have read what came, and the other warp group's dV is done too
+        # Before these products all threads met, with dV done and all read that had come.
+        o_tile_row = _anew(o_tile_row)
+        o_tile = o_tile_row[:, None] * query_stride + (o_tile_column[None, :] + i_group * D)
+        m_tile_row = (o_tile_row < s_rows)[:, None]
         if i_group + 1 < GROUP:
-            o_next = (i_group + 1) * D
-            _fetch(s_next_q, p_q + o_next, i_row, s_rows, query_stride, D)
-            _fetch(s_do, p_d_out + o_next, i_row, s_rows, query_stride, D)
-            _fetch(s_next_dq_left, p_d_q_left + o_next, i_leaf * LEAF, LEAF, query_stride, D)
+            o_next = o_tile + D
+            async_copy.async_copy_global_to_shared(s_next_q, p_q + o_next, mask=m_tile_row)
+            async_copy.async_copy_global_to_shared(s_do, p_d_out + o_next, mask=m_tile_row)
+            async_copy.async_copy_global_to_shared(s_next_dq_left, p_d_q_left + o_next)
             async_copy.commit_group()
         put(s_dx, b_dx)
         t_dq = warpgroup_mma(s_ds, s_k, s_dq_left.load(WIDE).to(gl.float32), is_async=True)
         t_dq = warpgroup_mma(s_dx, s_w, t_dq, is_async=True)
         t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q, b_dw, is_async=True)
         b_dk, b_du, b_dy, b_dq = warpgroup_mma_wait(1, (t_dk, t_du, t_dy, t_dq))
-        o_out = i_group * D
-        b_dq *= s_q_inverse / s_gradient
-        store_tile(p_d_q + o_out, b_dq, s_out, i_row, s_rows, query_stride, D, WIDE, MEMORY)
+        s_out.store((b_dq * (s_q_inverse / s_gradient)).to(HALF))
+        gl.store(p_d_q + o_tile, s_out.load(MEMORY), mask=m_tile_row)
         b_dw = warpgroup_mma_wait(0, (t_dw,))
     barrier()
     s_gradient = HEADROOM / s_unit
