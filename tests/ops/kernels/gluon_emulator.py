@@ -440,6 +440,21 @@ def _pairwise(of_scalars: Callable[..., Any], of_tensors: Callable[..., Any]) ->
     return function
 
 
+def _associative_scan(x: torch.Tensor, axis: int, combine: Callable[[Any, Any], Any]) -> Tile:
+    assert axis == 0
+    rows = [x[0]]
+    for row in x[1:]:
+        rows.append(combine(rows[-1], row))
+    return _tile(torch.stack(rows))
+
+
+def _inline_asm_elementwise(
+    asm: str, constraints: str, args: Sequence[Any], dtype: torch.dtype, is_pure: bool, pack: int
+) -> Any:
+    assert asm == "mov.b32 $0, $1;", f"no machine here for {asm}"
+    return args[0]
+
+
 class _Layout:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         pass
@@ -479,7 +494,8 @@ class language:
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     int32, int64 = torch.int32, torch.int64
     constexpr = staticmethod(lambda x: x)
-    NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout = NVMMASharedLayout = _Layout
+    NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout = _Layout
+    NVMMASharedLayout = SwizzledSharedLayout = _Layout
     allocate_shared_memory = staticmethod(_allocate)
     warp_specialize = staticmethod(_warp_specialize)
     load, store, where = staticmethod(_load), staticmethod(_store), staticmethod(_where)
@@ -494,6 +510,9 @@ class language:
     minimum = staticmethod(_pairwise(min, torch.minimum))
     max = staticmethod(lambda x, axis: x.amax(axis))
     sum = staticmethod(lambda x, axis: x.sum(axis))
+    ravel = staticmethod(lambda x: x.reshape(-1))
+    associative_scan = staticmethod(_associative_scan)
+    inline_asm_elementwise = staticmethod(_inline_asm_elementwise)
     barrier = staticmethod(lambda: None)
     abs, exp2, log2 = staticmethod(torch.abs), staticmethod(torch.exp2), staticmethod(torch.log2)
 

@@ -13,8 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
 from path_attention.ops.kernels.hopper.leaf import (
+    CLOSED,
     TILE,
-    gates_between,
     load_tile,
     place_of_leaf,
     power_of_two,
@@ -28,6 +28,8 @@ NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 ROW = gl.constexpr(gl.SliceLayout(1, NARROW))
 COLUMN = gl.constexpr(gl.SliceLayout(0, NARROW))
+ROWS_OF_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [8], [0]))  # the same 64 numbers in each warp
+NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 # All threads of a program: waiting for a product is an affair of each warp group by itself, and Triton 3.6 takes it for
 # one of all (its issue 11047), so that a tile which a product has read must not be written before a barrier.
@@ -59,6 +61,25 @@ def _anew(o_x):
 def _largest(b_x):
     """Of all in one reduction: each has the warps wait for one another twice."""
     return gl.max(gl.ravel(gl.abs(b_x)), 0)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _gates_between(p_g, o_row_stride, s_rows, s_free):
+    """gates_between of leaf.py by running sums, which each warp makes of all rows by itself; s_free for 128 of them."""
+    o = gl.arange(0, LEAF, ROWS_OF_WARP)
+    b_g = gl.load(p_g + o * o_row_stride, mask=o < s_rows, other=0.0).to(gl.float32)
+    s_sums = s_free._reinterpret(gl.float32, [2, LEAF], NUMBERS)
+    s_sums.index(0).store(gl.associative_scan(gl.where(b_g < CLOSED, 0.0, b_g * LOG2_E), 0, _add))
+    s_sums.index(1).store(gl.associative_scan(gl.where(b_g < CLOSED, 1.0, 0.0), 0, _add))
+    # The same numbers for rows and columns: a query's own key has exactly 0.
+    b_between = s_sums.index(0).load(ROW)[:, None] - s_sums.index(0).load(COLUMN)[None, :]
+    same = s_sums.index(1).load(ROW)[:, None] == s_sums.index(1).load(COLUMN)[None, :]
+    return gl.where(same, b_between, float("-inf"))
 
 
 @gluon.jit
@@ -214,10 +235,12 @@ def leaf_backward_group_kernel(
         put(s_x, gl.where(causal, b_x, 0.0))
         t_s = warpgroup_mma(s_q, s_k.permute((1, 0)), _zeros(64, NARROW), use_acc=False, is_async=True)
         t_s = warpgroup_mma(s_x, s_y.permute((1, 0)), t_s, is_async=True)
+        if p_g is not None:
+            b_between = _gates_between(p_g + i_group, HQ, s_rows, s_ds)
         b_s = warpgroup_mma_wait(0, (t_s,))
         b_s *= s_q_power * s_k_power * scale * LOG2_E
         if p_g is not None:
-            b_s += gates_between(gl.load(p_g + o_number, mask=m_row, other=0.0).to(gl.float32), NARROW)
+            b_s += b_between
         b_p = gl.exp2(b_s - b_shift[:, None])
         b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
         s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
