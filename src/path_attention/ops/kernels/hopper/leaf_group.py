@@ -310,7 +310,6 @@ def leaf_backward_group_kernel(
         t_dw = warpgroup_mma(s_u, s_dp.permute((1, 0)), t_dw, is_async=True)
         b_dk += s_edge.load(WIDE).to(gl.float32)
         b_dy, b_du, b_dw = warpgroup_mma_wait(0, (t_dy, t_du, t_dw))
-        barrier()
     # E = T^-T dU, F = T^-T dY; dT from both.
     s_inverse = s_x
     s_inverse.store(load_tile(p_inverse, i_tile * LEAF, LEAF, 64, 64, MEMORY))
@@ -320,7 +319,6 @@ def leaf_backward_group_kernel(
     t_f = warpgroup_mma(s_ds, s_inverse, _zeros(64, NARROW), use_acc=False, is_async=True)
     t_e = warpgroup_mma(s_inverse.permute((1, 0)), s_du, _zeros(D, WIDE), use_acc=False, is_async=True)
     b_f, b_e = warpgroup_mma_wait(0, (t_f, t_e))
-    barrier()
     s_dx.store(b_f.to(gl.float16))
     put(s_edge, b_e)
     t_dt = warpgroup_mma(s_dx.permute((1, 0)), s_y, _zeros(64, NARROW), use_acc=False, is_async=True)
