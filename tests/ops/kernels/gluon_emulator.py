@@ -6,9 +6,9 @@ memory destroys what lay there when it is issued and lands then or, sometimes, a
 shared memory when it is waited for, a copy from shared memory reads when store_wait comes, and a thread that lets
 others go on comes after them. So these show before a GPU hangs or computes nonsense: a stage that is released too
 early, a wait left out, a wrong phase, a deadlock, more arrivals than a barrier expects, an accumulator that is used in
-flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, a missing fence before the copy engine or a
-product reads what a thread stored, and, in a program of several warp groups, a tile written after one group's wait for
-a product that another group may still have in flight.
+flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, a missing fence before the copy
+engine or a product reads what a thread stored, and, in a program of several warp groups, a tile written after one
+group's wait for a product that another group may still have in flight.
 
 Not modelled: layouts and swizzles, registers, 32-bit overflow, barriers that Triton puts among the threads of one
 partition, but for those before a product or a load of what was stored.

@@ -1,7 +1,7 @@
 """The leaves' backward pass on Hopper for several query heads a key head.
 
-Gradients of what the heads share are summed over them in registers: five accumulators of 64 x 64 at head_dim 64, nine at
-128, for which a program has two warp groups. Both have all rows of a product and half of its columns each, so both
+Gradients of what the heads share are summed over them in registers: five accumulators of 64 x 64 at head_dim 64, nine
+at 128, for which a program has two warp groups. Both have all rows of a product and half of its columns each, so both
 operands of every product lie in shared memory, where either group finds what the other one wrote. Tiles are as wide as
 the head. A head's rows come by asynchronous copies while the head before it is computed.
 """
@@ -31,11 +31,13 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, NARROW))
 ROWS_OF_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [8], [0]))  # the same 64 numbers in each warp
 NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
-# All threads of a program: waiting for a product is an affair of each warp group by itself, and Triton 3.6 takes it for
-# one of all (its issue 11047), so that a tile which a product has read must not be written before a barrier.
+# Among all threads of a program: waiting for a product is an affair of each warp group by itself, which Triton 3.6
+# takes for one of all (its issue 11047). So a tile that a product in flight has read is written only after a barrier
+# behind the wait, this one or Triton's own before a product or load of something stored; gluon_emulator.py fails where
+# none is.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.9, 3.6
 
-# Registers of a thread: at head_dim 64 two programs share a multiprocessor, at 128 the sums leave room for one.
+# Registers of a thread: at head_dim 64 two programs share a multiprocessor, at 128 it has room for the sums of one.
 _REGISTERS = {64: 128, 128: 255}
 
 
@@ -51,8 +53,8 @@ def _zeros(COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _anew(o_x):
-    """o_x, as far as the compiler knows another number each time: what follows from it is computed where it is wanted,
-    instead of before the loop, from where dozens of addresses and masks would take up registers.
+    """o_x, but the compiler does not know: what follows from it within a loop is computed there, instead of before it,
+    from where dozens of addresses and masks would be kept in registers.
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [o_x], gl.int32, is_pure=False, pack=1)
 
@@ -70,7 +72,7 @@ def _add(a, b):
 
 @gluon.jit
 def _gates_between(p_g, o_row_stride, s_rows, s_free):
-    """gates_between of leaf.py by running sums, which each warp makes of all rows by itself; s_free for 128 of them."""
+    """gates_between of leaf.py by running sums, which each warp makes of all rows by itself; they go by s_free."""
     o = gl.arange(0, LEAF, ROWS_OF_WARP)
     b_g = gl.load(p_g + o * o_row_stride, mask=o < s_rows, other=0.0).to(gl.float32)
     s_sums = s_free._reinterpret(gl.float32, [2, LEAF], NUMBERS)
@@ -161,36 +163,34 @@ def leaf_backward_group_kernel(
     p_d_k += i_head * D
     p_d_v += i_head * D
     p_d_w += i_head * D
-    s_next_q = gl.allocate_shared_memory(HALF, [LEAF, D], TILE)  # as they come
-    s_next_dq_left = gl.allocate_shared_memory(gl.float16, [LEAF, D], TILE)
+    s_next_q = gl.allocate_shared_memory(HALF, [LEAF, D], TILE)  # as it comes; then dk
+    s_next_dq_left = gl.allocate_shared_memory(gl.float16, [LEAF, D], TILE)  # as it comes
     s_q = gl.allocate_shared_memory(gl.float16, [LEAF, D], TILE)  # then d_k_right, E
-    s_do = gl.allocate_shared_memory(HALF, [LEAF, D], TILE)  # then dw
-    # d_q_left, and dq on its way out; then dP, which has as many rows as columns
+    s_do = gl.allocate_shared_memory(HALF, [LEAF, D], TILE)  # then dv, dw
+    # d_q_left, and dq on its way out; then dP, which has as many rows as columns.
     s_dq = gl.allocate_shared_memory(gl.float16, [2, LEAF, D], TILE)
     s_w = gl.allocate_shared_memory(gl.float16, [LEAF, D], TILE)
     s_k = gl.allocate_shared_memory(gl.float16, [LEAF, D], TILE)
     s_u = gl.allocate_shared_memory(gl.float16, [LEAF, D], TILE)
-    s_v = gl.allocate_shared_memory(HALF, [LEAF, D], TILE)  # then dU
+    s_v = gl.allocate_shared_memory(HALF, [LEAF, D], TILE)  # then dU, beta dT
     s_y = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
-    s_x = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then T^-1
-    s_ds = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then dY
+    s_x = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then T^-1, beta F
+    s_ds = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # sums of gates first; then dY, dT
     s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first; then F
     s_dq_left = s_dq.index(0)
     s_out = s_dq.index(1)._reinterpret(HALF, [LEAF, D], TILE)
     o_tile_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))
     o_tile_column = gl.arange(0, D, gl.SliceLayout(0, MEMORY))
-    o_tile = o_tile_row[:, None] * query_stride + o_tile_column[None, :]
-    m_tile_row = (o_tile_row < s_rows)[:, None]
-    async_copy.async_copy_global_to_shared(s_next_q, p_q + o_tile, mask=m_tile_row)
-    async_copy.async_copy_global_to_shared(s_do, p_d_out + o_tile, mask=m_tile_row)
-    async_copy.async_copy_global_to_shared(s_next_dq_left, p_d_q_left + o_tile)
+    o_first = o_tile_row[:, None] * query_stride + o_tile_column[None, :]
+    m_first = (o_tile_row < s_rows)[:, None]
+    async_copy.async_copy_global_to_shared(s_next_q, p_q + o_first, mask=m_first)
+    async_copy.async_copy_global_to_shared(s_do, p_d_out + o_first, mask=m_first)
+    async_copy.async_copy_global_to_shared(s_next_dq_left, p_d_q_left + o_first)
     async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
     o_wide_row = gl.arange(0, LEAF, gl.SliceLayout(1, WIDE))
     o_wide_column = gl.arange(0, D, gl.SliceLayout(0, WIDE))
-    causal = o_row[:, None] >= o_column[None, :]
-    m_row = o_row < s_rows
     s_k_power, s_k_inverse = _normalise(s_k, load_tile(p_k, i_row, s_rows, key_stride, D, MEMORY))
     s_w.store(load_tile(p_w, i_row, s_rows, key_stride, D, MEMORY).to(gl.float16))
     s_v.store(load_tile(p_v, i_row, s_rows, key_stride, D, MEMORY))
@@ -222,13 +222,13 @@ def leaf_backward_group_kernel(
     for i_group in range(GROUP):
         o_row = _anew(o_row)
         o_number = o_row * HQ + i_group
-        m_row = o_row < s_rows
+        m_query = o_row < s_rows
         causal = o_row[:, None] >= o_column[None, :]
-        b_shift = gl.load(p_log_sum_exp + o_number, mask=m_row, other=0.0) * LOG2_E
-        b_delta = gl.load(p_delta + o_number, mask=m_row, other=0.0)
+        b_shift = gl.load(p_log_sum_exp + o_number, mask=m_query, other=0.0) * LOG2_E
+        b_delta = gl.load(p_delta + o_number, mask=m_query, other=0.0)
         s_dq_power = gl.load(p_d_q_left_power + i_leaf * HQ + i_first + i_group)
         async_copy.wait_group(0)
-        barrier()  # as all products of the head before are done
+        barrier()  # with all products of the head before done
         s_q_power, s_q_inverse = _normalise(s_q, s_next_q.load(MEMORY))
         # The leaf's own attention again.
         b_x = warpgroup_mma(s_q, s_w.permute((1, 0)), _zeros(64, NARROW), use_acc=False)
@@ -242,7 +242,7 @@ def leaf_backward_group_kernel(
         if p_g is not None:
             b_s += b_between
         b_p = gl.exp2(b_s - b_shift[:, None])
-        b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
+        b_p = gl.where(causal & m_query[:, None], b_p, 0.0)
         s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
         put(s_weights, b_p)
         t_dp = warpgroup_mma(s_do, s_v.permute((1, 0)), _zeros(64, NARROW), use_acc=False, is_async=True)
@@ -250,9 +250,9 @@ def leaf_backward_group_kernel(
         b_dp, b_dv = warpgroup_mma_wait(0, (t_dp, t_dv))
         b_ds = b_p * (b_dp - b_delta[:, None])
         if p_g is not None:
-            b_d_gate = gl.load(p_d_gate + o_number, mask=m_row, other=0.0)
+            b_d_gate = gl.load(p_d_gate + o_number, mask=m_query, other=0.0)
             b_d_gate += gl.sum(b_ds, 1) - gl.convert_layout(gl.sum(b_ds, 0), ROW)
-            gl.store(p_d_gate + o_number, b_d_gate, mask=m_row)
+            gl.store(p_d_gate + o_number, b_d_gate, mask=m_query)
         s_dq_power *= s_q_power * scale
         s_ds_power, _inverse = power_of_two(_largest(b_ds))
         s_ds_scale = s_q_power * s_k_power * scale
@@ -273,14 +273,14 @@ def leaf_backward_group_kernel(
         t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, b_dy, is_async=True)
         b_dx = warpgroup_mma_wait(3, (t_dx,))
         b_dx = gl.where(causal, b_dx, 0.0)
-        # Before these products all threads met, with dV done and all read that had come.
+        # All threads met before these products, with dV done and what had come read: the next head's rows may come.
         o_tile_row = _anew(o_tile_row)
         o_tile = o_tile_row[:, None] * query_stride + (o_tile_column[None, :] + i_group * D)
-        m_tile_row = (o_tile_row < s_rows)[:, None]
+        m_tile = (o_tile_row < s_rows)[:, None]
         if i_group + 1 < GROUP:
             o_next = o_tile + D
-            async_copy.async_copy_global_to_shared(s_next_q, p_q + o_next, mask=m_tile_row)
-            async_copy.async_copy_global_to_shared(s_do, p_d_out + o_next, mask=m_tile_row)
+            async_copy.async_copy_global_to_shared(s_next_q, p_q + o_next, mask=m_tile)
+            async_copy.async_copy_global_to_shared(s_do, p_d_out + o_next, mask=m_tile)
             async_copy.async_copy_global_to_shared(s_next_dq_left, p_d_q_left + o_next)
             async_copy.commit_group()
         put(s_dx, b_dx)
@@ -289,9 +289,10 @@ def leaf_backward_group_kernel(
         t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q, b_dw, is_async=True)
         b_dk, b_du, b_dy, b_dq = warpgroup_mma_wait(1, (t_dk, t_du, t_dy, t_dq))
         s_out.store((b_dq * (s_q_inverse / s_gradient)).to(HALF))
-        gl.store(p_d_q + o_tile, s_out.load(MEMORY), mask=m_tile_row)
+        gl.store(p_d_q + o_tile, s_out.load(MEMORY), mask=m_tile)
         b_dw = warpgroup_mma_wait(0, (t_dw,))
     barrier()
+    m_row = o_row < s_rows
     s_gradient = HEADROOM / s_unit
     store_tile(p_d_v, b_dv, s_do, i_row, s_rows, key_stride, D, WIDE, MEMORY)
     s_edge = s_q
