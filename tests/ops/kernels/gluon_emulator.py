@@ -544,7 +544,7 @@ class language:
     ravel = staticmethod(lambda x: x.reshape(-1))
     associative_scan = staticmethod(_associative_scan)
     inline_asm_elementwise = staticmethod(_inline_asm_elementwise)
-    barrier = staticmethod(lambda: _here.meet())
+    thread_barrier = staticmethod(lambda: _here.meet())
     abs, exp2, log2 = staticmethod(torch.abs), staticmethod(torch.exp2), staticmethod(torch.log2)
 
 

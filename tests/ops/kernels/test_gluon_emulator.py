@@ -150,7 +150,7 @@ def test_warp_groups_meet_before_a_tile_is_written_that_a_product_reads(warps: i
         product = warpgroup_mma(s_x, s_x, zeros(), is_async=True)
         b_x = warpgroup_mma_wait(0, (product,))
         if met:
-            gl.barrier()
+            gl.thread_barrier()
         s_x.store(b_x.to(gl.float16))
 
     if warps == 4 or met:

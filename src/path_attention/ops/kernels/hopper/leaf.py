@@ -116,10 +116,8 @@ def put(s_tile, b_x):
 
 
 @gluon.jit
-def gates_between(b_g, FROM: gl.constexpr = ACC):
+def _gates_between(b_g):
     """(64, 64), base 2, from the log gates of the leaf's rows: _gates_between of leaf_kernels.py."""
-    ROW: gl.constexpr = gl.SliceLayout(1, FROM)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, FROM)
     earlier = gl.arange(0, LEAF, ROW)[:, None] >= gl.arange(0, 64, COLUMN)[None, :]
     b_is_closed = gl.where(b_g < CLOSED, 1.0, 0.0)
     b_g_column = gl.convert_layout(gl.where(b_g < CLOSED, 0.0, b_g * LOG2_E), COLUMN)
@@ -308,7 +306,7 @@ def leaf_forward_kernel(
             b_s, _kept = warpgroup_mma_wait(0, (t_s, b_x_operand))
             b_s *= scale * LOG2_E
             if p_g is not None:
-                b_s += gates_between(b_g)
+                b_s += _gates_between(b_g)
             b_s = gl.where(o_row[:, None] >= o_column[None, :], b_s, float("-inf"))
             b_max = gl.max(b_s, 1)
             b_p = gl.exp2(b_s - b_max[:, None])
@@ -332,7 +330,7 @@ def power_of_two(s_x):
 
 
 @gluon.jit
-def largest(b_x):
+def _largest(b_x):
     return gl.max(gl.max(gl.abs(b_x).to(gl.float32), 1), 0)
 
 
@@ -341,12 +339,12 @@ def _load_normalised(p_x, s_x, i_row, s_rows, row_stride, PARTS: gl.constexpr):
     """Rows as x / p to shared memory, for the power of two p of them all; returns p and 1 / p."""
     if PARTS == 1:
         b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
-        s_power, s_inverse = power_of_two(largest(b_x))
+        s_power, s_inverse = power_of_two(_largest(b_x))
         s_x.index(0).store((b_x * s_inverse).to(gl.float16))
     else:
         b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
         b_more = load_tile(p_x + 64, i_row, s_rows, row_stride).to(gl.float32)
-        s_power, s_inverse = power_of_two(gl.maximum(largest(b_x), largest(b_more)))
+        s_power, s_inverse = power_of_two(gl.maximum(_largest(b_x), _largest(b_more)))
         s_x.index(0).store((b_x * s_inverse).to(gl.float16))
         s_x.index(1).store((b_more * s_inverse).to(gl.float16))
     return s_power, s_inverse
@@ -453,7 +451,7 @@ def leaf_backward_kernel(
     b_s = warpgroup_mma(_operand(-b_x), s_y.permute((1, 0)), b_s)
     b_s *= s_q_power * s_k_power * scale * LOG2_E
     if p_g is not None:
-        b_s += gates_between(gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32))
+        b_s += _gates_between(gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32))
     b_p = gl.exp2(b_s - b_shift[:, None])
     b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
     s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
@@ -481,7 +479,7 @@ def leaf_backward_kernel(
     if has_right:
         s_dk_power = gl.load(p_d_k_right_power + i_tile) * s_k_power
         s_dp_power = gl.load(p_d_node_power + i_node)
-    s_ds_power, _inverse = power_of_two(largest(b_ds))
+    s_ds_power, _inverse = power_of_two(_largest(b_ds))
     s_ds_scale = s_q_power * s_k_power * scale
     s_unit = gl.maximum(gl.maximum(s_ds_power * s_ds_scale, s_dq_power), gl.maximum(s_dk_power, s_dp_power))
     s_gradient = HEADROOM / gl.maximum(s_unit, 2.0**-100)

@@ -4,6 +4,10 @@ Gradients of what the heads share are summed over them in registers: five accumu
 at 128, for which a program has two warp groups. Both have all rows of a product and half of its columns each, so both
 operands of every product lie in shared memory, where either group finds what the other one wrote. Tiles are as wide as
 the head. A head's rows come by asynchronous copies while the head before it is computed.
+
+Waiting for a product in flight is an affair of each warp group by itself, which Triton 3.6 takes for one of all (its
+issue 11047). So a tile that such a product has read is written only after a barrier behind the wait: thread_barrier, or
+one that Triton puts before a product or load of something stored. gluon_emulator.py fails where none is.
 """
 
 from triton.experimental import gluon
@@ -30,12 +34,6 @@ ROW = gl.constexpr(gl.SliceLayout(1, NARROW))
 COLUMN = gl.constexpr(gl.SliceLayout(0, NARROW))
 ROWS_OF_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [8], [0]))  # the same 64 numbers in each warp
 NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-# Among all threads of a program: waiting for a product is an affair of each warp group by itself, which Triton 3.6
-# takes for one of all (its issue 11047). So a tile that a product in flight has read is written only after a barrier
-# behind the wait, this one or Triton's own before a product or load of something stored; gluon_emulator.py fails where
-# none is.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.9, 3.6
 
 # Registers of a thread: at head_dim 64 two programs share a multiprocessor, at 128 it has room for the sums of one.
 _REGISTERS = {64: 128, 128: 255}
@@ -72,7 +70,7 @@ def _add(a, b):
 
 @gluon.jit
 def _gates_between(p_g, o_row_stride, s_rows, s_free):
-    """gates_between of leaf.py by running sums, which each warp makes of all rows by itself; they go by s_free."""
+    """_gates_between of leaf.py by running sums, which each warp makes of all rows by itself; they go by s_free."""
     o = gl.arange(0, LEAF, ROWS_OF_WARP)
     b_g = gl.load(p_g + o * o_row_stride, mask=o < s_rows, other=0.0).to(gl.float32)
     s_sums = s_free._reinterpret(gl.float32, [2, LEAF], NUMBERS)
@@ -228,7 +226,7 @@ def leaf_backward_group_kernel(
         b_delta = gl.load(p_delta + o_number, mask=m_query, other=0.0)
         s_dq_power = gl.load(p_d_q_left_power + i_leaf * HQ + i_first + i_group)
         async_copy.wait_group(0)
-        barrier()  # with all products of the head before done
+        gl.thread_barrier()  # with all products of the head before done
         s_q_power, s_q_inverse = _normalise(s_q, s_next_q.load(MEMORY))
         # The leaf's own attention again.
         b_x = warpgroup_mma(s_q, s_w.permute((1, 0)), _zeros(64, NARROW), use_acc=False)
@@ -291,7 +289,7 @@ def leaf_backward_group_kernel(
         s_out.store((b_dq * (s_q_inverse / s_gradient)).to(HALF))
         gl.store(p_d_q + o_tile, s_out.load(MEMORY), mask=m_tile)
         b_dw = warpgroup_mma_wait(0, (t_dw,))
-    barrier()
+    gl.thread_barrier()
     m_row = o_row < s_rows
     s_gradient = HEADROOM / s_unit
     store_tile(p_d_v, b_dv, s_do, i_row, s_rows, key_stride, D, WIDE, MEMORY)
@@ -330,7 +328,7 @@ def leaf_backward_group_kernel(
     b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
     b_dt = warpgroup_mma_wait(0, (t_dt,))
     b_dt = gl.where(o_row[:, None] > o_column[None, :], b_dt, 0.0)
-    barrier()
+    gl.thread_barrier()
     # Gradient of each row of D times what D multiplies: W, and below the diagonals W W^T and W K^T.
     s_dt = s_ds
     s_dt_beta = s_v._reinterpret(gl.float16, [LEAF, 64], TILE)
