@@ -6,10 +6,12 @@ memory destroys what lay there when it is issued and lands then or, sometimes, a
 shared memory when it is waited for, a copy from shared memory reads when store_wait comes, and a thread that lets
 others go on comes after them. So these show before a GPU hangs or computes nonsense: a stage that is released too
 early, a wait left out, a wrong phase, a deadlock, more arrivals than a barrier expects, an accumulator that is used in
-flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, and a missing fence before the copy
-engine or a product reads what a thread stored.
+flight, shared memory that nobody wrote (it is NaN), an access past a tensor's end, a missing fence before the copy
+engine or a product reads what a thread stored, and, in a program of several warp groups, a tile written after one
+group's wait for a product that another group may still have in flight.
 
-Not modelled: layouts and swizzles, registers, 32-bit overflow, barriers among the threads of one partition.
+Not modelled: layouts and swizzles, registers, 32-bit overflow, barriers that Triton puts among the threads of one
+partition, but for those before a product or a load of what was stored.
 """
 
 import contextlib
@@ -61,8 +63,9 @@ def _tile(x: Any, dtype: torch.dtype | None = None) -> Tile:
 class _Program:
     """What the partitions of one program share."""
 
-    def __init__(self, index: tuple[int, int, int]) -> None:
+    def __init__(self, index: tuple[int, int, int], warps: int = 4) -> None:
         self.index = index
+        self.warps = warps
         self.lock = threading.Lock()
         self.failed = False
         self.barriers = 0
@@ -73,14 +76,27 @@ class _Partition(threading.local):
     name: str
     products: deque["_Product"]  # issued, not waited for
     stores: deque[Callable[[], None]]  # of the copy engine, likewise
+    copies: deque[list[Callable[[], None]]]  # asynchronous ones to shared memory, in groups; the last group is open
     unfenced: list[tuple[int, int]]  # bytes of shared memory that this thread stored since its last fence
+    stored: list[tuple[int, int]]  # since the last barrier among its warps
+    read: list[tuple[int, int]]  # by products that were in flight and waited for, since that barrier
 
     def enter(self, program: _Program, name: str) -> None:
         self.program, self.name = program, name
         self.products, self.stores, self.unfenced = deque(), deque(), []
+        self.copies = deque([[]])
+        self.meet()
+
+    def meet(self) -> None:
+        """A barrier among the warps."""
+        self.stored, self.read = [], []
 
 
 _here = _Partition()
+
+
+def _overlap(held: Sequence[tuple[int, int]], first: int, last: int) -> bool:
+    return any(a < last and first < b for a, b in held)
 
 
 def _sleep_at_random() -> None:
@@ -247,19 +263,32 @@ class Shared:
         start = self.tensor.data_ptr()
         return start, start + (last + 1) * self.tensor.element_size()
 
+    def read_after_stores(self) -> None:
+        """Triton has the warps meet before any of them reads what another one may have stored."""
+        if _overlap(_here.stored, *self._bytes()):
+            _here.meet()
+
+    def written(self) -> None:
+        """Each warp group waits for its own share of a product, and Triton 3.6 takes that for all of it."""
+        if _here.program.warps > 4:
+            assert not _overlap(_here.read, *self._bytes()), f"{_here.name}: written before a barrier after a product"
+
     def load(self, layout: object) -> Tile:
+        self.read_after_stores()
         return _tile(self.tensor.clone())
 
     def store(self, value: torch.Tensor) -> None:
         assert value.shape == self.tensor.shape, (value.shape, self.tensor.shape)
         assert value.dtype == self.dtype, (value.dtype, self.dtype)
+        self.written()
         self.tensor.copy_(value)
         _here.unfenced.append(self._bytes())
+        _here.stored.append(self._bytes())
 
     def read_by_engine(self) -> None:
         """A product or the copy engine is told to read it."""
-        first, last = self._bytes()
-        assert not any(a < last and first < b for a, b in _here.unfenced), f"{_here.name}: read before a fence"
+        assert not _overlap(_here.unfenced, *self._bytes()), f"{_here.name}: read before a fence"
+        self.read_after_stores()
 
 
 def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared | _Barriers:
@@ -270,6 +299,36 @@ def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Share
 
 def fence_async_shared() -> None:
     _here.unfenced.clear()
+
+
+class async_copy:
+    """Copies by the threads themselves, which land when their group is waited for."""
+
+    @staticmethod
+    def async_copy_global_to_shared(into: Shared, pointer: Pointer, mask: Any = None) -> None:
+        offset, meant = pointer.places(mask)
+        assert offset.shape == into.tensor.shape, (offset.shape, into.tensor.shape)
+        assert pointer.tensor.dtype == into.dtype, (pointer.tensor.dtype, into.dtype)
+        into.written()
+        into.tensor.fill_(float("nan"))
+        source = pointer.tensor.view(-1)
+
+        def land() -> None:
+            into.tensor.copy_(torch.where(meant, source[offset], 0.0))
+            _here.unfenced.append(into._bytes())
+            _here.stored.append(into._bytes())
+
+        _here.copies[-1].append(land)
+
+    @staticmethod
+    def commit_group() -> None:
+        _here.copies.append([])
+
+    @staticmethod
+    def wait_group(num_outstanding: int = 0) -> None:
+        while len(_here.copies) > num_outstanding + 1:
+            for land in _here.copies.popleft():
+                land()
 
 
 class TensorDescriptor:
@@ -354,8 +413,8 @@ def _write_later(
 class _Product:
     """One that is issued: it reads shared memory when it is waited for."""
 
-    def __init__(self, a: Any, b: Shared, sum_before: Any, use_sum: bool) -> None:
-        self.a, self.b, self.sum_before, self.use_sum = a, b, sum_before, use_sum
+    def __init__(self, a: Any, b: Shared, sum_before: Any, use_sum: bool, is_async: bool) -> None:
+        self.a, self.b, self.sum_before, self.use_sum, self.is_async = a, b, sum_before, use_sum, is_async
         self.value: Tile | None = None
 
     def finish(self) -> None:
@@ -365,13 +424,15 @@ class _Product:
         before = self.sum_before.value if isinstance(self.sum_before, _Product) else self.sum_before
         assert value.shape == before.shape, (value.shape, before.shape)
         self.value = _tile(value + before if self.use_sum else value)
+        if self.is_async:
+            _here.read += [x._bytes() for x in (self.a, self.b) if isinstance(x, Shared)]
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
     for operand in (a, b):
         if isinstance(operand, Shared):
             operand.read_by_engine()
-    product = _Product(a, b, acc, use_acc)
+    product = _Product(a, b, acc, use_acc, is_async)
     _here.products.append(product)
     return product if is_async else warpgroup_mma_wait(0, (product,))
 
@@ -408,6 +469,21 @@ def _pairwise(of_scalars: Callable[..., Any], of_tensors: Callable[..., Any]) ->
         return of_tensors(torch.as_tensor(a), torch.as_tensor(b))
 
     return function
+
+
+def _associative_scan(x: torch.Tensor, axis: int, combine: Callable[[Any, Any], Any]) -> Tile:
+    assert axis == 0
+    rows = [x[0]]
+    for row in x[1:]:
+        rows.append(combine(rows[-1], row))
+    return _tile(torch.stack(rows))
+
+
+def _inline_asm_elementwise(
+    asm: str, constraints: str, args: Sequence[Any], dtype: torch.dtype, is_pure: bool, pack: int
+) -> Any:
+    assert asm == "mov.b32 $0, $1;", f"no machine here for {asm}"
+    return args[0]
 
 
 class _Layout:
@@ -449,7 +525,8 @@ class language:
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     int32, int64 = torch.int32, torch.int64
     constexpr = staticmethod(lambda x: x)
-    NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout = NVMMASharedLayout = _Layout
+    NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout = _Layout
+    NVMMASharedLayout = SwizzledSharedLayout = _Layout
     allocate_shared_memory = staticmethod(_allocate)
     warp_specialize = staticmethod(_warp_specialize)
     load, store, where = staticmethod(_load), staticmethod(_store), staticmethod(_where)
@@ -464,6 +541,10 @@ class language:
     minimum = staticmethod(_pairwise(min, torch.minimum))
     max = staticmethod(lambda x, axis: x.amax(axis))
     sum = staticmethod(lambda x, axis: x.sum(axis))
+    ravel = staticmethod(lambda x: x.reshape(-1))
+    associative_scan = staticmethod(_associative_scan)
+    inline_asm_elementwise = staticmethod(_inline_asm_elementwise)
+    thread_barrier = staticmethod(lambda: _here.meet())
     abs, exp2, log2 = staticmethod(torch.abs), staticmethod(torch.exp2), staticmethod(torch.log2)
 
 
@@ -487,9 +568,11 @@ class Jitted:
         self.launches += 1
         x, y, z = (*grid, 1, 1)[:3]
         for index in range(x * y * z):
-            _here.enter(_Program((index % x, index // x % y, index // (x * y))), "program")
+            place = index % x, index // x % y, index // (x * y)
+            _here.enter(_Program(place, given.get("num_warps", 4)), "program")
             self.function(**arguments)
             assert not _here.products, "the program ends with a product in flight"
+            assert not any(_here.copies), "the program ends with a copy in flight"
             tma.store_wait(0)
 
     @staticmethod
@@ -530,6 +613,7 @@ def _instead_of_gluon() -> dict[str, Any]:
         f"{root}.gluon": gluon,
         f"{root}.gluon.language": language,
         f"{root}.gluon.language._core": _module("_core", builtin=_builtin),
+        f"{root}.gluon.language.nvidia.ampere": _module("ampere", async_copy=async_copy),
         f"{root}.gluon.language.nvidia.hopper": _module("hopper", **hopper),
         f"{root}.gluon.nvidia.hopper": _module("hopper", TensorDescriptor=TensorDescriptor),
     }

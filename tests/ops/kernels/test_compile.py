@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 
 # Shared memory of one program on sm_90, in bytes.
 MOST_SHARED = 227 * 1024
+# Of each of two programs that are to share a multiprocessor, which keeps 1 KB for itself of either.
+MOST_SHARED_OF_TWO = 113 * 1024
 # Bytes of registers stored to memory and loaded back that are accepted, all instructions counted once: the most that
 # Triton 3.6 and 3.9 need today, and 10%. A kernel that is not here spills nothing. A number that grows has a reason, or
 # the change that made it grow is not taken.
@@ -30,6 +32,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "dense_kernels.dense_backward_keys_kernel": 565,
         "hopper.leaf.leaf_forward_kernel": 180,  # the price of three programs a multiprocessor
         "hopper.leaf.leaf_backward_kernel": 140,
+        "hopper.leaf_group.leaf_backward_group_kernel": 1410,  # addresses: the price of two programs a multiprocessor
     },
     128: {
         "leaf_kernels.leaf_forward_kernel": 370,
@@ -42,6 +45,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "dense_kernels.lowest_level_backward_kernel": 55,
         "pair_kernels.pair_backward_keys_kernel": 62,
         "hopper.leaf.leaf_backward_kernel": 2200,
+        "hopper.leaf_group.leaf_backward_group_kernel": 415,  # before and after the loop over heads
         "hopper.dense_backward.dense_backward_kernel": 690,
     },
     256: {
@@ -68,11 +72,13 @@ GATED_SPILLS: dict[int, dict[str, int]] = {
     64: SPILLS[64]
     | {
         "hopper.leaf.leaf_forward_kernel": 390,
+        "hopper.leaf_group.leaf_backward_group_kernel": 1850,
         "hopper.dense_backward.dense_backward_kernel": 450,
     },
     128: SPILLS[128]
     | {
         "hopper.leaf.leaf_forward_kernel": 115,
+        "hopper.leaf_group.leaf_backward_group_kernel": 520,
         "hopper.dense_backward.dense_backward_kernel": 1020,
     },
 }
@@ -175,6 +181,18 @@ def test_gates_and_float16_on_hopper(dim: int) -> None:
     between = [x for x in found if x["kernel"].startswith(("hopper.", "dense_kernels."))]
     assert sum(x["kernel"] == "hopper.dense_backward.dense_backward_kernel" for x in between) == 3
     check(between, GATED_SPILLS[dim])
+
+
+@for_hopper
+@pytest.mark.parametrize("dim", [64, 128])
+def test_groups_on_hopper(dim: int) -> None:
+    grouped = {"backend": "hopper", "dim": dim, "group": 4}
+    found = compiled(grouped, {**grouped, "group": 8, "packed": True}, {**grouped, "gated": True})
+    leaves = [x for x in found if "leaf_backward" in x["kernel"]]
+    assert [x["kernel"] for x in leaves] == 3 * ["hopper.leaf_group.leaf_backward_group_kernel"]
+    check(leaves, GATED_SPILLS[dim])
+    check(leaves[:2], SPILLS[dim])
+    assert dim == 128 or all(x["shared_bytes"] <= MOST_SHARED_OF_TWO for x in leaves)
 
 
 @for_hopper

@@ -38,7 +38,7 @@ def errors(
     ends: list[int] | None = None,
     dtype: torch.dtype = torch.float32,
     least_beta: float = 0.0,
-    loss_scale: float = 1.0,
+    loss_scale: float | Tensor = 1.0,
     reflections: int = 1,
     closed: float = 0.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:

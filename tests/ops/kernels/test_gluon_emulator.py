@@ -141,6 +141,25 @@ def test_a_fence_before_what_was_stored_is_read(fenced: bool) -> None:
             launch(kernel, t_x=t_x)
 
 
+@pytest.mark.parametrize(("warps", "met"), [(4, False), (8, True), (8, False)])
+def test_warp_groups_meet_before_a_tile_is_written_that_a_product_reads(warps: int, met: bool) -> None:
+    def kernel():
+        s_x = gl.allocate_shared_memory(gl.float16, [64, 64], None)
+        s_x.store(zeros().to(gl.float16))
+        fence_async_shared()
+        product = warpgroup_mma(s_x, s_x, zeros(), is_async=True)
+        b_x = warpgroup_mma_wait(0, (product,))
+        if met:
+            gl.thread_barrier()
+        s_x.store(b_x.to(gl.float16))
+
+    if warps == 4 or met:
+        launch(kernel, num_warps=warps)
+    else:
+        with pytest.raises(AssertionError, match="before a barrier"):
+            launch(kernel, num_warps=warps)
+
+
 def test_an_access_past_the_end() -> None:
     def kernel(p_x, masked):
         o = gl.arange(0, 64, None)

@@ -48,6 +48,8 @@ CASES = {
     # Sequences of no, five, one, seven and one leaf: last leaves that are partly empty and alone in their pair.
     "packed": {"shape": (1, 730, 1, 1, 64), "ends": [0, 0, 300, 301, 700, 730, 730]},
     "packed, grouped": {"shape": (1, 460, 2, 1, 64), "ends": [0, 130, 460]},
+    "packed, group of eight": {"shape": (1, 170, 8, 1, 64), "ends": [0, 30, 170]},
+    "128, group of four": {"shape": (1, 100, 4, 1, 128)},
     "packed, 128": {"shape": (1, 460, 1, 1, 128), "ends": [0, 135, 460]},
     "beta is 2": {"shape": (1, 330, 1, 1, 64), "least_beta": 2.0},
     "small gradients": {"shape": (1, 330, 1, 1, 64), "loss_scale": 2.0**-10},
@@ -57,7 +59,15 @@ CASES = {
 # Shapes that place gates differently.
 GATED = {
     name: {**CASES[name], "gate": True}
-    for name in ("odd number of leaves", "two leaves", "one more than eight", "grouped", "128, grouped", "packed")
+    for name in (
+        "odd number of leaves",
+        "two leaves",
+        "one more than eight",
+        "grouped",
+        "packed",
+        "packed, group of eight",
+        "128, group of four",
+    )
 }
 GATED |= {
     f"closed, {name}": {**CASES[name], "gate": True, "closed": float("-inf")}
@@ -78,6 +88,7 @@ def test_engine_equals_the_definition(hopper: dict[str, ModuleType], case: dict)
     _, length, query_heads, heads, _ = case["shape"]
     assert hopper["leaf"].leaf_forward_kernel.launches == 2  # once more in the backward pass
     assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
+    assert hopper["leaf_group"].leaf_backward_group_kernel.launches == (query_heads > heads)
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
     assert hopper["dense_backward"].dense_backward_kernel.launches == (length > 128)
 
@@ -89,8 +100,29 @@ def test_gates_equal_the_definition(hopper: dict[str, ModuleType], case: dict) -
     _, _, query_heads, heads, _ = case["shape"]
     assert hopper["leaf"].leaf_forward_kernel.launches == 2
     assert hopper["leaf"].leaf_backward_kernel.launches == (query_heads == heads)
+    assert hopper["leaf_group"].leaf_backward_group_kernel.launches == (query_heads > heads)
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
     assert hopper["dense_backward"].dense_backward_kernel.launches == (case["shape"][1] > 128)
+
+
+# A group's gradients are summed in one unit, that of the largest: the others keep their bits only beside it. Without
+# other spans, whose gradients share a factor.
+@pytest.mark.usefixtures("as_for_bfloat16")
+@pytest.mark.parametrize("exponents", [(-12, 0, 8), (8, -12, 0)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_heads_of_a_group_differ_in_scale(hopper: dict[str, ModuleType], dim: int, exponents: tuple[int, ...]) -> None:
+    scales = 2.0 ** torch.tensor(exponents)[:, None]
+    results = list(
+        errors("hopper", (1, 110, 3, 1, dim), ends=[0, 64, 110], gate=True, dtype=torch.float16, loss_scale=scales)
+    )
+    assert hopper["leaf_group"].leaf_backward_group_kernel.launches == 1
+    for x, y in results:
+        assert (x.double() - y).norm() <= 1.7e-3 * y.norm()
+    # Gradients of a head's queries are rounded in the largest unit until then: those before it is raised are exact.
+    d_q, expected = results[1]
+    for i in range(3):
+        if exponents[i] >= max(exponents[:i], default=-12):
+            assert (d_q[:, :, i].double() - expected[:, :, i]).norm() <= 1.7e-3 * expected[:, :, i].norm()
 
 
 @pytest.mark.parametrize("name", ["odd number of leaves", "128, grouped"])

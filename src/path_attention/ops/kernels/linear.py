@@ -494,12 +494,18 @@ def leaves_backward(
         "H": inputs.heads,
         **table.arguments,
     }
+    dim = inputs.q.shape[2]
     if inputs.leaves == "hopper" and inputs.group == 1:
         from path_attention.ops.kernels.hopper import leaf as hopper_leaf
 
-        dim = inputs.q.shape[2]
         hopper_leaf.leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
             **arguments, D=dim, **hopper_leaf.backward_options()
+        )
+    elif inputs.leaves == "hopper":
+        from path_attention.ops.kernels.hopper import leaf_group
+
+        leaf_group.leaf_backward_group_kernel[(table.num_leaves * inputs.heads,)](
+            **arguments, GROUP=inputs.group, D=dim, **leaf_group.backward_options(dim)
         )
     else:
         leaf_backward_kernel[(table.num_leaves * inputs.heads,)](

@@ -64,42 +64,52 @@ def _operand(b_x):
 
 
 @gluon.jit
-def _load(p_x, i_row, s_rows, row_stride):
-    """Rows i_row .. i_row + s_rows of 64 columns, zeros past them."""
-    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))[:, None]
-    o_column = gl.arange(0, 64, gl.SliceLayout(0, MEMORY))[None, :]
+def load_tile(p_x, i_row, s_rows, row_stride, COLUMNS: gl.constexpr = 64, LAYOUT: gl.constexpr = MEMORY):
+    """Rows i_row .. i_row + s_rows, zeros past them."""
+    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, LAYOUT))[:, None]
+    o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))[None, :]
     p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
     return gl.load(p, mask=o_row < s_rows, other=0.0)
 
 
 @gluon.jit
-def _write(p_x, s_x, i_row, s_rows, row_stride):
+def write_tile(p_x, s_x, i_row, s_rows, row_stride, COLUMNS: gl.constexpr = 64, LAYOUT: gl.constexpr = MEMORY):
     """A tile of shared memory to rows i_row .. i_row + s_rows."""
-    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))[:, None]
-    o_column = gl.arange(0, 64, gl.SliceLayout(0, MEMORY))[None, :]
+    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, LAYOUT))[:, None]
+    o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))[None, :]
     p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
-    gl.store(p, s_x.load(MEMORY), mask=o_row < s_rows)
+    gl.store(p, s_x.load(LAYOUT), mask=o_row < s_rows)
 
 
 @gluon.jit
-def _store(p_x, b_x, s_free, i_row, s_rows, row_stride):
+def store_tile(
+    p_x,
+    b_x,
+    s_free,
+    i_row,
+    s_rows,
+    row_stride,
+    COLUMNS: gl.constexpr = 64,
+    FROM: gl.constexpr = ACC,
+    LAYOUT: gl.constexpr = MEMORY,
+):
     """An accumulator to rows i_row .. i_row + s_rows, in the type of p_x. A thread's 8 bytes of a row make whole
     sectors of memory with its neighbours'; its 4 bytes in half precision do not, and go by the tile s_free if given.
     """
     dtype: gl.constexpr = p_x.dtype.element_ty
     if dtype == gl.float32 or s_free is None:
-        o_row = gl.arange(0, LEAF, ROW)[:, None]
-        o_column = gl.arange(0, 64, COLUMN)[None, :]
+        o_row = gl.arange(0, LEAF, gl.SliceLayout(1, FROM))[:, None]
+        o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, FROM))[None, :]
         p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
         gl.store(p, b_x.to(dtype), mask=o_row < s_rows)
     else:
-        s_tile = s_free._reinterpret(dtype, [LEAF, 64], TILE)
+        s_tile = s_free._reinterpret(dtype, [LEAF, COLUMNS], TILE)
         s_tile.store(b_x.to(dtype))
-        _write(p_x, s_tile, i_row, s_rows, row_stride)
+        write_tile(p_x, s_tile, i_row, s_rows, row_stride, COLUMNS, LAYOUT)
 
 
 @gluon.jit
-def _put(s_tile, b_x):
+def put(s_tile, b_x):
     """To shared memory, for the products that follow: the barrier before them is the compiler's affair."""
     s_tile.store(b_x.to(s_tile.dtype))
     fence_async_shared()
@@ -131,7 +141,7 @@ def _unit_lower_inverse(b_n, s_n, s_x):
         o_row_block = o_row >> doubling
         o_column_block = o_column >> doubling
         pair = (o_row_block > o_column_block) & (o_row_block >> 1 == o_column_block >> 1)
-        _put(s_x, b_x)
+        put(s_x, b_x)
         b_t = warpgroup_mma(_operand(b_x), s_n, _zeros(), use_acc=False)
         b_x = warpgroup_mma(_operand(gl.where(pair, -b_t, 0.0)), s_x, b_x)
     return b_x
@@ -185,14 +195,14 @@ def leaf_forward_kernel(
     if SPLIT_W:
         s_w_rest = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     for i in gl.static_range(PARTS):
-        b_w = _load(p_w + i_head * D + i * 64, i_row, s_rows, H * D)
+        b_w = load_tile(p_w + i_head * D + i * 64, i_row, s_rows, H * D)
         b_w_rounded = b_w.to(gl.float16)
         s_w.index(i).store(b_w_rounded)
         if SPLIT_W:
             s_w_rest.index(i).store((b_w - b_w_rounded.to(gl.float32)).to(gl.float16))
-        s_k.index(i).store(_load(p_k + i_head * D + i * 64, i_row, s_rows, H * D).to(gl.float16))
+        s_k.index(i).store(load_tile(p_k + i_head * D + i * 64, i_row, s_rows, H * D).to(gl.float16))
         if GROUP == 1:
-            s_q.index(i).store(_load(p_q + i_head * D + i * 64, i_row, s_rows, HQ * D).to(gl.float16))
+            s_q.index(i).store(load_tile(p_q + i_head * D + i * 64, i_row, s_rows, HQ * D).to(gl.float16))
     fence_async_shared()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
@@ -210,19 +220,19 @@ def leaf_forward_kernel(
         if SPLIT_W:
             b_gram = warpgroup_mma(s_w_rest.index(i), s_w.index(i).permute((1, 0)), b_gram)
     b_n = gl.where(below, b_beta[:, None] * b_gram, 0.0)
-    _put(s_n, b_n)
+    put(s_n, b_n)
     b_inverse = _unit_lower_inverse(b_n, s_n, s_a)
     s_n_rest = s_u_rest.index(0)  # free until U has a rest
-    _put(s_n_rest, b_n - b_n.to(gl.float16).to(gl.float32))
+    put(s_n_rest, b_n - b_n.to(gl.float16).to(gl.float32))
     i_tile = i_leaf * H + i_head
     if p_inverse is not None:
-        _store(p_inverse, b_inverse, s_a, i_tile * LEAF, LEAF, 64)
-    _put(s_a, b_inverse * b_beta_column[None, :])
+        store_tile(p_inverse, b_inverse, s_a, i_tile * LEAF, LEAF, 64)
+    put(s_a, b_inverse * b_beta_column[None, :])
     b_inverse_operand = _operand(b_inverse)
     # U and its correction by the residual D W - T U, part by part.
     for i in gl.static_range(PARTS):
         b_u = warpgroup_mma(s_a, s_w.index(i), _zeros(), use_acc=False)
-        _put(s_u.index(i), b_u)
+        put(s_u.index(i), b_u)
     for i in gl.static_range(PARTS):
         t_product = warpgroup_mma(s_n, s_u.index(i), _zeros(), use_acc=False, is_async=True)
         t_product = warpgroup_mma(s_n_rest, s_u.index(i), t_product, is_async=True)
@@ -232,12 +242,12 @@ def leaf_forward_kernel(
         b_product = warpgroup_mma_wait(0, (t_product,))
         b_residual = b_beta[:, None] * b_w - s_u.index(i).load(ACC).to(gl.float32) - b_product
         s_residual = s_u_rest.index(PARTS - 1 - i)  # n's rest lies in the first, which is the last one taken
-        _put(s_residual, b_residual)
+        put(s_residual, b_residual)
         b_u_rest = warpgroup_mma(b_inverse_operand, s_residual, _zeros(), use_acc=False)
         if PARTS == 1:
-            _put(s_u_rest.index(0), b_u_rest)
+            put(s_u_rest.index(0), b_u_rest)
         else:
-            _put(s_residual, b_u_rest)
+            put(s_residual, b_u_rest)
     for i in gl.static_range(PARTS):
         for j in gl.static_range(PARTS):
             t_p = warpgroup_mma(s_w.index(i).permute((1, 0)), s_u.index(j), _zeros(), use_acc=False, is_async=True)
@@ -249,13 +259,13 @@ def leaf_forward_kernel(
                 b_p += gl.where(o_row[:, None] == o_column[None, :], 1.0, 0.0)
             b_p_rounded = b_p.to(gl.float16)
             o_node = (gl.cast(2 * i_leaf, gl.int64) * H + i_head) * D * D + j * 64
-            _store(p_node + o_node, b_p_rounded, s_n, i * 64, 64, D)
-            _store(p_node_rest + o_node, b_p - b_p_rounded.to(gl.float32), s_n, i * 64, 64, D)
+            store_tile(p_node + o_node, b_p_rounded, s_n, i * 64, 64, D)
+            store_tile(p_node_rest + o_node, b_p - b_p_rounded.to(gl.float32), s_n, i * 64, 64, D)
     for i in gl.static_range(PARTS):
         b_u = s_u.index(i).load(ACC).to(gl.float32) + s_u_rest.index(PARTS - 1 - i).load(ACC).to(gl.float32)
-        _put(s_u.index(i), b_u)
+        put(s_u.index(i), b_u)
         if p_u is not None:
-            _write(p_u + i * 64, s_u.index(i), i_tile * LEAF, LEAF, D)
+            write_tile(p_u + i * 64, s_u.index(i), i_tile * LEAF, LEAF, D)
     # Keys.
     b_z = _zeros()
     for i in gl.static_range(PARTS):
@@ -263,19 +273,19 @@ def leaf_forward_kernel(
     b_z = gl.where(o_row[:, None] < o_column[None, :], b_z, 0.0)
     b_y = warpgroup_mma(_operand(b_z), s_a.permute((1, 0)), _zeros(), use_acc=False)
     s_y = s_n
-    _put(s_y, b_y)
+    put(s_y, b_y)
     if p_y is not None:
-        _write(p_y, s_y, i_tile * LEAF, LEAF, 64)
+        write_tile(p_y, s_y, i_tile * LEAF, LEAF, 64)
     b_y_operand = _operand(-b_y)
     for i in gl.static_range(PARTS):
         b_k_right = warpgroup_mma(b_y_operand, s_w.index(i), s_k.index(i).load(ACC).to(gl.float32))
-        _store(p_k_right + i_head * D + i * 64, b_k_right, s_a, i_leaf * LEAF, LEAF, H * D)
+        store_tile(p_k_right + i_head * D + i * 64, b_k_right, s_a, i_leaf * LEAF, LEAF, H * D)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
         if GROUP > 1:
             for i in gl.static_range(PARTS):
-                b_q = _load(p_q + i_query_head * D + i * 64, i_row, s_rows, HQ * D)
-                _put(s_q.index(i), b_q)
+                b_q = load_tile(p_q + i_query_head * D + i * 64, i_row, s_rows, HQ * D)
+                put(s_q.index(i), b_q)
         t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
         if PARTS == 2:
             t_x = warpgroup_mma(s_q.index(1), s_w.index(1).permute((1, 0)), t_x, is_async=True)
@@ -283,7 +293,7 @@ def leaf_forward_kernel(
         b_x_operand = _operand(gl.where(o_row[:, None] >= o_column[None, :], -b_x, 0.0))
         for i in gl.static_range(PARTS):
             b_q_left = warpgroup_mma(b_x_operand, s_u.index(i), s_q.index(i).load(ACC).to(gl.float32))
-            _store(p_q_left + i_query_head * D + i * 64, b_q_left * scale, s_a, i_leaf * LEAF, LEAF, HQ * D)
+            store_tile(p_q_left + i_query_head * D + i * 64, b_q_left * scale, s_a, i_leaf * LEAF, LEAF, HQ * D)
         p_row = gl.cast(i_row, gl.int64) * HQ + i_query_head
         if p_g is not None:
             b_g = gl.load(p_g + p_row + o_row * HQ, mask=o_row < s_rows, other=0.0).to(gl.float32)
@@ -305,14 +315,14 @@ def leaf_forward_kernel(
             b_inverse_sum = 1.0 / b_sum
             for i in gl.static_range(PARTS):
                 s_v = s_u_rest.index(i)._reinterpret(p_v.dtype.element_ty, [LEAF, 64], TILE)
-                _put(s_v, _load(p_v + i_head * D + i * 64, i_row, s_rows, H * D))
+                put(s_v, load_tile(p_v + i_head * D + i * 64, i_row, s_rows, H * D))
                 b_out = warpgroup_mma(b_weights, s_v, _zeros(), use_acc=False) * b_inverse_sum[:, None]
-                _store(p_out + i_query_head * D + i * 64, b_out, s_a, i_row, s_rows, HQ * D)
+                store_tile(p_out + i_query_head * D + i * 64, b_out, s_a, i_row, s_rows, HQ * D)
             gl.store(p_log_sum_exp + p_row + o_row * HQ, (b_max + gl.log2(b_sum)) / LOG2_E, mask=o_row < s_rows)
 
 
 @gluon.jit
-def _power_of_two(s_x):
+def power_of_two(s_x):
     """(p, 1 / p) for the largest power of two p that s_x > 0 reaches: power_of_two of tiles.py."""
     s_bits = s_x.to(gl.int32, bitcast=True) & 0x7F800000
     s_bits = gl.minimum(s_bits, 253 << 23)
@@ -328,13 +338,13 @@ def _largest(b_x):
 def _load_normalised(p_x, s_x, i_row, s_rows, row_stride, PARTS: gl.constexpr):
     """Rows as x / p to shared memory, for the power of two p of them all; returns p and 1 / p."""
     if PARTS == 1:
-        b_x = _load(p_x, i_row, s_rows, row_stride).to(gl.float32)
-        s_power, s_inverse = _power_of_two(_largest(b_x))
+        b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
+        s_power, s_inverse = power_of_two(_largest(b_x))
         s_x.index(0).store((b_x * s_inverse).to(gl.float16))
     else:
-        b_x = _load(p_x, i_row, s_rows, row_stride).to(gl.float32)
-        b_more = _load(p_x + 64, i_row, s_rows, row_stride).to(gl.float32)
-        s_power, s_inverse = _power_of_two(gl.maximum(_largest(b_x), _largest(b_more)))
+        b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
+        b_more = load_tile(p_x + 64, i_row, s_rows, row_stride).to(gl.float32)
+        s_power, s_inverse = power_of_two(gl.maximum(_largest(b_x), _largest(b_more)))
         s_x.index(0).store((b_x * s_inverse).to(gl.float16))
         s_x.index(1).store((b_more * s_inverse).to(gl.float16))
     return s_power, s_inverse
@@ -422,11 +432,11 @@ def leaf_backward_kernel(
     b_delta = gl.load(p_delta + p_number + o_row * H, mask=m_row, other=0.0)
     s_k_power, s_k_inverse = _load_normalised(p_k, s_k, i_row, s_rows, stride, PARTS)
     s_q_power, s_q_inverse = _load_normalised(p_q, s_q, i_row, s_rows, stride, PARTS)
-    s_y.store((_load(p_y, i_tile * LEAF, LEAF, 64).to(gl.float32) * s_k_inverse).to(gl.float16))
+    s_y.store((load_tile(p_y, i_tile * LEAF, LEAF, 64).to(gl.float32) * s_k_inverse).to(gl.float16))
     for i in gl.static_range(PARTS):
-        s_w.index(i).store(_load(p_w + i * 64, i_row, s_rows, stride).to(gl.float16))
-        s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(_load(p_v + i * 64, i_row, s_rows, stride))
-        s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(_load(p_d_out + i * 64, i_row, s_rows, stride))
+        s_w.index(i).store(load_tile(p_w + i * 64, i_row, s_rows, stride).to(gl.float16))
+        s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_v + i * 64, i_row, s_rows, stride))
+        s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_d_out + i * 64, i_row, s_rows, stride))
     fence_async_shared()
     # The leaf's own attention again.
     t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
@@ -437,7 +447,7 @@ def leaf_backward_kernel(
         t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
     b_x, b_s = warpgroup_mma_wait(0, (t_x, t_s))
     b_x = gl.where(causal, b_x, 0.0)
-    _put(s_x, b_x)
+    put(s_x, b_x)
     b_s = warpgroup_mma(_operand(-b_x), s_y.permute((1, 0)), b_s)
     b_s *= s_q_power * s_k_power * scale * LOG2_E
     if p_g is not None:
@@ -445,7 +455,7 @@ def leaf_backward_kernel(
     b_p = gl.exp2(b_s - b_shift[:, None])
     b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
     s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
-    _put(s_weights, b_p)
+    put(s_weights, b_p)
     b_dp = _zeros()
     s_inverse_factor = 1.0 / gl.load(p_factor)
     for i in gl.static_range(PARTS):
@@ -456,7 +466,7 @@ def leaf_backward_kernel(
         b_dv = gl.load(p_part + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
         b_dv = b_dv.to(gl.float32) * s_inverse_factor
         b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_part, b_dv)
-        _store(p_d_v + i * 64, b_dv, s_ds, i_row, s_rows, stride)
+        store_tile(p_d_v + i * 64, b_dv, s_ds, i_row, s_rows, stride)
     b_ds = b_p * (b_dp - b_delta[:, None])
     if p_g is not None:
         b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)
@@ -469,29 +479,29 @@ def leaf_backward_kernel(
     if has_right:
         s_dk_power = gl.load(p_d_k_right_power + i_tile) * s_k_power
         s_dp_power = gl.load(p_d_node_power + i_node)
-    s_ds_power, _inverse = _power_of_two(_largest(b_ds))
+    s_ds_power, _inverse = power_of_two(_largest(b_ds))
     s_ds_scale = s_q_power * s_k_power * scale
     s_unit = gl.maximum(gl.maximum(s_ds_power * s_ds_scale, s_dq_power), gl.maximum(s_dk_power, s_dp_power))
     s_gradient = HEADROOM / gl.maximum(s_unit, 2.0**-100)
     b_ds = b_ds * (s_ds_scale * s_gradient)
     for i in gl.static_range(PARTS):
-        s_v.index(i).store(_load(p_u + i * 64, i_tile * LEAF, LEAF, D))
-        b_dq_left = _load(p_d_q_left + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
+        s_v.index(i).store(load_tile(p_u + i * 64, i_tile * LEAF, LEAF, D))
+        b_dq_left = load_tile(p_d_q_left + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
         s_do.index(i).store((b_dq_left * (s_dq_power * s_gradient)).to(gl.float16))
-    _put(s_ds, b_ds)
+    put(s_ds, b_ds)
     b_ds_operand = _operand(b_ds)
     t_dx = warpgroup_mma(b_ds_operand, s_y, _zeros(), use_acc=False, is_async=True)
     for i in gl.static_range(PARTS):
         t_dx = warpgroup_mma(s_do.index(i), s_v.index(i).permute((1, 0)), t_dx, is_async=True)
     b_dx, b_ds_operand = warpgroup_mma_wait(0, (t_dx, b_ds_operand))
     b_dx = gl.where(causal, b_dx, 0.0)
-    _put(s_dx, b_dx)
+    put(s_dx, b_dx)
     b_dx_operand = _operand(-b_dx)
     for i in gl.static_range(PARTS):
         t_dq = warpgroup_mma(b_ds_operand, s_k.index(i), s_do.index(i).load(ACC).to(gl.float32), is_async=True)
         t_dq = warpgroup_mma(b_dx_operand, s_w.index(i), t_dq, is_async=True)
         b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
-        _store(p_d_q + i * 64, b_dq * (s_q_inverse / s_gradient), None, i_row, s_rows, stride)
+        store_tile(p_d_q + i * 64, b_dq * (s_q_inverse / s_gradient), None, i_row, s_rows, stride)
     t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
     t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
     t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False, is_async=True)
@@ -504,11 +514,11 @@ def leaf_backward_kernel(
         b_dk_more, b_dw_more, b_du_more = warpgroup_mma_wait(0, (t_dk, t_dw, t_du))
     if has_right:
         for i in gl.static_range(PARTS):
-            b_dk_right = _load(p_d_k_right + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
+            b_dk_right = load_tile(p_d_k_right + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
             s_q.index(i).store((b_dk_right * (s_dk_power * s_gradient)).to(gl.float16))
         p_matrix = p_d_node + gl.cast(i_node, gl.int64) * (D * D)
         s_dp_scale = s_dp_power * s_gradient
-        _put(s_dx, _load(p_matrix, 0, 64, D).to(gl.float32) * s_dp_scale)
+        put(s_dx, load_tile(p_matrix, 0, 64, D).to(gl.float32) * s_dp_scale)
         for i in gl.static_range(PARTS):
             b_dy = warpgroup_mma(s_q.index(i), s_w.index(i).permute((1, 0)), b_dy)
         b_dk += s_q.index(0).load(ACC).to(gl.float32)
@@ -518,13 +528,13 @@ def leaf_backward_kernel(
         if PARTS == 2:
             b_dk_more += s_q.index(1).load(ACC).to(gl.float32)
             b_dw_more = warpgroup_mma(s_y.permute((1, 0)), s_q.index(1), b_dw_more)
-            _put(s_dx, _load(p_matrix + 64, 0, 64, D).to(gl.float32) * s_dp_scale)
+            put(s_dx, load_tile(p_matrix + 64, 0, 64, D).to(gl.float32) * s_dp_scale)
             b_du_more = warpgroup_mma(s_w.index(0), s_dx, b_du_more)
             b_dw = warpgroup_mma(s_v.index(1), s_dx.permute((1, 0)), b_dw)
-            _put(s_dx, _load(p_matrix, 64, 64, D).to(gl.float32) * s_dp_scale)
+            put(s_dx, load_tile(p_matrix, 64, 64, D).to(gl.float32) * s_dp_scale)
             b_du = warpgroup_mma(s_w.index(1), s_dx, b_du)
             b_dw_more = warpgroup_mma(s_v.index(0), s_dx.permute((1, 0)), b_dw_more)
-            _put(s_dx, _load(p_matrix + 64, 64, 64, D).to(gl.float32) * s_dp_scale)
+            put(s_dx, load_tile(p_matrix + 64, 64, 64, D).to(gl.float32) * s_dp_scale)
             b_du_more = warpgroup_mma(s_w.index(1), s_dx, b_du_more)
             b_dw_more = warpgroup_mma(s_v.index(1), s_dx.permute((1, 0)), b_dw_more)
     # Sums that wait for the rest, rounded as operands are.
@@ -533,12 +543,12 @@ def leaf_backward_kernel(
     if PARTS == 2:
         s_q.index(1).store(b_dk_more.to(gl.float16))
     # E = T^-T dU, F = T^-T dY; dT from both.
-    s_x.store(_load(p_inverse, i_tile * LEAF, LEAF, 64))
-    _put(s_do.index(0), b_du)
+    s_x.store(load_tile(p_inverse, i_tile * LEAF, LEAF, 64))
+    put(s_do.index(0), b_du)
     if PARTS == 2:
-        _put(s_do.index(1), b_du_more)
+        put(s_do.index(1), b_du_more)
     b_f = warpgroup_mma(_operand(b_dy), s_x, _zeros(), use_acc=False)
-    _put(s_ds, b_f)
+    put(s_ds, b_f)
     b_dt = warpgroup_mma(s_ds.permute((1, 0)), s_y, _zeros(), use_acc=False)
     b_e = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False)
     b_dt = warpgroup_mma(_operand(b_e), s_v.index(0).permute((1, 0)), b_dt)
@@ -548,28 +558,28 @@ def leaf_backward_kernel(
     b_dt = gl.where(o_row[:, None] > o_column[None, :], b_dt, 0.0)
     b_f = gl.where(o_row[:, None] < o_column[None, :], b_f, 0.0)
     s_f = s_do.index(0)
-    _put(s_f, b_f)
+    put(s_f, b_f)
     b_dt_operand = _operand(-b_dt)
     p_leaf_beta = p_beta + p_number
     b_beta = gl.load(p_leaf_beta + o_row * H, mask=m_row, other=0.0).to(gl.float32)
     b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
-    _put(s_ds, -b_dt * b_beta[:, None])
+    put(s_ds, -b_dt * b_beta[:, None])
     b_f_operand = _operand(-b_f * b_beta_column[None, :])
     b_e = warpgroup_mma(s_f.permute((1, 0)), s_k.index(0), b_e)
     b_e = warpgroup_mma(b_dt_operand, s_w.index(0), b_e)
     b_d_beta = gl.sum(b_e * s_w.index(0).load(ACC).to(gl.float32), 1)
     b_dw = s_dx.load(ACC).to(gl.float32) + b_beta[:, None] * b_e
     b_dw = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(0), b_dw)
-    _store(p_d_w, b_dw * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
+    store_tile(p_d_w, b_dw * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
     b_dk = warpgroup_mma(b_f_operand, s_w.index(0), s_q.index(0).load(ACC).to(gl.float32))
-    _store(p_d_k, b_dk * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
+    store_tile(p_d_k, b_dk * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
     if PARTS == 2:
         b_e_more = warpgroup_mma(s_f.permute((1, 0)), s_k.index(1), b_e_more)
         b_e_more = warpgroup_mma(b_dt_operand, s_w.index(1), b_e_more)
         b_d_beta += gl.sum(b_e_more * s_w.index(1).load(ACC).to(gl.float32), 1)
         b_dw_more += b_beta[:, None] * b_e_more
         b_dw_more = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(1), b_dw_more)
-        _store(p_d_w + 64, b_dw_more * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
+        store_tile(p_d_w + 64, b_dw_more * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
         b_dk_more = warpgroup_mma(b_f_operand, s_w.index(1), s_q.index(1).load(ACC).to(gl.float32))
-        _store(p_d_k + 64, b_dk_more * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
+        store_tile(p_d_k + 64, b_dk_more * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
     gl.store(p_d_beta + p_number + o_row * H, b_d_beta * (-1.0 / s_gradient), mask=m_row)
