@@ -149,10 +149,11 @@ def _weigh(
     t_dv = warpgroup_mma(b_weights, s_do, b_dv, is_async=True)
     b_dp = warpgroup_mma_wait(1, (t_dp,))
     b_delta = s_delta.load(S)
-    b_ds = b_p * (b_dp - b_delta)
+    b_ds = (b_p * (b_dp - b_delta)).to(s_q.dtype)
     if GATED:
-        b_column += gl.sum(b_ds, 1)
-    b_ds = b_ds.to(s_q.dtype)
+        # Of what the other sums are of, rounded: a gate's gradient is the sum of all differences from its token on, and
+        # half of every rounding would add up along the sequence.
+        b_column += gl.sum(b_ds.to(gl.float32), 1)
     s_ds.store(b_ds)
     return t_dv, b_weights, gl.convert_layout(b_ds, gl.DotOperandLayout(0, K, 2)), b_column
 
