@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from path_attention.reproduction.lean import Evaluation, LeanTraining
+from path_attention.reproduction.lean import Evaluation, LeanTraining, _tensor_float_32
 from path_attention.tasks import IGNORED
 from path_attention.training import Recipe, load_recipe, recipe_from_mapping
 from path_attention.training.recipe import override
@@ -138,3 +138,20 @@ def test_sequences_are_the_same_on_the_gpu() -> None:
         cpu = one.task.generate(3, torch.arange(20), split)
         gpu = one.task.generate(3, torch.arange(20, device="cuda"), split)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, gpu, strict=True))
+
+
+def test_the_precision_of_products_is_given_back() -> None:
+    def diverges() -> None:
+        with _tensor_float_32():
+            assert torch.get_float32_matmul_precision() == "high"
+            raise TrainingDiverged("loss is nan")
+
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(TrainingDiverged):
+        diverges()
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_float32_recipes_keep_float32_products() -> None:
+    with LeanTraining(recipe("training.precision=float32"), CPU)._products():
+        assert torch.get_float32_matmul_precision() == "highest"

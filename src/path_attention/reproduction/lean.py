@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,11 @@ class LeanTraining:
         enabled = self.settings.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
+    def _products(self) -> Any:
+        """Float32 products, those of the head, from tensor-float-32 operands where autocast rounds all others more."""
+        rounds = self.device.type == "cuda" and self.settings.precision == "bfloat16"
+        return _tensor_float_32() if rounds else nullcontext()
+
     def hidden(self, input_ids: Tensor) -> Tensor:
         with self.autocast():
             return self.model.model(input_ids=input_ids).last_hidden_state
@@ -119,8 +125,9 @@ class LeanTraining:
         """One optimiser step; everything in it, the learning rate and the step's number included, is on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         ids, labels = (x.index_select(0, self.cursor).squeeze(0) for x in (self.ids, self.labels))
-        loss = self._loss(self.hidden(ids), labels)
-        loss.backward()
+        with self._products():
+            loss = self._loss(self.hidden(ids), labels)
+            loss.backward()
         if self.settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         rate = self.rates.index_select(0, self.number).squeeze(0)
@@ -203,6 +210,16 @@ class LeanTraining:
             self.stopped, self.curve = state["stopped"], state["curve"]
             self.losses[: self.step] = state["losses"]
             self.number.fill_(self.step)
+
+
+@contextmanager
+def _tensor_float_32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:

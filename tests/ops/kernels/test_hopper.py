@@ -105,8 +105,8 @@ def test_gates_equal_the_definition(hopper: dict[str, ModuleType], case: dict) -
     assert hopper["dense_backward"].dense_backward_kernel.launches == (case["shape"][1] > 128)
 
 
-# There is nothing before the first token for its gate to come between: its gradient, the sum of all rows' sums of dS less
-# all columns', is zero if both are of the same dS. What one dS is rounded beside the other adds up token by token.
+# There is nothing before the first token for its gate to come between: its gradient, the sum of all rows' sums of dS
+# less all columns', is zero if both are of the same dS. What one dS is rounded beside the other adds up token by token.
 @pytest.mark.usefixtures("as_for_bfloat16")
 @pytest.mark.parametrize("dim", [64, 128])
 def test_rows_and_columns_have_the_same_sum(hopper: dict[str, ModuleType], dim: int) -> None:
