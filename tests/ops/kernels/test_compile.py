@@ -128,9 +128,13 @@ def test_portable_kernels(dim: int) -> None:
     check(found, SPILLS[dim])
 
 
-def test_kernels_are_compiled_once_for_all_lengths() -> None:
-    """Of as many levels: a training on texts of every length would else wait for the compiler again and again."""
-    found = compiled(*({"backend": "triton", "dim": 16, "gated": True, "length": n} for n in (1024, 715, 960)))
+def test_kernels_are_compiled_once_for_all_lengths_and_heads() -> None:
+    """Of as many levels: a training on texts of every length would else wait for the compiler again and again, and so
+    would calls that are cut along their heads.
+    """
+    shapes = ((1024, 128), (715, 128), (960, 3), (1024, 1))
+    call = {"backend": "triton", "dim": 16, "gated": True}
+    found = compiled(*({**call, "length": length, "heads": heads} for length, heads in shapes))
     # Two of some: leaf_forward in both passes, tree kernels for three levels and for fewer.
     assert max(Counter(x["kernel"] for x in found).values()) == 2
 

@@ -171,7 +171,7 @@ def dense_forward(
         KEYS=launch.tile,
         STAGES=launch.num_stages,
         PIECE=launch.piece,
-        SECTION=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
+        s_section=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
         num_warps=launch.num_warps,
         num_stages=1,
     )
@@ -213,7 +213,7 @@ def dense_backward_queries(
         KEYS=launch.tile,
         STAGES=launch.num_stages,
         PIECE=launch.piece,
-        SECTION=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
+        s_section=heads_of_a_section(table, query_heads // key_rows.shape[3], dim, value_dim, values.element_size()),
         num_warps=launch.num_warps,
         num_stages=1,
     )
@@ -258,7 +258,7 @@ def dense_backward_keys(
         QUERIES=launch.tile,
         STAGES=launch.num_stages,
         PIECE=launch.piece,
-        SECTION=heads_of_a_section(table, 1, dim, value_dim, values.element_size() * query_heads // heads),
+        s_section=heads_of_a_section(table, 1, dim, value_dim, values.element_size() * query_heads // heads),
         num_warps=launch.num_warps,
         num_stages=1,
     )

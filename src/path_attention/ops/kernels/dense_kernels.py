@@ -45,13 +45,13 @@ def _dot(b_a, b_b, b_c=None):
 
 
 @triton.jit
-def _leaf_and_head(num_leaves, num_heads, SECTION: tl.constexpr):
-    """Programs in sections of SECTION heads, whose keys and values fit the L2 cache; leaf by leaf within a section."""
+def _leaf_and_head(num_leaves, num_heads, s_section):
+    """Programs in sections of heads whose keys and values fit the L2 cache; leaf by leaf within a section."""
     i = tl.program_id(0)
-    i_section = i // (SECTION * num_leaves)
-    s_heads = tl.minimum(SECTION, num_heads - i_section * SECTION)
-    i -= i_section * SECTION * num_leaves
-    return i // s_heads, i_section * SECTION + i % s_heads
+    i_section = i // (s_section * num_leaves)
+    s_heads = tl.minimum(s_section, num_heads - i_section * s_section)
+    i -= i_section * s_section * num_leaves
+    return i // s_heads, i_section * s_section + i % s_heads
 
 
 @triton.jit
@@ -253,19 +253,19 @@ def dense_forward_kernel(
     query_slots,
     key_slots,
     H,
+    s_section,  # heads whose keys and values fit the L2 cache
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     LEAVES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
-    SECTION: tl.constexpr,
     PIECE: tl.constexpr = None,
 ):
     """Rows of LEAVES leaves and one query head: the leaves' own softmax goes on over all their left siblings."""
     ROWS: tl.constexpr = LEAVES * LEAF
     HQ = H * GROUP
-    i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, SECTION)
+    i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, s_section)
     i_leaf = num_leaves - 1 - i_turn  # the last leaves have the most keys: they come first
     i_row, s_rows, i_index, s_count, i_query_base, i_key_base = _place_of_leaves(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES
@@ -410,19 +410,19 @@ def dense_backward_queries_kernel(
     query_slots,
     key_slots,
     H,
+    s_section,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     LEAVES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
-    SECTION: tl.constexpr,
     PIECE: tl.constexpr = None,
 ):
     """Gradients of the queries of LEAVES leaves and one query head, at every level that they stand at."""
     ROWS: tl.constexpr = LEAVES * LEAF
     HQ = H * GROUP
-    i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, SECTION)
+    i_turn, i_query_head = _leaf_and_head(num_leaves, HQ, s_section)
     i_leaf = num_leaves - 1 - i_turn  # the last leaves have the most keys: they come first
     i_row, s_rows, i_index, s_count, i_query_base, i_key_base = _place_of_leaves(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES
@@ -706,18 +706,18 @@ def dense_backward_keys_kernel(
     query_slots,
     key_slots,
     H,
+    s_section,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     LEAVES: tl.constexpr,
     STAGES: tl.constexpr,
-    SECTION: tl.constexpr,
     QUERIES: tl.constexpr = LEAF,  # of a tile, in pieces
     PIECE: tl.constexpr = None,
 ):
     """Gradients of the keys of LEAVES leaves and one key head at every level that they stand at, and of the values."""
     KEYS: tl.constexpr = LEAVES * LEAF
-    i_leaf, i_head = _leaf_and_head(num_leaves, H, SECTION)  # the first leaves, with the most queries, come first
+    i_leaf, i_head = _leaf_and_head(num_leaves, H, s_section)  # the first leaves, with the most queries, come first
     i_row, s_own, i_index, s_count, i_query_base, i_key_base = _place_of_leaves(
         i_leaf, p_table, table_leaves, table_length, table_queries, table_keys, LEAVES
     )

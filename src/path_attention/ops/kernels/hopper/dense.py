@@ -146,7 +146,7 @@ def dense_forward(
         STAGES=options.stages,
         REGISTERS=options.registers,
         TURNS=options.turns,
-        SECTION=heads_of_a_section(table, query_heads // heads, dim, dim, values.element_size()),
+        s_section=heads_of_a_section(table, query_heads // heads, dim, dim, values.element_size()),
         num_warps=4,
     )
 
@@ -278,6 +278,6 @@ def _upper_levels_backward(
         HELD=options.held and gate_rows is None,
         STAGES=options.backward_stages,
         REGISTERS=options.registers,
-        SECTION=heads_of_a_section(table, 1, dim, dim, values.element_size() * query_heads // heads),
+        s_section=heads_of_a_section(table, 1, dim, dim, values.element_size() * query_heads // heads),
         num_warps=4,
     )

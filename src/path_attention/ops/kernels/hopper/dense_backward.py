@@ -335,6 +335,7 @@ def dense_backward_kernel(
     key_slots,
     row_slots,
     H,
+    s_section,
     GROUP: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,  # of a tile's rows whose logits are held at a time
@@ -343,15 +344,14 @@ def dense_backward_kernel(
     DV: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
-    SECTION: gl.constexpr,
 ):
     """Levels from 1 on of one pair of leaves as keys, and one key head with its query heads."""
     i = gl.program_id(0)
-    i_section = i // (SECTION * num_turns)
-    s_heads = gl.minimum(SECTION, num_groups - i_section * SECTION)
-    i -= i_section * SECTION * num_turns
+    i_section = i // (s_section * num_turns)
+    s_heads = gl.minimum(s_section, num_groups - i_section * s_section)
+    i -= i_section * s_section * num_turns
     i_turn = i // s_heads
-    i_head_of_all = i_section * SECTION + i % s_heads
+    i_head_of_all = i_section * s_section + i % s_heads
     i_sequence = i_head_of_all // H
     i_head = i_head_of_all - i_sequence * H
     i_row, i_index, s_count, i_query_base, i_key_base, i_row_base = place_of_keys(

@@ -308,7 +308,7 @@ def _consume(
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
 
 
-@gluon.jit(do_not_specialize=COUNTS)
+@gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
 def dense_forward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
@@ -328,21 +328,21 @@ def dense_forward_kernel(
     query_slots,
     key_slots,
     HQ,
+    s_section,  # heads whose keys and values fit the L2 cache: their programs run side by side
     GROUP: gl.constexpr,
     D: gl.constexpr,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     TURNS: gl.constexpr,
-    SECTION: gl.constexpr,  # heads whose keys and values fit the L2 cache: their programs run side by side
 ):
     """All levels of one pair of leaves and one query head."""
     i = gl.program_id(0)
-    i_section = i // (SECTION * num_turns)
-    s_heads = gl.minimum(SECTION, num_groups - i_section * SECTION)
-    i -= i_section * SECTION * num_turns
+    i_section = i // (s_section * num_turns)
+    s_heads = gl.minimum(s_section, num_groups - i_section * s_section)
+    i -= i_section * s_section * num_turns
     i_turn = i // s_heads
-    i_head_of_all = i_section * SECTION + i % s_heads
+    i_head_of_all = i_section * s_section + i % s_heads
     i_sequence = i_head_of_all // HQ
     i_query_head = i_head_of_all - i_sequence * HQ
     i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
