@@ -14,9 +14,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E): exp2 is what the hardware has
 ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
-# Numbers that change with the lengths and the heads of a call, and programs only count with. A kernel is compiled once for all of
-# them: Triton would do it again for each that is 1 or a multiple of 16, to learn of alignments that follow from the
-# width of the rows. A single level is another kernel, without loops.
+# Numbers that change with the lengths and heads of a call, and programs only count with. A kernel is compiled once for
+# all of them: Triton would do it again for each that is 1 or a multiple of 16, to learn of alignments that follow from
+# the width of the rows. A single level is another kernel, without loops.
 COUNTS = (
     "table_leaves", "table_length", "table_queries", "table_keys", "num_leaves", "num_turns", "num_groups",
     "query_slots", "key_slots", "row_slots", "level", "first_level", "s_rows", "s_keys", "s_values",
