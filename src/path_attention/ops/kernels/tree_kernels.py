@@ -142,7 +142,17 @@ def tree_kernel(
 
 
 @triton.jit
-def _partial(p_partials, p_power, i_tile, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr):
+def _tile_of_group(i, i_first, i_head, s_heads, GROUP: tl.constexpr):
+    """Number of the i-th of the tiles from i_first on of (tiles, s_heads * GROUP): head after head of the group."""
+    return (i_first + i // GROUP) * s_heads * GROUP + i_head * GROUP + i % GROUP
+
+
+@triton.jit
+def _partial(
+    p_partials, p_power, i, i_first, i_head, s_heads, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WORK: tl.constexpr
+):  # fmt: skip
+    i_tile = _tile_of_group(i, i_first, i_head, s_heads, GROUP)
     return load_square(p_partials, i_tile, D, BLOCK_D).to(tl.float32) * load_power(p_power, i_tile, WORK)
 
 
@@ -159,11 +169,9 @@ def _sum_of_partials(
     s_whole = s_tiles // AHEAD * AHEAD
     for i in range(0, s_whole, AHEAD):
         for j in tl.static_range(AHEAD):
-            i_tile = (i_first + (i + j) // GROUP) * s_heads * GROUP + i_head * GROUP + (i + j) % GROUP
-            b_sum += _partial(p_partials, p_power, i_tile, D, BLOCK_D, WORK)
+            b_sum += _partial(p_partials, p_power, i + j, i_first, i_head, s_heads, GROUP, D, BLOCK_D, WORK)
     for i in range(s_whole, s_tiles):
-        i_tile = (i_first + i // GROUP) * s_heads * GROUP + i_head * GROUP + i % GROUP
-        b_sum += _partial(p_partials, p_power, i_tile, D, BLOCK_D, WORK)
+        b_sum += _partial(p_partials, p_power, i, i_first, i_head, s_heads, GROUP, D, BLOCK_D, WORK)
     return b_sum
 
 
@@ -174,8 +182,7 @@ def _sum_of_partial_rows(
     """_sum_of_partials of rows i_row .. i_row + ROWS of float32 tiles."""
     b_sum = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in range(s_count * GROUP):
-        i_tile = (i_first + i // GROUP) * s_heads * GROUP + i_head * GROUP + i % GROUP
-        b_sum += _rows_of(p_partials, i_tile, i_row, D, BLOCK_D)
+        b_sum += _rows_of(p_partials, _tile_of_group(i, i_first, i_head, s_heads, GROUP), i_row, D, BLOCK_D)
     return b_sum
 
 

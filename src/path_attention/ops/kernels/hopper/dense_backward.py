@@ -27,7 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E, PAIR, _advance, gates_of_head, within
+from path_attention.ops.kernels.hopper.dense_forward import (
+    LEAF,
+    LOG2_E,
+    PAIR,
+    _advance,
+    gates_of_head,
+    turn_and_head,
+    within,
+)
 from path_attention.ops.kernels.tiles import COUNTS
 
 
@@ -346,14 +354,7 @@ def dense_backward_kernel(
     REGISTERS: gl.constexpr,
 ):
     """Levels from 1 on of one pair of leaves as keys, and one key head with its query heads."""
-    i = gl.program_id(0)
-    i_section = i // (s_section * num_turns)
-    s_heads = gl.minimum(s_section, num_groups - i_section * s_section)
-    i -= i_section * s_section * num_turns
-    i_turn = i // s_heads
-    i_head_of_all = i_section * s_section + i % s_heads
-    i_sequence = i_head_of_all // H
-    i_head = i_head_of_all - i_sequence * H
+    i_turn, i_sequence, i_head = turn_and_head(num_turns, num_groups, H, s_section)
     i_row, i_index, s_count, i_query_base, i_key_base, i_row_base = place_of_keys(
         i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
     )

@@ -42,6 +42,21 @@ def gates_of_head(i_query_head, num_levels, slots):
 
 
 @gluon.jit
+def turn_and_head(num_turns, num_groups, s_each, s_section):
+    """This program's turn, sequence and head, one of s_each of the sequence.
+
+    Programs go in sections of s_section of the num_groups heads of all sequences, and turn by turn within a section.
+    """
+    i = gl.program_id(0)
+    i_section = i // (s_section * num_turns)
+    s_heads = gl.minimum(s_section, num_groups - i_section * s_section)
+    i -= i_section * s_section * num_turns
+    i_head_of_all = i_section * s_section + i % s_heads
+    i_sequence = i_head_of_all // s_each
+    return i // s_heads, i_sequence, i_head_of_all - i_sequence * s_each
+
+
+@gluon.jit
 def place_of_pair(i_turn, i_pairs, p_table, table_leaves, table_length, table_queries, table_keys):
     """First leaf's row, tokens of both leaves, index of the first, its sequence's leaves, first query and key slots.
 
@@ -337,14 +352,7 @@ def dense_forward_kernel(
     TURNS: gl.constexpr,
 ):
     """All levels of one pair of leaves and one query head."""
-    i = gl.program_id(0)
-    i_section = i // (s_section * num_turns)
-    s_heads = gl.minimum(s_section, num_groups - i_section * s_section)
-    i -= i_section * s_section * num_turns
-    i_turn = i // s_heads
-    i_head_of_all = i_section * s_section + i % s_heads
-    i_sequence = i_head_of_all // HQ
-    i_query_head = i_head_of_all - i_sequence * HQ
+    i_turn, i_sequence, i_query_head = turn_and_head(num_turns, num_groups, HQ, s_section)
     i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
         i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
     )
