@@ -1,5 +1,6 @@
 """The lean loop trains as the Trainer does, and an interrupted training ends as an uninterrupted one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,30 @@ def test_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path, stop:
     assert torch.equal(rest.losses, whole.losses)
     for a, b in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_one_compilation_serves_a_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all layers, of the next model too, and an evaluation asks for none; losses are those of layers as they are."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_module(layer, backend=backend))
+    torch.compiler.reset()
+    changes = "model.num_hidden_layers=2", "mixers=[none]", "training.steps=4"
+    plain = finished(LeanTraining(recipe(*changes), CPU))
+    assert not compiled
+    one = finished(LeanTraining(recipe(*changes, "training.compile=true"), CPU))
+    torch.testing.assert_close(one.losses, plain.losses)
+    count = len(compiled)
+    assert count == 1
+    for _ in Evaluation(one, one.task, "sparse", 20).batches():
+        pass
+    finished(LeanTraining(recipe(*changes, "training.compile=true", "training.seed=1"), CPU))
+    assert len(compiled) == count
 
 
 def test_divergence_is_seen() -> None:

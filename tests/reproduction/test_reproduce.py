@@ -457,9 +457,10 @@ def test_workers_end_at_the_time_limit_and_leave_checkpoints(tmp_path: Path, pla
     """Models that would take hours: the one that a worker has in hand at the limit leaves a checkpoint."""
     made = cells("table1", quick=True, rows=["path", "rope"], overrides=ENDLESS)
     began = time.monotonic()
-    assert not run(made, plan(tmp_path, processes=2, time_limit=1.0), silent)
+    limit = 2.0  # a busy machine takes a second for the first step
+    assert not run(made, plan(tmp_path, processes=2, time_limit=limit), silent)
     assert played == [0, 1]
-    assert 1.0 < time.monotonic() - began < 1.0 + work.GRACE
+    assert limit < time.monotonic() - began < limit + work.GRACE
     # Played by calls, workers come one after another: the second finds that there is no time left.
     assert torch.load(made[0].folder(tmp_path) / CHECKPOINT)["step"] > 0
     assert not (made[1].folder(tmp_path) / CHECKPOINT).exists()

@@ -2,7 +2,8 @@
 
 It does what the Trainer does with the same recipe: the same initial weights, sequences, loss, AdamW, schedule and
 clipping (a test compares the losses). What differs is where: sequences of many steps are made at once on the device,
-nothing in a step makes the host wait, and on CUDA the whole step is one CUDA graph.
+nothing in a step makes the host wait, and on CUDA the whole step is one CUDA graph, of compiled layers where the recipe
+wants them compiled.
 """
 
 import math
@@ -63,8 +64,12 @@ class LeanTraining:
         set_seed(settings.seed)
         config = model_config(recipe, TaskSource(self.task, recipe.evaluation), recipe.mixers[0])
         with self.on_stream():
-            model: torch.nn.Module = PaTHForCausalLM(config)
-            self.model: Any = model.to(device).train()
+            model: Any = PaTHForCausalLM(config)
+            self.model = model.to(device).train()
+            if settings.compile:
+                # Layer by layer, as the Trainer: one compilation serves all layers of all models of a mixer.
+                for layer in self.model.model.layers:
+                    layer.compile()
             self.optimizer = _optimizer(self.model, recipe, device)
             self.rates = _learning_rates(recipe).to(device)
             shape = (self.chunk, settings.batch_size, self.task.length)
@@ -279,7 +284,8 @@ class Evaluation:
     @torch.no_grad()
     def _batch(self) -> None:
         training = self.training
-        with training.on_stream():
+        # Nothing is compiled for the few batches of an evaluation.
+        with torch.compiler.set_stance("force_eager"), training.on_stream():
             indices = torch.arange(self.sequences, self.sequences + self.batch_size, device=training.device)
             made = self.task.generate(self.seed, indices, self.split)
             training.model.eval()

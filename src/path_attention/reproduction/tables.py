@@ -210,6 +210,7 @@ _MQRAR = Table(
         "model.hidden_size=64",
         "model.intermediate_size=128",
         "training.precision=float32",
+        "training.compile=false",
         "training.steps=400",
         "training.learning_rate=3e-3",
         "training.batch_size=32",

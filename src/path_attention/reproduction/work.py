@@ -94,20 +94,22 @@ def read_result(cell: Cell, runs: Path) -> dict[str, Any] | None:
 def check_recipe(result: Mapping[str, Any], cell: Cell, place: str, option: str) -> None:
     """Raises a ValueError where a result was made by another recipe than the cell's.
 
-    ``training.cuda_graphs`` may differ: ``--graphs`` says what these trainings record.
+    How steps are launched may differ: ``training.cuda_graphs``, in whose place ``--graphs`` says what these trainings
+    record, and ``training.compile``.
 
     Args:
         place: where the result was found.
         option: that names another place.
     """
-    if _without_graphs(recipe_from_mapping(result["recipe"])) != _without_graphs(cell.recipe):
+    if _what(recipe_from_mapping(result["recipe"])) != _what(cell.recipe):
         raise ValueError(
             f"{place} was made by another recipe; wanted the one asked for: give another {option}, or move it aside"
         )
 
 
-def _without_graphs(recipe: Recipe) -> Recipe:
-    return replace(recipe, training=replace(recipe.training, cuda_graphs=False))
+def _what(recipe: Recipe) -> Recipe:
+    """What a recipe trains, whatever it says of how."""
+    return replace(recipe, training=replace(recipe.training, cuda_graphs=False, compile=False))
 
 
 def unfinished(cells: Sequence[Cell], runs: Path) -> list[Cell]:
