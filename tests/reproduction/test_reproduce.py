@@ -6,6 +6,7 @@ import multiprocessing
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from path_attention.layers import mixer_names
 from path_attention.reproduction import report, work
 from path_attention.reproduction.command import default_plan
 from path_attention.reproduction.lean import LeanTraining
-from path_attention.reproduction.tables import TABLES, Cell, cells
+from path_attention.reproduction.tables import TABLES, Cell, GiveUp, cells
 from path_attention.reproduction.work import (
     CHECKPOINT,
     FREE,
@@ -47,6 +48,9 @@ TINY = (
     "evaluation.quick_answers=10",
     "evaluation.batch_size=4",
 )
+
+
+RECALL = (*(x for x in TINY if not x.startswith("task.")), "task.length=16", "task.num_queries=4")
 
 
 def tiny_cells(seeds: int = 1) -> list[Cell]:
@@ -321,6 +325,37 @@ def test_diverged_cells_are_finished_and_say_so(tmp_path: Path) -> None:
     assert "training diverged" in result["failure"]
     numbers = {"quick": True, "command": ""} | report.collect("table1", made, {made[0].name: result})
     assert "Diverged, and left out" in report.markdown(TABLES["table1"], numbers, "x.png")
+
+
+def test_training_ends_where_the_task_is_solved_or_nothing_is_learned() -> None:
+    cell = replace(cells("mqrar", seeds=1)[0], stop_at=0.01, give_up=GiveUp(share=0.5, above=0.9))
+    half = cell.steps // 2
+    assert not cell.ends(1, 0.5)
+    assert cell.ends(1, 0.01)  # solved, however early
+    assert not cell.ends(half - 1, 1.0)
+    assert cell.ends(half, 0.91)
+    assert not cell.ends(half, 0.9)
+    never = replace(cell, stop_at=None, give_up=None)
+    assert not never.ends(half, 0.0)
+    assert not never.ends(half, 1.0)
+
+
+def test_given_up_models_are_evaluated_and_named(tmp_path: Path) -> None:
+    made = cells("mqrar", quick=True, seeds=1, rows=["none"], overrides=RECALL)[:1]
+    hopeless = replace(made[0], give_up=GiveUp(share=0.5, above=0.0))
+    assert run([hopeless], plan(tmp_path, command="command"), silent)
+    result = read_result(hopeless, tmp_path)
+    assert result is not None
+    assert result["facts"]["steps"] == 3
+    assert result["measures"]["held out"]["count"] > 0
+    numbers = {"quick": True, "command": ""} | report.collect("mqrar", made, {made[0].name: result})
+    told = f"Ended after 33 % of the steps, for more than 98 % of the answers were wrong: {made[0].name}."
+    text = report.markdown(TABLES["mqrar"], numbers, "x.png")
+    assert (told in text) == (result["curve"][-1][1] > 0.98)
+    result["curve"][-1][1] = 0.99
+    assert told in report.markdown(TABLES["mqrar"], numbers, "x.png")
+    result["curve"][-1][1] = 0.0  # ended because it was solved
+    assert told not in report.markdown(TABLES["mqrar"], numbers, "x.png")
 
 
 def call(*arguments: object) -> Result:

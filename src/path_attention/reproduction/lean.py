@@ -56,7 +56,7 @@ class LeanTraining:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.use_graphs = use_graphs and device.type == "cuda"
         self.step, self.seconds = 0, 0.0
-        self.stopped = False  # before its time, because the task is solved
+        self.stopped = False  # before its time: the task is solved, or nothing is learned
         self.curve: list[list[float]] = []  # evaluations on the way: step, rate of wrong answers
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_left = EAGER_STEPS

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from path_attention.evaluation.tables import percent
-from path_attention.reproduction.tables import TABLES, Cell, Table, cells
+from path_attention.reproduction.tables import TABLES, Cell, GiveUp, Table, cells
 from path_attention.reproduction.work import check_recipe
 from path_attention.training.run import write_whole
 
@@ -248,11 +248,22 @@ def _facts(table: Table, numbers: Mapping[str, Any]) -> list[str]:
         "",
         f"Made by {_commands(numbers)}.",
     ]
+    if table.give_up and (ended := [c["cell"] for c in cells if _given_up(table.give_up, c)]):
+        lines += [
+            "",
+            f"Ended after {100 * table.give_up.share:.0f} % of the steps, for more than "
+            f"{100 * table.give_up.above:.0f} % of the answers were wrong: {', '.join(ended)}.",
+        ]
     if failed := [f"{c['cell']}: {c['failure']}" for c in cells if c["failure"]]:
         lines += ["", "Diverged, and left out: " + "; ".join(failed) + "."]
     if numbers["missing"]:
         lines += ["", f"Not finished: {', '.join(numbers['missing'])}. The same command goes on with them."]
     return lines
+
+
+def _given_up(limit: GiveUp, cell: Mapping[str, Any]) -> bool:
+    short = cell["facts"]["steps"] < cell["recipe"]["training"]["steps"]
+    return short and bool(cell["curve"]) and cell["curve"][-1][1] > limit.above
 
 
 def _commands(numbers: Mapping[str, Any]) -> str:

@@ -266,7 +266,7 @@ class _CellInHand:
                 of_step = (time.monotonic() - launched) / (training.step - first)
                 self.steps = max(1, min(training.chunk, int(TURN / max(of_step, 1e-9))))
             training.check()
-            if settings.eval_every and self.cell.stop_at is not None and not training.done:
+            if self.cell.looks and not training.done:
                 quick = Evaluation(
                     training,
                     self.cell.measures[0].of(self.cell.task),
@@ -278,7 +278,7 @@ class _CellInHand:
                 found = quick.result()
                 rate = found["errors"] / max(1, found["count"])
                 training.curve.append([training.step, rate])
-                training.stopped = rate <= self.cell.stop_at
+                training.stopped = self.cell.ends(training.step, rate)
         self.save()
         measured = {}
         for measure in self.cell.measures:
