@@ -50,7 +50,10 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert [x["batch"] for x in found["models"]] == [1, 16]
     assert all(x["path"] > 0 and x["others"] == ["rope"] for x in found["models"])
     assert plot.stat().st_size > 0
-    assert "2x150x4/2x16" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    lines = ["check ...", "2x150x4/2x16 ...", "small model, batch 1 ...", "small model, batch 16 ..."]
+    assert told.splitlines()[:4] == lines  # each before it is timed
+    assert "2x150x4/2x16" in told.partition(lines[-1])[2]
 
 
 def test_tokens_of_a_model_by_calls() -> None:

@@ -137,12 +137,15 @@ def run_decode_benchmark(
     if kind == "cuda":
         result["machine"]["gpu"] = torch.cuda.get_device_name(device)
         result["versions"]["triton"] = _triton_version()
+    print("check ...", flush=True)
     result |= {"errors": check_steps(device, precision), "rows": [], "models": []}
     for shape in parsed:
+        print(f"{shape} ...", flush=True)
         result["rows"].append(time_shape(shape, precision, device, repeats))
         results_file.write(result, path)
     for batch in BATCHES if model is not None else ():
         assert model is not None
+        print(f"{model} model, batch {batch} ...", flush=True)
         result["models"].append(time_models(model, MODELS[model], batch, prompt, precision, device))
         results_file.write(result, path)
     _print(result)
