@@ -121,14 +121,15 @@ def run_hopper_pairs(dim: int, group: int = 1, gated: bool = False) -> None:
     pairs.backward(x, q.bfloat16(), numbers, numbers, torch.ones(1), 0, *found)
 
 
-def run_edges(dim: int) -> None:
+def run_edges(dim: int, by_hopper: bool = False) -> None:
     """Rows at the edges of pieces, and back."""
     from path_attention.ops.engines import edges
 
     heads = CHANNELS // dim
     q = torch.zeros(1, LENGTH, heads, dim, dtype=torch.bfloat16)
     w, beta = torch.zeros(1, LENGTH, 1, heads, dim), torch.zeros(1, LENGTH, 1, heads)
-    edges.backward(q, q, w, beta, LENGTH, 1.0, edges.edges(q, q, w, beta, LENGTH, 1.0))
+    found = edges.edges(q, q, w, beta, LENGTH, 1.0, by_hopper)
+    edges.add_backward(q, q, w, beta, LENGTH, 1.0, found, (q, q, w, beta), by_hopper)
 
 
 def run_convolve_normalise(dim: int, dtype: str = "bfloat16", packed: bool = False, width: int = 3) -> None:

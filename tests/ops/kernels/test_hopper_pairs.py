@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
 from path_attention.ops.engines import cuda
 from tests.ops.kernels.gluon_emulator import emulated_gluon
 
+CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # Less than rounding the results to bfloat16 would cost. Operands are float16: weights and dS are rounded to 11 bits.
 TOLERANCE = 1.7e-3
@@ -106,9 +106,7 @@ def test_pairs_equal_the_definition(pairs: ModuleType, case: dict, gated: bool) 
     factor = torch.tensor([4.0], device=DEVICE)
     d_keys, d_values = torch.zeros(x.keys.shape, device=DEVICE), torch.ones(x.values.shape, device=DEVICE)
     d_gate_key = torch.zeros_like(x.gate_key) if gated else None
-    d_queries, d_rows = pairs.backward(
-        x, d_out, log_sum_exp, delta, factor, before, d_keys, d_values, d_gate_key
-    )
+    d_queries, d_rows = pairs.backward(x, d_out, log_sum_exp, delta, factor, before, d_keys, d_values, d_gate_key)
     close(d_queries / factor, gradients[1], gradients[1])
     close(d_keys, gradients[2], gradients[2])
     close(d_values - 1, gradients[3], gradients[3])

@@ -1,4 +1,4 @@
-"""Attention between two pieces of a split sequence on Hopper: what dense_forward.py and dense_backward.py do at one level.
+"""Attention between two pieces of a split sequence on Hopper: one level of dense_forward.py and dense_backward.py.
 
 All queries of one piece meet keys of another, without a mask; gates come with their rows. Forward a program has 128
 queries of one head and goes on from the output and log-sum-exp that other keys gave them, so nothing is left to merge.
@@ -225,15 +225,16 @@ def _consume(
         b_k = b_k.load(OPERAND)
     i_stage = 0
     s_phase = 0
-    s_steps = 0
     i_query_head = i_head * GROUP
     i_tile_row = 0
-    for _ in range(s_tiles * GROUP):
+    for i in range(s_tiles * GROUP):
         i_row_of_all = i_tile_row
+        i_d_row = i_query_row + i_tile_row
         i_d_column = i_query_head * D
         if ROWS == 64:
             i_d_column += C * 64
         else:
+            i_d_row += C * 64
             i_row_of_all += C * 64
         p_gates_of_keys = p_gate_key
         p_gate_of_tile = p_gate_row
@@ -241,25 +242,21 @@ def _consume(
             i_gates = gl.cast(i_query_head, gl.int64)
             p_gates_of_keys += i_gates * s_gate_keys + i_key_row + C * LEAF
             p_gate_of_tile += i_gates * s_gate_rows + i_number + i_row_of_all
-        i_d_row = i_query_row + i_tile_row
-        if ROWS == 128:
-            i_d_row += C * 64
         b_dk, b_dv, b_column = _step(
             b_dk, b_dv, b_column, b_k, b_v, s_k, s_q.index(i_stage), s_do.index(i_stage), s_lse.index(i_stage),
-            s_delta.index(i_stage), s_ds.index(s_steps & 1), s_dq.index(C), s_ones, q_full.index(i_stage),
+            s_delta.index(i_stage), s_ds.index(i & 1), s_dq.index(C), s_ones, q_full.index(i_stage),
             q_empty.index(i_stage), do_full.index(i_stage), do_empty.index(i_stage), ds_full, t_d_query_rows, i_d_row,
-            i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase, s_steps & 1, C, ROWS, COLUMNS, D, DV, GATED
+            i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase, i & 1, C, ROWS, COLUMNS, D, DV, GATED
         )  # fmt: skip
         i_tile_row += ROWS
         is_last = i_tile_row == s_tiles * ROWS  # of a query head
-        if GATED:  # noqa: SIM102  known to the compiler, the other condition is not
+        if GATED:
             if is_last:
                 p_gates = p_gate_column + i_gates * s_gate_keys + i_key_row + C * LEAF + gl.arange(0, LEAF, KEYS)
                 gl.atomic_add(p_gates, b_column / gl.load(p_factor), sem="relaxed")
                 b_column = b_column * 0.0
         i_query_head += gl.where(is_last, 1, 0)
         i_tile_row = gl.where(is_last, 0, i_tile_row)
-        s_steps += 1
         i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
     tma.store_wait(0)
     mbarrier.arrive(done, count=1)

@@ -21,6 +21,9 @@ from path_attention.ops.kernels.hopper.pair_kernels import pair_backward_kernel,
 from path_attention.ops.kernels.leaf_table import LEAF
 from path_attention.ops.kernels.tiles import LOG2_E
 
+# Rows of numbers in float32 that descriptors take begin at 16 bytes.
+NUMBERS = 4
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -80,6 +83,8 @@ class Operands:
 
 def unsupported_reason(keys: int, first_key: int) -> str | None:
     """Why these kernels cannot serve a pair whose rows they serve, or None."""
+    if keys % NUMBERS:
+        return f"{keys} keys of a piece are not a multiple of {NUMBERS}"
     if (keys - first_key) % PAIR or keys == first_key:
         return f"{keys - first_key} keys are not a multiple of {PAIR}"
     return None
@@ -129,7 +134,7 @@ def backward(
     d_out (batch, L, HQ, D) in the values' dtype; log_sum_exp, and delta = rowsum(d_out * out), of the whole attention,
     (batch, L, HQ) float32; of these the rows from first_row on.
     """
-    batch, rows, query_heads, dim = x.queries.shape
+    batch, rows, _, dim = x.queries.shape
     heads, options = x.keys.shape[2], x.options
     own = slice(first_row, first_row + rows)
     shifted = log_sum_exp[:, own] if x.gate_query is None else log_sum_exp[:, own] - x.gate_query
