@@ -19,6 +19,7 @@ from tests.ops.kernels.gluon_emulator import emulated_gluon
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] if CUDA else []
 # Less than rounding the results to bfloat16 would cost. Operands are float16: weights and dS are rounded to 11 bits.
 TOLERANCE = 1.7e-3
 
@@ -73,6 +74,7 @@ def test_pairs_equal_the_definition(pairs: ModuleType, case: dict, gated: bool) 
     )
     if gated:
         x.gate_key[..., first_key + 3], x.gate_query[:, 1] = -1e30, -20  # a key without weight, a row with little
+        x.gate_query[:, 2] = -1e30  # and one with none
     own, some = slice(before, before + rows), slice(first_key, None)
     # What other keys gave the rows: as one more key, of this logit and this value.
     earlier, of_others = normal(batch, length, query_heads), normal(batch, length, query_heads, dim)
