@@ -159,9 +159,6 @@ def _backward(
     whole = Whole(d_out.contiguous(), out, log_sum_exp)
     on_their_way: PassedOn | None = None
     for origin, tensors in context.visit(at_edges.shard.tensors()):
-        if origin == context.rank:
-            rows = [None if x is None else call.by_row(x) for x in (*inputs, out, log_sum_exp)]
-            inside = path_attention_backward(call.by_row(d_out), *rows, call.local_cu_seqlens, call.scale, call.backend)
         d_visitor = [torch.zeros_like(x, dtype=call.dtype) for x in tensors]
         visit = Visit(Shard.of_tensors(tensors), Shard.of_tensors(d_visitor))
         for pair in call.pairs(origin):
@@ -171,6 +168,9 @@ def _backward(
             for mine, so_far in zip(d_visitor, on_their_way.wait(), strict=True):
                 mine += so_far
         on_their_way = PassedOn(context, d_visitor) if context.size > 1 else None
+    # While the last gradients come home.
+    rows = [None if x is None else call.by_row(x) for x in (*inputs, out, log_sum_exp)]
+    inside = path_attention_backward(call.by_row(d_out), *rows, call.local_cu_seqlens, call.scale, call.backend)
     d_shard = Shard.of_tensors(d_visitor if on_their_way is None else on_their_way.wait())
     found = [None if x is None else part.view(x.shape) for x, part in zip(inputs, inside, strict=True)]
     _add_from_edges(call, (q, k, w, beta), at_edges, gradients, d_shard, found)
