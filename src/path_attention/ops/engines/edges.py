@@ -21,7 +21,7 @@ from path_attention.ops.kernels.linear import Inputs
 
 # Leaves times key heads that go through the stages together. Backward rows of all levels are held for them, twice as
 # many as the operator's own parts hold of theirs, and no gradients but those of the uppermost level. Forward nothing is
-# held but the leaves' rows and matrices, an eighth of that.
+# held but the leaves' rows and matrices, an eighth of that; matrices grow with the square of the head dim.
 PART = cuda.PART
 FORWARD_PART = 8 * PART
 
@@ -128,7 +128,8 @@ def edges(
     product = torch.empty(heads, batch, dim, dim, dtype=torch.float32, device=q.device)
     queries: list[Tensor] = []
     keys: list[Tensor] = []
-    for part in _parts(q, k, w, beta, length, scale, by_hopper, FORWARD_PART):
+    most = FORWARD_PART * cuda.PART_DIM**2 // max(cuda.PART_DIM, dim) ** 2
+    for part in _parts(q, k, w, beta, length, scale, by_hopper, most):
         rest = part.inputs.empty(2 * part.right.num_leaves, part.inputs.heads, dim, dim)
         nodes, q_leaf, k_leaf, _ = linear._leaves(part.inputs, part.right, None, None, None, rest)
         levels = _transport(part, nodes, q_leaf, k_leaf, only_top=True)
