@@ -24,13 +24,28 @@ def results(function: object, given: list[torch.Tensor], d_out: torch.Tensor, **
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_two_pieces(tmp_path: Path, dim: int, gated: bool, ends: tuple[int, ...] | None) -> None:
+    used = check(tmp_path, dim, gated, ends)
+    if torch.cuda.get_device_capability() == (9, 0) and ends != (0, 100, 1024):
+        assert len(used) == 2
+        assert all(x is not None for x in used)
+
+
+def test_forward_by_cudnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_attention, "CUDNN_KEYS", 1)
+    used = check(tmp_path, 64, False, None)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert len(used) == 1  # backward
+
+
+def check(tmp_path: Path, dim: int, gated: bool, ends: tuple[int, ...] | None) -> list[object]:
+    """Errors beside those of one piece; returns the modules that served pairs, or None, where ours were asked for."""
     device = torch.device("cuda")
     given = arguments(1024, 4, dim, torch.bfloat16, device, gated=gated)
     d_out = arguments(1024, 4, dim, torch.float32, device, gated=False, seed=1)[0].to(torch.bfloat16)
     options = {} if ends is None else {"cu_seqlens": torch.tensor(ends)}
     exact = results(path_attention, [x.double() for x in given], d_out, **options)
     alone = results(path_attention, given, d_out, **options)
-    used = []
+    used: list[object] = []
     served = pair_attention._hopper
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(pair_attention, "_hopper", lambda *a, **b: used.append(served(*a, **b)) or used[-1])
@@ -40,10 +55,8 @@ def test_two_pieces(tmp_path: Path, dim: int, gated: bool, ends: tuple[int, ...]
             found = results(path_attention_context_parallel, given, d_out, group=group, **options)
         finally:
             dist.destroy_process_group()
-    if torch.cuda.get_device_capability() == (9, 0) and ends != (0, 100, 1024):
-        assert len(used) == 2
-        assert all(x is not None for x in used)
     floor = torch.finfo(torch.bfloat16).eps / 2
     for name, x, other, y in zip(NAMES, found, alone, exact, strict=False):
         error, yardstick = ((a.double() - y).norm() / y.norm() for a in (x, other))
         assert error <= FACTOR * max(yardstick, floor), (name, float(error), float(yardstick))
+    return used

@@ -48,15 +48,9 @@ class Operands:
     def options(self) -> Options:
         return _OPTIONS[self.queries.shape[3]]
 
-    def section(self, heads: int) -> int:
-        """Heads that share the L2 cache, of so many: a power of two whose keys and values, or queries and gradients of
-        the output, fit it.
-        """
-        rows = max(self.keys.shape[1] - self.first_key, self.queries.shape[1])
-        fitting = L2_CACHE // (2 * rows * self.queries.shape[3] * self.queries.element_size())
-        group = self.queries.shape[2] // self.keys.shape[2]
-        of_keys = 1 << max(0, int(fitting).bit_length() - 1)
-        return of_keys * group if heads == self.queries.shape[2] else max(1, of_keys // group)
+    @property
+    def group(self) -> int:
+        return self.queries.shape[2] // self.keys.shape[2]
 
     def numbers(self, x: Tensor, fill: float) -> Tensor:
         """(batch, rows, HQ) -> (HQ, batch, padded)."""
@@ -73,12 +67,17 @@ class Operands:
             "s_keys": self.keys.shape[1],
             "i_first_row": first_row,
             "i_first_key": self.first_key,
-            "GROUP": self.queries.shape[2] // self.keys.shape[2],
+            "GROUP": self.group,
             "D": dim,
             "DV": dim,
             "REGISTERS": self.options.registers,
             "num_warps": 4,
         }
+
+
+def _section(rows: int, row_bytes: int) -> int:
+    """Heads, a power of two, that share the L2 cache: so many rows of each are read by all programs of its own."""
+    return 1 << max(0, (L2_CACHE // (rows * row_bytes)).bit_length() - 1)
 
 
 def unsupported_reason(keys: int, first_key: int) -> str | None:
@@ -109,7 +108,7 @@ def forward(x: Operands, out: Tensor, log_sum_exp: Tensor, first_row: int) -> No
         num_groups=batch * query_heads,
         s_tiles=x.tiles,
         HQ=query_heads,
-        s_section=x.section(query_heads),
+        s_section=x.group * _section(x.tiles * PAIR, 2 * dim * x.keys.element_size()),  # keys and values
         STAGES=options.stages,
         TURNS=options.turns,
         **x.arguments(out, first_row),
@@ -159,7 +158,8 @@ def backward(
         num_groups=batch * heads,
         s_tiles=x.padded // options.rows,
         H=heads,
-        s_section=x.section(heads),
+        # Queries, gradients of the output and those of the queries.
+        s_section=_section(x.padded * x.group, 2 * dim * x.queries.element_size() + 4 * dim),
         ROWS=options.rows,
         COLUMNS=options.gated_columns if gate_row is not None else options.columns,
         HELD=options.held and gate_row is None,
