@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from path_attention.autocast import without_tf32
+from path_attention.autocast import with_tf32, without_tf32
 
 CUDA = torch.device("cuda")  # the modes are there without one
 
@@ -29,5 +29,25 @@ def test_without_tf32_gives_it_back_after_an_error() -> None:
         with pytest.raises(RuntimeError, match="of the caller"), without_tf32(CUDA):
             raise RuntimeError("of the caller")
         assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+def test_with_tf32_within_without_it(allowed: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    matmul = torch.backends.cuda.matmul
+    try:
+        with without_tf32(CUDA):
+            with with_tf32(CUDA):
+                assert matmul.fp32_precision == "tf32"
+            assert not matmul.allow_tf32
+            with pytest.raises(RuntimeError, match="of the caller"), with_tf32(CUDA):
+                raise RuntimeError("of the caller")
+            assert not matmul.allow_tf32
+            with with_tf32(torch.device("cpu")):
+                assert not matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == allowed
     finally:
         torch.set_float32_matmul_precision(before)

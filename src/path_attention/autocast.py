@@ -25,6 +25,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def with_tf32(device: torch.device) -> Iterator[None]:
+    """A stretch of code whose float32 products are rounded to tensor-float-32, 11 bits, on CUDA: for those of numbers
+    that have no more. Within :func:`without_tf32`.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
     """A stretch of code whose float32 products are not rounded to tensor-float-32, whatever the caller allowed.
 

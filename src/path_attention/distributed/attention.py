@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from path_attention.checks import bad
 from path_attention.distributed import pair_attention
 from path_attention.distributed.context import ContextParallel, Layout, PassedOn
-from path_attention.distributed.edges import AtEdges, Shard, Way, sums_after, sums_before, ways_backward
-from path_attention.distributed.pair_attention import Whole
+from path_attention.distributed.edges import AtEdges, Shard, Way, move_back, sums_after, sums_before, ways_backward
+from path_attention.distributed.pair_attention import Visit, Whole
 from path_attention.distributed.pairs import Call, Pair
 from path_attention.distributed.parts import Inputs, parts
 from path_attention.layers.padding import sequence_boundaries
@@ -67,8 +67,8 @@ def path_attention_context_parallel(
         scale: factor of the q.k part; None means D ** -0.5.
         cu_seqlens: (N + 1,) boundaries of packed sequences in the WHOLE row, the same on every process; last L.
         check_inputs: also look at the values, as path_attention does, and compare the shapes of all processes.
-        backend: what computes attention inside the pieces. Between them it is torch's attention kernel or, with gates
-            in bfloat16 on a GPU, a kernel of ours; with "torch" torch's always.
+        backend: what computes attention inside the pieces. Between them it is a kernel of ours where None or "hopper"
+            would take those for Hopper, or with gates in bfloat16 on another GPU, else torch's; with "torch" always.
 
     Returns:
         (B, L / n, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g.
@@ -115,12 +115,10 @@ def _forward(
         if origin == call.context.rank:  # the first: the next visitor is on its way meanwhile
             rows = [None if x is None else call.by_row(x) for x in (q, k, v, w, beta, g)]
             inside = path_attention_forward(*rows, call.local_cu_seqlens, call.scale, call.backend)
-            out, log_sum_exp = (call.by_piece(x).to(call.dtype) for x in inside)
-            log_sum_exp = log_sum_exp[..., None]
+            out, log_sum_exp = (x.view(*q.shape[:2], *x.shape[2:]).to(call.dtype) for x in inside)
         for pair in call.pairs(origin):
-            part = pair_attention.forward(call, at_edges, Shard.of_tensors(tensors), pair)
-            dyadic.merge(call.query_rows(out, pair), call.query_rows(log_sum_exp, pair), *part)
-    return out.flatten(1, 2).to(q.dtype), log_sum_exp.squeeze(-1).flatten(1, 2)
+            pair_attention.forward(call, at_edges, Shard.of_tensors(tensors), pair, out, log_sum_exp)
+    return out.to(q.dtype), log_sum_exp
 
 
 @dataclass
@@ -132,12 +130,14 @@ class _Gradients:
     ways: list[list[Way]]
 
     @classmethod
-    def zeros(cls, at_edges: AtEdges) -> "_Gradients":
+    def zeros(cls, at_edges: AtEdges, dtype: torch.dtype) -> "_Gradients":
         def zeros(x: Tensor | None) -> Any:
             return None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
 
         ways = [[Way(zeros(way.product), zeros(way.gate)) for way in of_piece] for of_piece in at_edges.ways]
-        return cls(zeros(at_edges.q), zeros(at_edges.gate_q), ways)
+        tokens = at_edges.q.permute(2, 3, 4, 0, 1, 5)
+        d_q = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device).permute(3, 4, 0, 1, 2, 5)
+        return cls(d_q, zeros(at_edges.gate_q), ways)
 
 
 @out_of_autocast
@@ -155,92 +155,80 @@ def _backward(
 ) -> list[Tensor | None]:
     inputs, context = (q, k, v, w, beta, g), call.context
     at_edges = AtEdges.of(call, call.edges(q, k, w, beta), k, v, g)
-    gradients = _Gradients.zeros(at_edges)
-    of_output = [call.by_piece(x) for x in (d_out, out, log_sum_exp[..., None])]
+    gradients = _Gradients.zeros(at_edges, call.dtype)
+    whole = Whole(d_out.contiguous(), out, log_sum_exp)
     on_their_way: PassedOn | None = None
     for origin, tensors in context.visit(at_edges.shard.tensors()):
-        if origin == context.rank:
-            rows = [None if x is None else call.by_row(x) for x in (*inputs, out, log_sum_exp)]
-            inside = path_attention_backward(call.by_row(d_out), *rows, call.local_cu_seqlens, call.scale, call.backend)
         d_visitor = [torch.zeros_like(x, dtype=call.dtype) for x in tensors]
+        visit = Visit(Shard.of_tensors(tensors), Shard.of_tensors(d_visitor))
         for pair in call.pairs(origin):
-            _pair_backward(
-                call,
-                at_edges,
-                Shard.of_tensors(tensors),
-                pair,
-                Whole(*(call.query_rows(x, pair) for x in of_output)),
-                gradients,
-                Shard.of_tensors(d_visitor),
-            )
+            _pair_backward(call, at_edges, visit, pair, whole, gradients)
         # The visitor's gradients so far come in behind it, and go on with it.
         if on_their_way is not None:
             for mine, so_far in zip(d_visitor, on_their_way.wait(), strict=True):
                 mine += so_far
         on_their_way = PassedOn(context, d_visitor) if context.size > 1 else None
+    # While the last gradients come home.
+    rows = [None if x is None else call.by_row(x) for x in (*inputs, out, log_sum_exp)]
+    inside = path_attention_backward(call.by_row(d_out), *rows, call.local_cu_seqlens, call.scale, call.backend)
     d_shard = Shard.of_tensors(d_visitor if on_their_way is None else on_their_way.wait())
-    between = _from_edges(call, (q, k, w, beta), at_edges, gradients, d_shard)
-    return [
-        None if x is None or add is None else (part.view(x.shape).to(call.dtype) + add).to(x.dtype)
-        for x, part, add in zip(inputs, inside, between, strict=True)
-    ]
+    found = [None if x is None else part.view(x.shape) for x, part in zip(inputs, inside, strict=True)]
+    _add_from_edges(call, (q, k, w, beta), at_edges, gradients, d_shard, found)
+    return found
 
 
 def _pair_backward(
     call: Call,
     at_edges: AtEdges,
-    visitor: Shard,
+    visit: Visit,
     pair: Pair,
     whole: Whole,
     gradients: _Gradients,
-    d_visitor: Shard,
 ) -> None:
     """Add a pair's share to the gradients of our side and to those of the visitor."""
-    found = pair_attention.backward(call, at_edges, visitor, pair, whole)
-    d_k, d_v, d_gate = d_visitor.keys(pair)
-    d_k += found.k
-    d_v += found.v
-    way, d_way = at_edges.ways[pair.own][pair.piece], gradients.ways[pair.own][pair.piece]
-    d_moved = found.moved.to(call.dtype)
-    gradients.q[:, :, :, pair.own, : pair.rows] += d_moved @ way.product[:, None].mT
-    d_way.product.copy_((at_edges.q[:, :, :, pair.own, : pair.rows].mT @ d_moved).sum(1))
-    if d_gate is not None and gradients.gate_q is not None and d_way.gate is not None:
-        assert found.row_sums is not None
-        assert found.column_sums is not None
-        d_gate += found.column_sums
+    found = pair_attention.backward(call, at_edges, visit, pair, whole)
+    d_q, d_way = gradients.q[:, :, :, pair.own, : pair.rows], gradients.ways[pair.own][pair.piece]
+    d_way.product.copy_(move_back(at_edges, pair, found.moved, found.factor, d_q))
+    if found.row_sums is not None and gradients.gate_q is not None and d_way.gate is not None:
         gradients.gate_q[:, :, :, pair.own, : pair.rows] += found.row_sums
         d_way.gate.copy_(found.row_sums.sum((-1, -2)))
 
 
-def _from_edges(
+def _add_from_edges(
     call: Call,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],  # q, k, w, beta
     at_edges: AtEdges,
     gradients: _Gradients,
     d_shard: Shard,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, w, beta and g through what met at the edges."""
+    found: list[Tensor | None],
+) -> None:
+    """Add to the gradients of q, k, v, w, beta and g what comes through what met at the edges."""
     d_products = torch.zeros_like(at_edges.products)
     d_spans = None if at_edges.gate_spans is None else torch.zeros_like(at_edges.gate_spans)
     for ways, d_ways in zip(at_edges.ways, gradients.ways, strict=True):
         ways_backward(at_edges.products, ways, d_ways, d_products, d_spans)
-    d_q, d_k, d_w, d_beta = call.edges_backward(
+    d_q, d_k, d_v, d_w, d_beta, d_g = found
+    assert d_q is not None
+    assert d_k is not None
+    assert d_v is not None
+    assert d_w is not None
+    assert d_beta is not None
+    d_v += d_shard.v.transpose(0, 1).flatten(1, 2)
+    call.add_edges_backward(
         *inputs,
         dyadic.Edges(
             q_left=gradients.q.flatten(2, 3),
-            k_right=d_shard.k.permute(2, 1, 0, 3, 4).flatten(1, 2),
+            k_right=d_shard.k.permute(3, 1, 0, 2, 4).flatten(1, 2),
             product=call.context.sum_home(d_products).movedim(0, 2).flatten(1, 2),
         ),
+        (d_q, d_k, d_w, d_beta),
     )
-    d_v = d_shard.v.permute(1, 0, 3, 2, 4).flatten(1, 2)
-    d_g = None
-    if gradients.gate_q is not None and d_shard.gate is not None and d_spans is not None:
+    if d_g is not None and gradients.gate_q is not None and d_shard.gate is not None and d_spans is not None:
         # A gate is in the gate_q of its own and all later tokens of the piece, in the gate_k of all earlier ones.
-        d_gate_q, d_gate_k = gradients.gate_q.squeeze(-1), d_shard.gate.permute(2, 4, 1, 0, 3)  # (H, G, B, p, C)
-        d_g = d_gate_q + sums_after(d_gate_q) + sums_before(d_gate_k)
-        d_g += call.context.sum_home(d_spans).movedim(0, 3)[..., None]
-        d_g = d_g.permute(2, 3, 4, 0, 1).flatten(3, 4).flatten(1, 2)
-    return d_q, d_k, d_v, d_w, d_beta, d_g
+        d_gate_q, d_gate_k = gradients.gate_q.squeeze(-1), d_shard.gate.permute(1, 2, 3, 0, 4)  # (H, G, B, p, C)
+        between = d_gate_q + sums_after(d_gate_q) + sums_before(d_gate_k)
+        between += call.context.sum_home(d_spans).movedim(0, 3)[..., None]
+        d_g += between.permute(2, 3, 4, 0, 1).flatten(3, 4).flatten(1, 2)
 
 
 def _forward_in_parts(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:

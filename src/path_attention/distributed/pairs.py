@@ -11,7 +11,7 @@ from torch import Tensor
 
 from path_attention.distributed.context import ContextParallel
 from path_attention.ops import dyadic
-from path_attention.ops.backends import has_triton
+from path_attention.ops.backends import AUTO, has_triton, reason_against
 from path_attention.ops.columns import Columns
 from path_attention.ops.spans import plan_spans
 
@@ -104,20 +104,29 @@ class Call:
         if self._has_kernels(q, w):
             from path_attention.ops.engines import edges
 
-            return edges.edges(q, k, w, beta, self.length, self.scale)
+            return edges.edges(q, k, w, beta, self.length, self.scale, self._has_hopper(q, w))
         return dyadic.edges(self.problem(q, k, w, beta))
 
-    def edges_backward(
-        self, q: Tensor, k: Tensor, w: Tensor, beta: Tensor, d_edges: dyadic.Edges
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of q, k, w and beta by way of :meth:`edges`."""
+    def add_edges_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        d_edges: dyadic.Edges,
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> None:
+        """Add to the gradients of q, k, w and beta what comes by way of :meth:`edges`."""
         if self._has_kernels(q, w):
             from path_attention.ops.engines import edges
 
-            return edges.backward(q, k, w, beta, self.length, self.scale, d_edges)
+            by_hopper = self._has_hopper(q, w)
+            edges.add_backward(q, k, w, beta, self.length, self.scale, d_edges, gradients, by_hopper)
+            return
         problem = self.problem(q, k, w, beta)
         found = dyadic.edges_backward(problem, d_edges).tokens(problem.plan, self.batch, w.shape[2], self.scale)
-        return found.q, found.k, found.w, found.beta
+        for x, add in zip(gradients, (found.q, found.k, found.w, found.beta), strict=True):
+            x += add
 
     def _has_kernels(self, q: Tensor, w: Tensor) -> bool:
         if self.backend == "torch" or not q.is_cuda or not has_triton():
@@ -125,6 +134,11 @@ class Call:
         from path_attention.ops.engines import edges
 
         return edges.unsupported_reason(q, w, self.length) is None
+
+    def _has_hopper(self, q: Tensor, w: Tensor) -> bool:
+        """Whether leaves are those for Hopper, which keep what bfloat16 asks for."""
+        bfloat16 = q.dtype == torch.bfloat16 and self.backend in (AUTO, "hopper")
+        return bfloat16 and reason_against("hopper", q, q, w, None, None) is None
 
     def by_row(self, x: Tensor) -> Tensor:
         """(B, p * C, ...) -> the sequences of the attention inside the pieces: (B * p, C, ...), or a packed row."""

@@ -106,14 +106,30 @@ def run_pairs(dim: int, group: int = 1) -> None:
     pairs.backward(operands, out, log_sum_exp, log_sum_exp)
 
 
-def run_edges(dim: int) -> None:
+def run_hopper_pairs(dim: int, group: int = 1, gated: bool = False) -> None:
+    """The same by the kernels for Hopper."""
+    from path_attention.ops.kernels.hopper import pairs
+
+    heads = CHANNELS // dim // group
+    q = torch.zeros(1, LENGTH, heads * group, dim, dtype=torch.float16)
+    k, v = (torch.zeros(1, LENGTH, heads, dim, dtype=x) for x in (torch.float16, torch.bfloat16))
+    numbers = torch.zeros(1, LENGTH, heads * group)
+    gates = (numbers, numbers.permute(2, 0, 1).contiguous()) if gated else (None, None)
+    x = pairs.Operands(q, k, v, *gates, first_key=0)
+    pairs.forward(x, q.float(), numbers, 0)
+    found = (k.float(), v.float(), gates[1])
+    pairs.backward(x, q.bfloat16(), numbers, numbers, torch.ones(1), 0, *found)
+
+
+def run_edges(dim: int, by_hopper: bool = False) -> None:
     """Rows at the edges of pieces, and back."""
     from path_attention.ops.engines import edges
 
     heads = CHANNELS // dim
     q = torch.zeros(1, LENGTH, heads, dim, dtype=torch.bfloat16)
     w, beta = torch.zeros(1, LENGTH, 1, heads, dim), torch.zeros(1, LENGTH, 1, heads)
-    edges.backward(q, q, w, beta, LENGTH, 1.0, edges.edges(q, q, w, beta, LENGTH, 1.0))
+    found = edges.edges(q, q, w, beta, LENGTH, 1.0, by_hopper)
+    edges.add_backward(q, q, w, beta, LENGTH, 1.0, found, (q, q, w, beta), by_hopper)
 
 
 def run_convolve_normalise(dim: int, dtype: str = "bfloat16", packed: bool = False, width: int = 3) -> None:
@@ -151,6 +167,7 @@ if __name__ == "__main__":
         options = json.loads(call)
         others = {
             "pairs": run_pairs,
+            "hopper_pairs": run_hopper_pairs,
             "edges": run_edges,
             "decode": run_decode,
             "convolve_normalise": run_convolve_normalise,

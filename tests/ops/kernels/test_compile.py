@@ -62,11 +62,21 @@ SPILLS_FLOAT32 = {
     64: {"dense_kernels.dense_backward_keys_kernel": 800},
     256: SPILLS[256],
 }
-# Of a split sequence's edges, whose gradients leave the same kernels in float32 and come without a factor.
+# Of a split sequence's edges: leaves without attention, and rows of one level, or gradients.
 EDGE_SPILLS: dict[int, dict[str, int]] = {
-    64: SPILLS[64] | {"leaf_kernels.leaf_backward_kernel": 3290},
-    128: SPILLS[128],
+    64: {
+        "leaf_kernels.leaf_backward_kernel": 715,
+        "hopper.leaf.leaf_forward_kernel": 180,
+    },
+    128: SPILLS[128]
+    | {
+        "leaf_kernels.leaf_backward_kernel": 2515,
+        "transport_kernels.query_transport_kernel": 555,
+        "transport_kernels.key_transport_kernel": 530,
+    },
 }
+# Of pairs of its pieces on Hopper.
+PAIR_SPILLS: dict[int, dict[str, int]] = {64: {}, 128: {"hopper.pair_kernels.pair_backward_kernel": 135}}
 # On Hopper with gates: their sums take registers that the loops do not have.
 GATED_SPILLS: dict[int, dict[str, int]] = {
     64: SPILLS[64]
@@ -144,6 +154,23 @@ def test_edges_of_pieces(dim: int) -> None:
     found = compiled({"backend": "edges", "dim": dim})
     assert {x["kernel"].partition(".")[0] for x in found} == {"leaf_kernels", "tree_kernels", "transport_kernels"}
     check(found, EDGE_SPILLS[dim])
+
+
+@for_hopper
+def test_edges_of_pieces_on_hopper() -> None:
+    found = compiled({"backend": "edges", "dim": 64, "by_hopper": True})
+    assert {f"hopper.leaf.leaf_{x}_kernel" for x in ("forward", "backward")} <= {x["kernel"] for x in found}
+    check(found, EDGE_SPILLS[64])
+
+
+@for_hopper
+@pytest.mark.parametrize("dim", [64, 128])
+def test_pairs_of_pieces_on_hopper(dim: int) -> None:
+    call = {"backend": "hopper_pairs", "dim": dim}
+    found = compiled(call, {**call, "gated": True}, {**call, "gated": True, "group": 4})
+    names = [f"hopper.pair_kernels.pair_{x}_kernel" for x in ("forward", "backward")]
+    assert [x["kernel"] for x in found] == 3 * names
+    check(found, PAIR_SPILLS[dim])
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])

@@ -23,6 +23,7 @@ TOLERANCE = 1e-5
 
 @pytest.mark.parametrize("batch, pieces, leaves, group", [(1, 2, 2, 1), (2, 2, 4, 2), (1, 1, 16, 1)])
 def test_edges(batch: int, pieces: int, leaves: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edges, "FORWARD_PART", batch * pieces * leaves)
     monkeypatch.setattr(edges, "PART", batch * pieces * leaves)  # a key head at a time
     heads, dim, length = 2, 16, 64 * leaves
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +47,7 @@ def test_edges(batch: int, pieces: int, leaves: int, group: int, monkeypatch: py
     d_edges = dyadic.Edges(*(torch.randn(x.shape, generator=generator) for x in found))
     wanted = dyadic.edges_backward(problem, dyadic.Edges(*(x.double() for x in d_edges)))
     wanted = wanted.tokens(plan, batch, 1, 0.3)
-    gradients = edges.backward(q, k, w, beta, length, 0.3, d_edges)
+    gradients = [torch.zeros_like(x) for x in (q, k, w, beta)]
+    edges.add_backward(q, k, w, beta, length, 0.3, d_edges, tuple(gradients))
     for a, b in zip(gradients, (wanted.q, wanted.k, wanted.w, wanted.beta), strict=True):
         close(a, b)

@@ -288,7 +288,7 @@ def _part_backward(
     result: linear.Gradients,
 ) -> Tensor | None:
     """Write a part's gradients to result; returns row sums less column sums of dS, (T, HQ), where there are gates."""
-    delta, factor = _delta(out, d_out, inputs)
+    delta, factor = delta_and_factor(out, d_out, inputs.v)
     levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs))
     if siblings_by == "triton":
         gradients = siblings.triton_backward(inputs, table, levels, d_out, log_sum_exp, delta, factor)
@@ -306,21 +306,20 @@ def _part_backward(
     return d_gate
 
 
-def _delta(out: Tensor, d_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+def delta_and_factor(out: Tensor, d_out: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """rowsum(d_out * out) of (T, HQ, DV) in float32, (T, HQ); and what gradients are multiplied by on their way through
-    half precision, (1,), None for float32 inputs.
+    half precision, (1,), None for float32 inputs. v (tokens, H, DV), not more rows than out has.
     """
     delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
-    is_half = inputs.row_dtype != torch.float32
-    largest = torch.zeros(2, dtype=torch.int32, device=out.device) if is_half else None
+    largest = None if v.dtype == torch.float32 else torch.zeros(2, dtype=torch.int32, device=out.device)
     delta_kernel[(triton.cdiv(delta.numel(), DELTA_ROWS),)](
         p_out=out,
         p_d_out=d_out,
-        p_v=inputs.v,
+        p_v=v,
         p_delta=delta,
         p_largest=largest,
         s_rows=delta.numel(),
-        s_values=inputs.v.shape[0] * inputs.v.shape[1],
+        s_values=v.shape[0] * v.shape[1],
         DV=out.shape[2],
         BLOCK_DV=triton.next_power_of_2(out.shape[2]),
         BLOCK_ROWS=DELTA_ROWS,

@@ -44,7 +44,7 @@ def select(q: Tensor) -> Kernel:
         return _EFFICIENT
     # cuDNN is the fastest of torch's kernels on Hopper; on older GPUs FlashAttention-2 is the one made for them.
     hopper = torch.cuda.get_device_capability(q.device) >= (9, 0) and torch.backends.cudnn.is_available()
-    return _CUDNN if hopper and q.shape[-1] <= CUDNN_COLUMNS else _FLASH
+    return CUDNN if hopper and q.shape[-1] <= CUDNN_COLUMNS else _FLASH
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def _plain_backward(
 
 
 _CPU = Kernel(_cpu_forward, _cpu_backward)
-_CUDNN = Kernel(_cudnn_forward, _cudnn_backward)
+CUDNN = Kernel(_cudnn_forward, _cudnn_backward)
 _FLASH = Kernel(_flash_forward, _flash_backward)
 _EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
 _PLAIN = Kernel(_plain_forward, _plain_backward)

@@ -19,9 +19,11 @@ from path_attention.ops.kernels import linear
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 from path_attention.ops.kernels.linear import Inputs
 
-# Leaves times key heads that go through the stages together. Rows of all levels are held for them: as many as the
-# operator's own parts hold, which are twice as long and have rows of every other leaf alone.
-PART = cuda.PART // 2
+# Leaves times key heads that go through the stages together. Backward rows of all levels are held for them, twice as
+# many as the operator's own parts hold of theirs, and no gradients but those of the uppermost level. Forward nothing is
+# held but the leaves' rows and matrices, an eighth of that; matrices grow with the square of the head dim.
+PART = cuda.PART
+FORWARD_PART = 8 * PART
 
 
 def unsupported_reason(q: Tensor, w: Tensor, length: int) -> str | None:
@@ -88,12 +90,14 @@ def _tables(pieces: int, length: int, device: torch.device) -> tuple[LeafTable, 
     return table(leaves, 2 * leaves + 2, slots - leaves // 2), table(0, 2 * leaves, slots)
 
 
-def _parts(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float) -> Iterator[_Part]:
+def _parts(
+    q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float, by_hopper: bool, most: int
+) -> Iterator[_Part]:
     """q (B, L, HQ, D), k (B, L, H, D), w (B, L, 1, H, D), beta (B, L, 1, H); L a multiple of the piece's length."""
     heads, group = k.shape[2], q.shape[2] // k.shape[2]
     pieces = k.shape[0] * k.shape[1] // length
     right, left = _tables(pieces, length, q.device)
-    each = max(1, min(heads, PART // right.num_leaves))
+    each = max(1, min(heads, most // right.num_leaves))
     for first in range(0, heads, each):
         some = slice(first, min(first + each, heads))
         queries = slice(some.start * group, some.stop * group)
@@ -106,89 +110,102 @@ def _parts(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: fl
             beta=beta[:, :, 0, some].flatten(0, 1).contiguous(),
             g=None,
             scale=scale,
+            # Without attention the kernel for groups on Hopper is not made, and ptxas serialises the products of wide
+            # rows (C7512).
+            leaves="hopper" if by_hopper and group == 1 and q.shape[3] <= LEAF else "triton",
         )
         yield _Part(inputs, right, left, some)
 
 
-def edges(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float) -> dyadic.Edges:
-    """Of pieces one after another, in float32."""
+def edges(
+    q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float, by_hopper: bool = False
+) -> dyadic.Edges:
+    """Of pieces one after another; rows are views of what lies token after token, in float16 for inputs in half
+    precision, and products in float32.
+    """
     batch, heads, dim = k.shape[0] * k.shape[1] // length, k.shape[2], k.shape[3]
     group = q.shape[2] // heads
-    q_left = torch.empty(heads, group, batch, length, dim, dtype=torch.float32, device=q.device)
-    k_right = torch.empty(heads, batch, length, dim, dtype=torch.float32, device=q.device)
     product = torch.empty(heads, batch, dim, dim, dtype=torch.float32, device=q.device)
-    for part in _parts(q, k, w, beta, length, scale):
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    most = FORWARD_PART * cuda.PART_DIM**2 // max(cuda.PART_DIM, dim) ** 2
+    for part in _parts(q, k, w, beta, length, scale, by_hopper, most):
         rest = part.inputs.empty(2 * part.right.num_leaves, part.inputs.heads, dim, dim)
         nodes, q_leaf, k_leaf, _ = linear._leaves(part.inputs, part.right, None, None, None, rest)
-        levels = _transport(part, nodes, q_leaf, k_leaf)
-        rows = levels.query_rows[part.top].view(batch, length, part.inputs.heads, group, dim)
-        q_left[part.heads] = rows.permute(2, 3, 0, 1, 4)
-        k_right[part.heads] = levels.key_rows[part.top].view(batch, length, -1, dim).permute(2, 0, 1, 3)
+        levels = _transport(part, nodes, q_leaf, k_leaf, only_top=True)
+        queries.append(levels.query_rows.view(batch, length, part.inputs.heads, group, dim))
+        keys.append(levels.key_rows.view(batch, length, part.inputs.heads, dim))
         whole = nodes[part.roots()].float()
         if part.inputs.work_dtype != torch.float32:
             whole += rest[part.roots()]
         product[part.heads] = whole.transpose(0, 1)
-    return dyadic.Edges(q_left, k_right, product)
+    q_left, k_right = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (queries, keys))
+    return dyadic.Edges(q_left.permute(2, 3, 0, 1, 4), k_right.permute(2, 0, 1, 3), product)
 
 
-def _transport(part: _Part, nodes: Tensor, q_leaf: Tensor, k_leaf: Tensor) -> linear.Levels:
-    return linear._levels(part.inputs, part.right, nodes, q_leaf, k_leaf, None, part.inputs.work_dtype, part.left)
+def _transport(part: _Part, nodes: Tensor, q_leaf: Tensor, k_leaf: Tensor, *, only_top: bool) -> linear.Levels:
+    inputs = part.inputs
+    return linear._levels(
+        inputs, part.right, nodes, q_leaf, k_leaf, None, inputs.work_dtype, part.left, only_top=only_top
+    )
 
 
-def backward(
-    q: Tensor, k: Tensor, w: Tensor, beta: Tensor, length: int, scale: float, d_edges: dyadic.Edges
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, w and beta, in float32, from those of :func:`edges`' results."""
-    found = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, w, beta)]
+def add_backward(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    length: int,
+    scale: float,
+    d_edges: dyadic.Edges,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+    by_hopper: bool = False,
+) -> None:
+    """Add to gradients of q, k, w and beta, like these, what comes from those of :func:`edges`' results, in float32."""
     group = q.shape[2] // k.shape[2]
-    for part in _parts(q, k, w, beta, length, scale):
-        d_q, d_k, d_w, d_beta = _part_backward(part, d_edges)
+    for part in _parts(q, k, w, beta, length, scale, by_hopper, PART):
+        found = _part_backward(part, d_edges)
         queries = slice(part.heads.start * group, part.heads.stop * group)
-        found[0][:, :, queries] = d_q.view(*q.shape[:2], -1, q.shape[3])
-        found[1][:, :, part.heads] = d_k.view(*k.shape[:2], -1, k.shape[3])
-        found[2][:, :, 0, part.heads] = d_w.view(*k.shape[:2], -1, k.shape[3])
-        found[3][:, :, 0, part.heads] = d_beta.view(*k.shape[:2], -1)
-    return found[0], found[1], found[2], found[3]
+        places = (
+            gradients[0][:, :, queries],
+            gradients[1][:, :, part.heads],
+            *(x[:, :, 0, part.heads] for x in gradients[2:]),
+        )
+        for place, x in zip(places, found, strict=True):
+            place += x.view(place.shape)
 
 
 def _part_backward(part: _Part, d_edges: dyadic.Edges) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, heads, query_heads = part.inputs, part.inputs.heads, part.inputs.query_heads
+    inputs, heads = part.inputs, part.inputs.heads
     leaves, dim = part.right.num_leaves, inputs.q.shape[2]
     inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
     u = inputs.empty(leaves, heads, LEAF, dim)
     nodes, q_leaf, k_leaf, _ = linear._leaves(inputs, part.right, None, None, (inverse, y, u))
-    levels = _transport(part, nodes, q_leaf, k_leaf)
+    levels = _transport(part, nodes, q_leaf, k_leaf, only_top=False)
     of_leaves = linear.Leaves(nodes, (inverse, y, u))
-    no_values = torch.zeros(inputs.v.shape, device=inputs.q.device)
-    at_leaves = _levels_backward(part, levels, of_leaves, d_edges, no_values)
+    at_leaves = _levels_backward(part, levels, of_leaves, d_edges)
     del levels, q_leaf, k_leaf
-    result = linear.Gradients(
-        *(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (inputs.q, inputs.k, inputs.v)),
-        *(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (inputs.w, inputs.beta)),
+    q, k, w, beta = (
+        torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (inputs.q, inputs.k, inputs.w, inputs.beta)
     )
-    tokens = inputs.q.shape[0]
-    # No attention in here: its output has no gradient, and a log-sum-exp of infinity makes every weight 0.
-    nothing = torch.zeros(tokens, query_heads, dim, dtype=inputs.q.dtype, device=inputs.q.device)
-    everything = torch.full((tokens, query_heads), float("inf"), dtype=torch.float32, device=inputs.q.device)
-    no_delta = torch.zeros_like(everything)
+    no_attention = (None,) * 6
     linear.leaves_backward(
-        inputs, part.right, of_leaves, at_leaves, no_values, None, None, everything, no_delta, nothing, result
+        inputs, part.right, of_leaves, at_leaves, *no_attention, linear.Gradients(q, k, None, w, beta)
     )
-    return result.q, result.k, result.w, result.beta
+    return q, k, w, beta
 
 
 def _levels_backward(
-    part: _Part, levels: linear.Levels, leaves: linear.Leaves, d_edges: dyadic.Edges, no_values: Tensor
+    part: _Part, levels: linear.Levels, leaves: linear.Leaves, d_edges: dyadic.Edges
 ) -> linear.EdgeGradients:
     """linear.levels_backward of gradients at the edges of pieces alone and of the pieces' products."""
     inputs = part.inputs
-    d_query_rows = torch.zeros(levels.query_rows.shape, dtype=torch.float32, device=inputs.q.device)
-    d_key_rows = torch.zeros(levels.key_rows.shape, dtype=torch.float32, device=inputs.q.device)
-    d_query_rows[part.top] = d_edges.q_left[part.heads].permute(2, 3, 0, 1, 4).reshape(d_query_rows.shape[1:])
-    d_key_rows[part.top] = d_edges.k_right[part.heads].permute(1, 2, 0, 3).reshape(d_key_rows.shape[1:])
+    d_queries = d_edges.q_left[part.heads].permute(2, 3, 0, 1, 4).reshape(levels.query_rows.shape[1:])
+    d_keys = d_edges.k_right[part.heads].permute(1, 2, 0, 3).reshape(levels.key_rows.shape[1:])
     d_nodes = linear.scaled_matrices(inputs, 2 * part.right.num_leaves, inputs.heads)
     _store_scaled(d_nodes, part.roots(), d_edges.product[part.heads].transpose(0, 1))
-    of_rows = linear.DenseGradients(d_query_rows, d_key_rows, no_values, gate=None, factor=None)
+    no_values = d_queries.new_empty(0)
+    of_rows = linear.DenseGradients(d_queries.contiguous(), d_keys.contiguous(), no_values, gate=None, factor=None)
     return linear.levels_backward(inputs, part.right, levels, leaves, of_rows, part.left, d_nodes)
 
 

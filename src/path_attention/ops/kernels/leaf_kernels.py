@@ -253,7 +253,7 @@ def leaf_backward_kernel(
     p_u,  # (N, H, 64, D) WORK
     p_log_sum_exp,  # (T, HQ) float32, of the whole attention
     p_delta,  # (T, HQ) float32: rowsum(d_out * out)
-    p_d_out,  # (T, HQ, DV)
+    p_d_out,  # (T, HQ, DV); None where there was no attention: so are both before it and p_d_values, p_d_v then
     p_d_q_left,  # (N, 64, HQ, D) WORK, to be multiplied by its power
     p_d_q_left_power,  # (N, HQ) float32
     p_d_k_right,  # (N, 64, H, D) WORK, likewise
@@ -319,8 +319,9 @@ def leaf_backward_kernel(
     b_d_u = tl.zeros((ROWS, BLOCK_D), tl.float32)
     b_d_w = tl.zeros((ROWS, BLOCK_D), tl.float32)
     b_d_k = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    b_d_v = load_rows(p_d_values + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS).to(tl.float32)
-    b_d_v *= inverse_of(p_factor)
+    if p_d_out is not None:
+        b_d_v = load_rows(p_d_values + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS).to(tl.float32)
+        b_d_v *= inverse_of(p_factor)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
         o_row = tl.cast(i_row, tl.int64) * HQ + o * HQ + i_query_head
@@ -328,25 +329,31 @@ def leaf_backward_kernel(
             load_rows(p_q + i_query_head * D, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS), WORK
         )
         b_x = rounded(tl.where(causal, dot(b_q, tl.trans(b_w)), 0.0), WORK)
-        b_logits = (dot(b_q, tl.trans(b_k)) - dot(b_x, tl.trans(b_y))) * (s_q * s_k * scale * LOG2_E)
-        if p_g is not None:
-            b_logits += _gates_between(tl.load(p_g + o_row, mask=m_row, other=0.0).to(tl.float32))
-        b_shift = tl.load(p_log_sum_exp + o_row, mask=m_row, other=0.0) * LOG2_E
-        b_weights = tl.where(causal & m_row[:, None], tl.exp2(b_logits - b_shift[:, None]), 0.0)
-        b_d_out = load_rows(p_d_out + i_query_head * DV, i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS)
-        b_d_v = dot(tl.trans(b_weights.to(b_d_out.dtype)), b_d_out, b_d_v)
-        b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
-        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
-        b_d_s = b_weights * (dot(b_d_out, tl.trans(b_v)) - b_delta[:, None])
-        if p_g is not None:
-            b_d_gate = tl.load(p_d_gate + o_row, mask=m_row, other=0.0) + tl.sum(b_d_s, axis=1) - tl.sum(b_d_s, axis=0)
-            tl.store(p_d_gate + o_row, b_d_gate, mask=m_row)
+        if p_d_out is not None:
+            b_logits = (dot(b_q, tl.trans(b_k)) - dot(b_x, tl.trans(b_y))) * (s_q * s_k * scale * LOG2_E)
+            if p_g is not None:
+                b_logits += _gates_between(tl.load(p_g + o_row, mask=m_row, other=0.0).to(tl.float32))
+            b_shift = tl.load(p_log_sum_exp + o_row, mask=m_row, other=0.0) * LOG2_E
+            b_weights = tl.where(causal & m_row[:, None], tl.exp2(b_logits - b_shift[:, None]), 0.0)
+            b_d_out = load_rows(p_d_out + i_query_head * DV, i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS)
+            b_d_v = dot(tl.trans(b_weights.to(b_d_out.dtype)), b_d_out, b_d_v)
+            b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+            b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+            b_d_s = b_weights * (dot(b_d_out, tl.trans(b_v)) - b_delta[:, None])
+            if p_g is not None:
+                b_d_gate = (
+                    tl.load(p_d_gate + o_row, mask=m_row, other=0.0) + tl.sum(b_d_s, axis=1) - tl.sum(b_d_s, axis=0)
+                )
+                tl.store(p_d_gate + o_row, b_d_gate, mask=m_row)
         s_d_q_left = load_power(p_d_q_left_power, i_leaf * HQ + i_query_head, WORK) * (s_q * scale)
         s_d_s = s_q * s_k * scale
         s_gradient = 1.0
         if WORK is not None:
-            s_power, _inverse = power_of_two(b_d_s)
-            s_largest = tl.maximum(s_unit, tl.maximum(s_power * s_d_s, s_d_q_left))
+            if p_d_out is not None:
+                s_power, _inverse = power_of_two(b_d_s)
+                s_largest = tl.maximum(s_unit, tl.maximum(s_power * s_d_s, s_d_q_left))
+            else:
+                s_largest = tl.maximum(s_unit, s_d_q_left)
             if GROUP > 1:
                 s_ratio = s_unit / s_largest
                 b_d_y *= s_ratio
@@ -355,22 +362,29 @@ def leaf_backward_kernel(
                 b_d_k *= s_ratio
             s_unit = s_largest
             s_gradient = HEADROOM / s_unit
-        b_d_s = rounded(b_d_s * (s_d_s * s_gradient), WORK)
+        if p_d_out is not None:
+            b_d_s = rounded(b_d_s * (s_d_s * s_gradient), WORK)
         b_d_q_left = load_rows(p_d_q_left + i_query_head * D, i_leaf * ROWS, ROWS, HQ * D, D, BLOCK_D, ROWS)
         b_d_q = b_d_q_left.to(tl.float32) * (s_d_q_left * s_gradient)
         b_d_q_left = rounded(b_d_q, WORK)
-        b_d_x = dot(b_d_s, b_y)
-        b_d_x = dot(b_d_q_left, tl.trans(b_u), b_d_x)
+        if p_d_out is not None:
+            b_d_x = dot(b_d_s, b_y)
+            b_d_x = dot(b_d_q_left, tl.trans(b_u), b_d_x)
+        else:
+            b_d_x = dot(b_d_q_left, tl.trans(b_u))
         b_d_x = rounded(tl.where(causal, -b_d_x, 0.0), WORK)
-        b_d_q = dot(b_d_s, b_k, b_d_q)
+        if p_d_out is not None:
+            b_d_q = dot(b_d_s, b_k, b_d_q)
         b_d_q = dot(b_d_x, b_w, b_d_q)
         b_d_q *= s_q_inverse / s_gradient
         store_rows(p_d_q + i_query_head * D, b_d_q, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS)
         b_d_w = dot(tl.trans(b_d_x), b_q, b_d_w)
-        b_d_k = dot(tl.trans(b_d_s), b_q, b_d_k)
-        b_d_y -= dot(tl.trans(b_d_s), b_x)
+        if p_d_out is not None:
+            b_d_k = dot(tl.trans(b_d_s), b_q, b_d_k)
+            b_d_y -= dot(tl.trans(b_d_s), b_x)
         b_d_u -= dot(tl.trans(b_x), b_d_q_left)
-    store_rows(p_d_v + i_head * DV, b_d_v, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+    if p_d_out is not None:
+        store_rows(p_d_v + i_head * DV, b_d_v, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
     s_gradient = 1.0
     if WORK is not None:
         s_gradient = HEADROOM / s_unit

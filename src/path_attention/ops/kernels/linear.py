@@ -282,10 +282,14 @@ def _levels(
     gate_nodes: Tensor | None,
     row_dtype: torch.dtype,
     key_table: LeafTable | None = None,
+    *,
+    only_top: bool = False,
 ) -> Levels:
-    """Rows at every level's edges; ``key_table``: where keys stand, for callers to whom that is another place."""
+    """Rows at every level's edges, or of the uppermost level alone; ``key_table``: where keys stand, for callers to
+    whom that is another place.
+    """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
-    levels, gated = table.num_levels, inputs.g is not None
+    levels, gated = 1 if only_top else table.num_levels, inputs.g is not None
     key_table = key_table or table
     queries, keys = (levels, table.query_slots, LEAF), (levels, key_table.key_slots, LEAF)
     result = Levels(
@@ -301,7 +305,8 @@ def _levels(
         "p_node": nodes,
         "p_gate_node": gate_nodes,
         "H": heads,
-        "num_levels": levels,
+        "num_levels": table.num_levels,
+        "ONLY_TOP": only_top,
         **inputs.matrix_options(),
     }
     query_transport_kernel[(table.num_leaves * query_heads,)](
@@ -341,7 +346,7 @@ class Gradients:
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     w: Tensor
     beta: Tensor
 
@@ -373,13 +378,14 @@ def levels_backward(
     """From the rows at all levels' edges back to the leaves' edges: transports, and the tree from its root down.
 
     Takes the rows out of ``levels`` and ``dense``. ``key_table`` is that of the rows' making. ``nodes``, if given, hold
-    the gradients of the matrices at the uppermost level, which no rows were moved by.
+    the gradients of the matrices at the uppermost level, which no rows were moved by; ``dense`` then has rows of that
+    level alone.
     """
     heads, query_heads = inputs.heads, inputs.query_heads
     key_table = key_table or table
     tree_levels = table.num_levels - (nodes is not None)
     shared = {"p_node": leaves.nodes, "H": heads, **inputs.matrix_options(wide=True)}
-    moved = {**shared, "p_factor": dense.factor, "num_levels": table.num_levels}
+    moved = {**shared, "p_factor": dense.factor, "num_levels": table.num_levels, "ONLY_TOP": nodes is not None}
     q_left = _scaled_rows(inputs, table, query_heads)
     query_partials = scaled_matrices(inputs, _partial_tiles(table.query_slots, table.num_levels), query_heads)
     query_transport_backward_kernel[(table.num_leaves * query_heads,)](
@@ -448,18 +454,19 @@ def leaves_backward(
     table: LeafTable,
     leaves: Leaves,
     edges: EdgeGradients,
-    d_values: Tensor,
+    d_values: Tensor | None,
     factor: Tensor | None,
     d_gate: Tensor | None,
-    log_sum_exp: Tensor,
-    delta: Tensor,
-    d_out: Tensor,
+    log_sum_exp: Tensor | None,
+    delta: Tensor | None,
+    d_out: Tensor | None,
     result: Gradients,
 ) -> None:
     """Back through the leaves, to ``result``, by the kernels that computed them: leaves.factors are given.
 
     d_values, factor and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
-    log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention.
+    log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention. Without d_out there was no
+    attention in the leaves: all of these are None, and so is result.v. The kernel for groups on Hopper wants it.
     """
     assert leaves.factors is not None
     inverse, y, u = leaves.factors

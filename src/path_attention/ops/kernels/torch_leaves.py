@@ -206,6 +206,7 @@ def backward(
 
 
 def _fields(result: Gradients) -> tuple[Tensor, ...]:
+    assert result.v is not None, "attention in the leaves"
     return result.q, result.k, result.v, result.w, result.beta
 
 

@@ -97,7 +97,7 @@ def query_transport_kernel(
     table_length,
     table_queries,
     table_keys,
-    p_query_rows,  # out (levels, query_slots, 64, HQ, D)
+    p_query_rows,  # out (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D)
     p_gate_query,  # out (HQ, levels, query_slots, 64) float32 or None: the gates from the edge up to each query
     H,
     query_slots,
@@ -107,6 +107,7 @@ def query_transport_kernel(
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
+    ONLY_TOP: tl.constexpr = False,  # rows of the uppermost level alone are wanted, and no gates
 ):
     """Queries of one pair of leaves and one query head at the left edge of each span that has a left sibling."""
     HQ = H * GROUP
@@ -130,7 +131,8 @@ def query_transport_kernel(
         p_gate_node += i_query_head
     if s_leaves == 2:
         i_slot = (i_base + within(i_index + 1, 0) - 1) * ROWS
-        store_where(p_query_rows, b_moved, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
+        if not ONLY_TOP:
+            store_where(p_query_rows, b_moved, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
         if p_gate_query is not None:
             tl.store(p_gate_query + i_slot + o, b_gate, mask=m_right)
         if i_index != 0:
@@ -148,10 +150,14 @@ def query_transport_kernel(
                 b_gate += tl.where(m_right, tl.load(p_gate_node + 2 * i_leaf * HQ), 0.0)
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
-            i_slot = (level * query_slots + i_base + within(i_index, level)) * ROWS
-            store_rows(
-                p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
-            )  # zeros for a leaf that is not there
+            if not ONLY_TOP:
+                i_slot = (level * query_slots + i_base + within(i_index, level)) * ROWS
+                store_rows(
+                    p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
+                )  # zeros for a leaf that is not there
+            elif level == num_levels - 1:
+                i_slot = (i_base + within(i_index, level)) * ROWS
+                store_rows(p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR)
             if p_gate_query is not None:
                 tl.store(p_gate_query + i_slot + o, b_gate)
             if (i_index >> (level + 1)) != 0:
@@ -180,7 +186,7 @@ def key_transport_kernel(
     table_length,
     table_queries,
     table_keys,
-    p_key_rows,  # out (levels, key_slots, 64, H, D)
+    p_key_rows,  # out (levels, key_slots, 64, H, D), of ONLY_TOP (key_slots, 64, H, D)
     p_gate_key,  # out (HQ, levels, key_slots, 64) float32 or None: the gates after each key up to the edge
     H,
     key_slots,
@@ -191,6 +197,7 @@ def key_transport_kernel(
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
+    ONLY_TOP: tl.constexpr = False,
 ):
     """Keys of one pair of leaves and one key head at the right edge of each span that has a right sibling."""
     HQ = H * GROUP
@@ -218,7 +225,8 @@ def key_transport_kernel(
         b_next = tl.reshape(b_next, (2, ROWS, BLOCK_GROUP))
         b_gate = tl.reshape(tl.cumsum(b_next, axis=1, reverse=True), (PAIR, BLOCK_GROUP))
     i_slot = (i_base + within(i_index, 0)) * ROWS
-    store_where(p_key_rows, b_moved, i_slot, m_left, H * D, D, BLOCK_D, PAIR)
+    if not ONLY_TOP:
+        store_where(p_key_rows, b_moved, i_slot, m_left, H * D, D, BLOCK_D, PAIR)
     if p_gate_key is not None:
         tl.store(p_gate_key + i_slot + o_gate_out, b_gate, mask=m_left[:, None] & m_group[None, :])
     if i_index + 2 < s_count:
@@ -237,8 +245,12 @@ def key_transport_kernel(
     for level in range(1, num_levels):
         i_right = ((i_index >> level) + 1) << level
         if ((i_index >> level) & 1) == 0 and i_right < s_count:
-            i_slot = (level * key_slots + i_base + within(i_index, level)) * ROWS
-            store_rows(p_key_rows, b_moved, i_slot, PAIR, H * D, D, BLOCK_D, PAIR)
+            if not ONLY_TOP:
+                i_slot = (level * key_slots + i_base + within(i_index, level)) * ROWS
+                store_rows(p_key_rows, b_moved, i_slot, PAIR, H * D, D, BLOCK_D, PAIR)
+            elif level == num_levels - 1:
+                i_slot = (i_base + within(i_index, level)) * ROWS
+                store_rows(p_key_rows, b_moved, i_slot, PAIR, H * D, D, BLOCK_D, PAIR)
             if p_gate_key is not None:
                 tl.store(p_gate_key + i_slot + o_gate_out, b_gate, mask=m_group[None, :])
             if i_right + (1 << level) < s_count:
@@ -279,7 +291,7 @@ def query_transport_backward_kernel(
     table_queries,
     table_keys,
     p_query_rows,  # (levels, query_slots, 64, HQ, D)
-    p_d_query_rows,  # (levels, query_slots, 64, HQ, D): from the attention between siblings
+    p_d_query_rows,  # (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D): from the attention
     p_factor,  # what those were multiplied by, or None
     p_d_q_left,  # out (N, 64, HQ, D) WORK, to be multiplied by its power
     p_d_q_left_power,  # out (N, HQ) float32
@@ -293,6 +305,7 @@ def query_transport_backward_kernel(
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
+    ONLY_TOP: tl.constexpr = False,  # rows of lower levels have no gradients but those of the uppermost one
 ):
     """Gradients of one pair's moved queries back at its leaves' left edges: x' = x P_left gives dx = dx' P_left^T and
     dP_left = x^T dx'.
@@ -338,7 +351,13 @@ def query_transport_backward_kernel(
                     i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
                     b_d = dot(b_half, tl.trans(b_p)) * s_power
-            b_d += s_factor * load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+            if not ONLY_TOP:
+                b_row = load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
+                b_d += s_factor * b_row.to(tl.float32)
+            elif i == 1:
+                i_slot = i_base + within(i_index, level)
+                b_row = load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
+                b_d += s_factor * b_row.to(tl.float32)
     if s_leaves == 2:
         i_slot = i_base + within(i_index + 1, 0)
         if i_index != 0:
@@ -362,8 +381,9 @@ def query_transport_backward_kernel(
                 store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
                 b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
                 b_d = tl.where(m_right[:, None], dot(b_half, tl.trans(b_p)) * s_power, b_d)
-        b_row = load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
-        b_d += s_factor * b_row.to(tl.float32)
+        if not ONLY_TOP:
+            b_row = load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
+            b_d += s_factor * b_row.to(tl.float32)
     _store_pair(p_d_q_left, p_d_q_left_power, b_d, i_leaf, i_query_head, s_leaves, HQ, D, BLOCK_D, WORK, PIECE)
 
 
@@ -376,7 +396,7 @@ def key_transport_backward_kernel(
     table_queries,
     table_keys,
     p_key_rows,  # (levels, key_slots, 64, H, D)
-    p_d_key_rows,  # (levels, key_slots, 64, H, D): from the attention between siblings
+    p_d_key_rows,  # (levels, key_slots, 64, H, D), of ONLY_TOP (key_slots, 64, H, D): from the attention
     p_factor,
     p_d_k_right,  # out (N, 64, H, D) WORK, to be multiplied by its power
     p_d_k_right_power,  # out (N, H) float32
@@ -390,6 +410,7 @@ def key_transport_backward_kernel(
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
+    ONLY_TOP: tl.constexpr = False,
 ):
     """The same for keys: x' = x P_right^T gives dx = dx' P_right and dP_right = dx'^T x."""
     i_leaf, i_head, i_index, s_count, s_leaves, _, _, _, i_base = _pair(
@@ -428,7 +449,11 @@ def key_transport_backward_kernel(
                     i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
                     b_d = dot(b_half, b_p) * s_power
-            b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+            if not ONLY_TOP:
+                b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+            elif i == 1:
+                i_slot = i_base + within(i_index, level)
+                b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     i_slot = i_base + within(i_index, 0)
     if i_index + 2 < s_count:
         if PIECE is not None:
@@ -451,5 +476,6 @@ def key_transport_backward_kernel(
             store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
             b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
             b_d = tl.where(m_left[:, None], dot(b_half, b_p) * s_power, b_d)
-    b_d += s_factor * load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+    if not ONLY_TOP:
+        b_d += s_factor * load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     _store_pair(p_d_k_right, p_d_k_right_power, b_d, i_leaf, i_head, s_leaves, H, D, BLOCK_D, WORK, PIECE)

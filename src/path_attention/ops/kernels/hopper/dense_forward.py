@@ -206,7 +206,8 @@ def _attend_left_leaf(
 @gluon.jit
 def _attend_left_spans(
     b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_first, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr
+    i_first, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GATED: gl.constexpr, ONE_LEVEL: gl.constexpr
 ):  # fmt: skip
     """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on, which begin in stage and query buffer i_first."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
@@ -221,6 +222,8 @@ def _attend_left_spans(
     s_turn = 0
     # Bit b of the number of tiles is a level that has 2^b of them, lowest first.
     s_bits = s_tiles & (s_tiles - 1)
+    if ONE_LEVEL:  # has all of them
+        s_bits *= 0
     s_left = s_tiles - s_bits - 1  # tiles of this level after the current one
     mbarrier.wait(q_full.index(i_q), 0)
     mbarrier.wait(k_full.index(i_stage), 0)
@@ -277,7 +280,7 @@ def _attend_left_spans(
 def _consume(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
     i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, C: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr
+    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr
 ):  # fmt: skip
     """Rows of leaf C of the pair: go on from the leaf's own attention over the left leaf, if C is a right one, and
     s_tiles tiles of keys.
@@ -316,10 +319,10 @@ def _consume(
     if s_tiles > 0:
         b_max, b_sum, b_o = _attend_left_spans(
             b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, has_right, s_tiles, C, DV, STAGES, TURNS, GATED
+            turn, has_right, s_tiles, C, DV, STAGES, TURNS, GATED, ONE_LEVEL
         )  # fmt: skip
     b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
-    gl.store(p_tile, gl.convert_layout(b_o.to(s_v.dtype), M), mask=m_out)
+    gl.store(p_tile, gl.convert_layout(b_o.to(p_out.dtype.element_ty), M), mask=m_out)
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
 
 
@@ -405,7 +408,7 @@ def dense_forward_kernel(
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 0, DV, STAGES, TURNS,
-                    GATED
+                    GATED, False
                 ),
             ),
             (
@@ -413,7 +416,7 @@ def dense_forward_kernel(
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 1, DV, STAGES, TURNS,
-                    GATED
+                    GATED, False
                 ),
             ),
         ],

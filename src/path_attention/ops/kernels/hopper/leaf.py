@@ -390,6 +390,7 @@ def leaf_backward_kernel(
     """leaf_backward_kernel of leaf_kernels.py for D = DV and a query head a key head: its arguments, and what it
     computes, dX, dY, dU, E and F negated. The comments say what the tiles of shared memory hold.
     """
+    ATTENTION: gl.constexpr = p_d_out is not None
     PARTS: gl.constexpr = D // 64
     HEADROOM: gl.constexpr = 0.0625  # as there
     HALF: gl.constexpr = p_v.dtype.element_ty
@@ -406,13 +407,16 @@ def leaf_backward_kernel(
     p_k += i_head * D
     p_v += i_head * D
     p_w += i_head * D
-    p_d_out += i_head * D
+    if ATTENTION:
+        p_d_out += i_head * D
     p_d_q_left += i_head * D
     p_d_k_right += i_head * D
-    p_d_values += i_head * D
+    if ATTENTION:
+        p_d_values += i_head * D
     p_d_q += i_head * D
     p_d_k += i_head * D
-    p_d_v += i_head * D
+    if ATTENTION:
+        p_d_v += i_head * D
     p_d_w += i_head * D
     s_w = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     s_k = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
@@ -428,50 +432,56 @@ def leaf_backward_kernel(
     causal = o_row[:, None] >= o_column[None, :]
     m_row = o_row < s_rows
     p_number = gl.cast(i_row, gl.int64) * H + i_head
-    b_shift = gl.load(p_log_sum_exp + p_number + o_row * H, mask=m_row, other=0.0) * LOG2_E
-    b_delta = gl.load(p_delta + p_number + o_row * H, mask=m_row, other=0.0)
+    if ATTENTION:
+        b_shift = gl.load(p_log_sum_exp + p_number + o_row * H, mask=m_row, other=0.0) * LOG2_E
+        b_delta = gl.load(p_delta + p_number + o_row * H, mask=m_row, other=0.0)
     s_k_power, s_k_inverse = _load_normalised(p_k, s_k, i_row, s_rows, stride, PARTS)
     s_q_power, s_q_inverse = _load_normalised(p_q, s_q, i_row, s_rows, stride, PARTS)
     s_y.store((load_tile(p_y, i_tile * LEAF, LEAF, 64).to(gl.float32) * s_k_inverse).to(gl.float16))
     for i in gl.static_range(PARTS):
         s_w.index(i).store(load_tile(p_w + i * 64, i_row, s_rows, stride).to(gl.float16))
-        s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_v + i * 64, i_row, s_rows, stride))
-        s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_d_out + i * 64, i_row, s_rows, stride))
+        if ATTENTION:
+            s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_v + i * 64, i_row, s_rows, stride))
+            s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_d_out + i * 64, i_row, s_rows, stride))
     fence_async_shared()
     # The leaf's own attention again.
     t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
     if PARTS == 2:
         t_x = warpgroup_mma(s_q.index(1), s_w.index(1).permute((1, 0)), t_x, is_async=True)
-    t_s = warpgroup_mma(s_q.index(0), s_k.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
-    if PARTS == 2:
-        t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
-    b_x, b_s = warpgroup_mma_wait(0, (t_x, t_s))
-    b_x = gl.where(causal, b_x, 0.0)
-    put(s_x, b_x)
-    b_s = warpgroup_mma(_operand(-b_x), s_y.permute((1, 0)), b_s)
-    b_s *= s_q_power * s_k_power * scale * LOG2_E
-    if p_g is not None:
-        b_s += _gates_between(gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32))
-    b_p = gl.exp2(b_s - b_shift[:, None])
-    b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
-    s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
-    put(s_weights, b_p)
-    b_dp = _zeros()
-    s_inverse_factor = 1.0 / gl.load(p_factor)
-    for i in gl.static_range(PARTS):
-        s_part = s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
-        s_values = s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
-        b_dp = warpgroup_mma(s_part, s_values.permute((1, 0)), b_dp)
-        p_part = p_d_values + i * 64 + gl.cast(i_row, gl.int64) * stride
-        b_dv = gl.load(p_part + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
-        b_dv = b_dv.to(gl.float32) * s_inverse_factor
-        b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_part, b_dv)
-        store_tile(p_d_v + i * 64, b_dv, s_ds, i_row, s_rows, stride)
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    if p_g is not None:
-        b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)
-        b_d_gate += gl.sum(b_ds, 1) - gl.convert_layout(gl.sum(b_ds, 0), ROW)
-        gl.store(p_d_gate + p_number + o_row * H, b_d_gate, mask=m_row)
+    if ATTENTION:
+        t_s = warpgroup_mma(s_q.index(0), s_k.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+        if PARTS == 2:
+            t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
+        b_x, b_s = warpgroup_mma_wait(0, (t_x, t_s))
+        b_x = gl.where(causal, b_x, 0.0)
+        put(s_x, b_x)
+        b_s = warpgroup_mma(_operand(-b_x), s_y.permute((1, 0)), b_s)
+        b_s *= s_q_power * s_k_power * scale * LOG2_E
+        if p_g is not None:
+            b_s += _gates_between(gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32))
+        b_p = gl.exp2(b_s - b_shift[:, None])
+        b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
+        s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
+        put(s_weights, b_p)
+        b_dp = _zeros()
+        s_inverse_factor = 1.0 / gl.load(p_factor)
+        for i in gl.static_range(PARTS):
+            s_part = s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
+            s_values = s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
+            b_dp = warpgroup_mma(s_part, s_values.permute((1, 0)), b_dp)
+            p_part = p_d_values + i * 64 + gl.cast(i_row, gl.int64) * stride
+            b_dv = gl.load(p_part + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
+            b_dv = b_dv.to(gl.float32) * s_inverse_factor
+            b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_part, b_dv)
+            store_tile(p_d_v + i * 64, b_dv, s_ds, i_row, s_rows, stride)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        if p_g is not None:
+            b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)
+            b_d_gate += gl.sum(b_ds, 1) - gl.convert_layout(gl.sum(b_ds, 0), ROW)
+            gl.store(p_d_gate + p_number + o_row * H, b_d_gate, mask=m_row)
+    else:
+        b_x = gl.where(causal, warpgroup_mma_wait(0, (t_x,)), 0.0)
+        put(s_x, b_x)
     # One unit for all gradients.
     s_dq_power = gl.load(p_d_q_left_power + i_tile) * (s_q_power * scale)
     s_dk_power = 0.0
@@ -479,39 +489,63 @@ def leaf_backward_kernel(
     if has_right:
         s_dk_power = gl.load(p_d_k_right_power + i_tile) * s_k_power
         s_dp_power = gl.load(p_d_node_power + i_node)
-    s_ds_power, _inverse = power_of_two(_largest(b_ds))
-    s_ds_scale = s_q_power * s_k_power * scale
-    s_unit = gl.maximum(gl.maximum(s_ds_power * s_ds_scale, s_dq_power), gl.maximum(s_dk_power, s_dp_power))
+    if ATTENTION:
+        s_ds_power, _inverse = power_of_two(_largest(b_ds))
+        s_ds_scale = s_q_power * s_k_power * scale
+        s_unit = gl.maximum(gl.maximum(s_ds_power * s_ds_scale, s_dq_power), gl.maximum(s_dk_power, s_dp_power))
+    else:
+        s_unit = gl.maximum(s_dq_power, gl.maximum(s_dk_power, s_dp_power))
     s_gradient = HEADROOM / gl.maximum(s_unit, 2.0**-100)
-    b_ds = b_ds * (s_ds_scale * s_gradient)
+    if ATTENTION:
+        b_ds = b_ds * (s_ds_scale * s_gradient)
     for i in gl.static_range(PARTS):
         s_v.index(i).store(load_tile(p_u + i * 64, i_tile * LEAF, LEAF, D))
         b_dq_left = load_tile(p_d_q_left + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
         s_do.index(i).store((b_dq_left * (s_dq_power * s_gradient)).to(gl.float16))
-    put(s_ds, b_ds)
-    b_ds_operand = _operand(b_ds)
-    t_dx = warpgroup_mma(b_ds_operand, s_y, _zeros(), use_acc=False, is_async=True)
-    for i in gl.static_range(PARTS):
-        t_dx = warpgroup_mma(s_do.index(i), s_v.index(i).permute((1, 0)), t_dx, is_async=True)
-    b_dx, b_ds_operand = warpgroup_mma_wait(0, (t_dx, b_ds_operand))
+    if ATTENTION:
+        put(s_ds, b_ds)
+        b_ds_operand = _operand(b_ds)
+        t_dx = warpgroup_mma(b_ds_operand, s_y, _zeros(), use_acc=False, is_async=True)
+        for i in gl.static_range(PARTS):
+            t_dx = warpgroup_mma(s_do.index(i), s_v.index(i).permute((1, 0)), t_dx, is_async=True)
+        b_dx, b_ds_operand = warpgroup_mma_wait(0, (t_dx, b_ds_operand))
+    else:
+        fence_async_shared()
+        b_dx = _zeros()
+        for i in gl.static_range(PARTS):
+            b_dx = warpgroup_mma(s_do.index(i), s_v.index(i).permute((1, 0)), b_dx)
     b_dx = gl.where(causal, b_dx, 0.0)
     put(s_dx, b_dx)
     b_dx_operand = _operand(-b_dx)
     for i in gl.static_range(PARTS):
-        t_dq = warpgroup_mma(b_ds_operand, s_k.index(i), s_do.index(i).load(ACC).to(gl.float32), is_async=True)
-        t_dq = warpgroup_mma(b_dx_operand, s_w.index(i), t_dq, is_async=True)
-        b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
+        if ATTENTION:
+            t_dq = warpgroup_mma(b_ds_operand, s_k.index(i), s_do.index(i).load(ACC).to(gl.float32), is_async=True)
+            t_dq = warpgroup_mma(b_dx_operand, s_w.index(i), t_dq, is_async=True)
+            b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
+        else:
+            b_dq = warpgroup_mma(b_dx_operand, s_w.index(i), s_do.index(i).load(ACC).to(gl.float32))
         store_tile(p_d_q + i * 64, b_dq * (s_q_inverse / s_gradient), None, i_row, s_rows, stride)
-    t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
+    if ATTENTION:
+        t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
     t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
     t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False, is_async=True)
-    t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, _zeros(), use_acc=False, is_async=True)
-    b_dk, b_dw, b_du, b_dy = warpgroup_mma_wait(0, (t_dk, t_dw, t_du, t_dy))
+    if ATTENTION:
+        t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, _zeros(), use_acc=False, is_async=True)
+        b_dk, b_dw, b_du, b_dy = warpgroup_mma_wait(0, (t_dk, t_dw, t_du, t_dy))
+    else:
+        b_dw, b_du = warpgroup_mma_wait(0, (t_dw, t_du))
+        b_dk = _zeros()
+        b_dy = _zeros()
     if PARTS == 2:
-        t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(1), _zeros(), use_acc=False, is_async=True)
+        if ATTENTION:
+            t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(1), _zeros(), use_acc=False, is_async=True)
         t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(1), _zeros(), use_acc=False, is_async=True)
         t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(1), _zeros(), use_acc=False, is_async=True)
-        b_dk_more, b_dw_more, b_du_more = warpgroup_mma_wait(0, (t_dk, t_dw, t_du))
+        if ATTENTION:
+            b_dk_more, b_dw_more, b_du_more = warpgroup_mma_wait(0, (t_dk, t_dw, t_du))
+        else:
+            b_dw_more, b_du_more = warpgroup_mma_wait(0, (t_dw, t_du))
+            b_dk_more = _zeros()
     if has_right:
         for i in gl.static_range(PARTS):
             b_dk_right = load_tile(p_d_k_right + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
