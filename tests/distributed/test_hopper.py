@@ -43,6 +43,7 @@ def work(rank: int) -> None:
         ):
             for method in ("_has_kernels", "_has_hopper"):
                 monkeypatch.setattr(Call, method, lambda self, q, w: True)
+            monkeypatch.setattr(Call, "wants_hopper", True)
             monkeypatch.setattr(pair_attention, "_has_hopper", lambda visitor: True)
             # Else their gradients, which are added up in no fixed order, would not be asked for.
             monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from path_attention.distributed.edges import AtEdges, Shard, moved, pair_operands
 from path_attention.distributed.pairs import Call, Pair
 from path_attention.ops import dyadic
-from path_attention.ops.backends import AUTO, has_triton
+from path_attention.ops.backends import has_triton
 from path_attention.ops.columns import fold_queries, unfold_queries
 from path_attention.ops.engines import dense
 
@@ -136,7 +136,7 @@ def _faster_by_cudnn(visitor: Shard) -> bool:
 
 def _hopper(call: Call, visitor: Shard, pair: Pair, *, is_backward: bool = False) -> Any:
     """The module of kernels for Hopper that serves a pair, or None. Their gradients are sums in no fixed order."""
-    if visitor.k.dtype != torch.float16 or call.backend not in (AUTO, "hopper"):
+    if visitor.k.dtype != torch.float16 or not call.wants_hopper:
         return None
     if (is_backward and torch.are_deterministic_algorithms_enabled()) or not _has_hopper(visitor):
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from path_attention.distributed.context import ContextParallel
 from path_attention.ops import dyadic
-from path_attention.ops.backends import AUTO, has_triton, reason_against
+from path_attention.ops.backends import has_triton, reason_against
 from path_attention.ops.columns import Columns
 from path_attention.ops.spans import plan_spans
 
@@ -135,10 +135,17 @@ class Call:
 
         return edges.unsupported_reason(q, w, self.length) is None
 
+    @property
+    def wants_hopper(self) -> bool:
+        """Whether kernels for Hopper may serve pairs and edges: where they are asked for. They have run in the emulator
+        and not on a GPU yet, so nothing takes them by itself.
+        """
+        return self.backend == "hopper"
+
     def _has_hopper(self, q: Tensor, w: Tensor) -> bool:
         """Whether leaves are those for Hopper, which keep what bfloat16 asks for."""
-        bfloat16 = q.dtype == torch.bfloat16 and self.backend in (AUTO, "hopper")
-        return bfloat16 and reason_against("hopper", q, q, w, None, None) is None
+        wanted = q.dtype == torch.bfloat16 and self.wants_hopper
+        return wanted and reason_against("hopper", q, q, w, None, None) is None
 
     def by_row(self, x: Tensor) -> Tensor:
         """(B, p * C, ...) -> the sequences of the attention inside the pieces: (B * p, C, ...), or a packed row."""
