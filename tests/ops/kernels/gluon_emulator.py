@@ -251,7 +251,7 @@ class Shared:
     def permute(self, order: Sequence[int]) -> "Shared":
         return Shared(self.tensor.permute(*order))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> "Shared":
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> "Shared":
         held = self.tensor.view(-1).view(torch.uint8)
         size = torch.empty(shape, dtype=dtype, device="meta").nbytes
         assert size <= held.numel(), f"{size} bytes in {held.numel()}"
@@ -381,6 +381,10 @@ class tma:
     def store_wait(pendings: int) -> None:
         while len(_here.stores) > pendings:
             _here.stores.popleft()()
+
+
+def reinterpret(tile: Shared, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+    return tile.reinterpret(dtype, shape, layout)
 
 
 def tma_reduce_add(t: TensorDescriptor, coordinates: Sequence[Any], source: Shared) -> None:

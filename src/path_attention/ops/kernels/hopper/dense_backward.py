@@ -15,10 +15,8 @@ sums of dS over keys are products with ones. Level 0 is a kernel of its own
 (dense_kernels.py): in this one it would cost registers that the loop does not have.
 """
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -36,14 +34,8 @@ from path_attention.ops.kernels.hopper.dense_forward import (
     turn_and_head,
     within,
 )
+from path_attention.ops.kernels.hopper.gluon_names import async_load, async_store, reinterpret, tma_reduce_add
 from path_attention.ops.kernels.tiles import COUNTS
-
-
-@builtin
-def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
-    """Adds a tile of shared memory to global memory; tma.store_wait waits for it. Gluon 3.6 does not wrap it."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
 @gluon.jit
@@ -82,7 +74,7 @@ def _produce(
     DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     mbarrier.expect(v_full, PAIR * DV * 2)
-    tma.async_copy_global_to_shared(t_values, [i_row, i_head * DV], v_full, s_v)
+    async_load(t_values, [i_row, i_head * DV], v_full, s_v)
     i_stage = 0
     s_phase = 1
     i_k = 0
@@ -93,7 +85,7 @@ def _produce(
             i_key_row = (level * key_slots + i_key_base + within(i_index, level)) * LEAF
             mbarrier.wait(k_empty.index(i_k), s_k_phase)
             mbarrier.expect(k_full.index(i_k), PAIR * D * 2)
-            tma.async_copy_global_to_shared(t_key_rows, [i_key_row, i_head * D], k_full.index(i_k), s_k.index(i_k))
+            async_load(t_key_rows, [i_key_row, i_head * D], k_full.index(i_k), s_k.index(i_k))
             i_k, s_k_phase = _advance(i_k, s_k_phase, 2)
             i_query_row = (level * query_slots + i_query_base + within(i_first, level)) * LEAF
             i_out_row = i_row + (i_first - i_index) * LEAF
@@ -104,24 +96,20 @@ def _produce(
                 i_number = (i_row_base + i_first) * LEAF + i_tile * ROWS
                 mbarrier.wait(q_empty.index(i_stage), s_phase)
                 mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 4)
-                tma.async_copy_global_to_shared(
+                async_load(
                     t_query_rows,
                     [i_query_row + i_tile * ROWS, i_query_head * D],
                     q_full.index(i_stage),
                     s_q.index(i_stage),
                 )
                 i_lse = i_query_row + i_tile * ROWS if GATED else i_number
-                tma.async_copy_global_to_shared(
-                    t_log_sum_exp, [i_query_head, i_lse], q_full.index(i_stage), s_lse.index(i_stage)
-                )
+                async_load(t_log_sum_exp, [i_query_head, i_lse], q_full.index(i_stage), s_lse.index(i_stage))
                 mbarrier.wait(do_empty.index(i_stage), s_phase)
                 mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2 + ROWS * 4)
-                tma.async_copy_global_to_shared(
+                async_load(
                     t_d_out, [i_out_row + i_tile * ROWS, i_query_head * DV], do_full.index(i_stage), s_do.index(i_stage)
                 )
-                tma.async_copy_global_to_shared(
-                    t_delta, [i_query_head, i_number], do_full.index(i_stage), s_delta.index(i_stage)
-                )
+                async_load(t_delta, [i_query_head, i_number], do_full.index(i_stage), s_delta.index(i_stage))
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
                 i_tile += 1
                 is_last = i_tile == s_tiles  # of a query head
@@ -298,10 +286,10 @@ def _consume(
             i_k, s_k_phase = _advance(i_k, s_k_phase, 2)
             if p_d_key_rows is None:
                 tma.store_wait(0)
-                s_dk = s_dq.index(C)._reinterpret(t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
+                s_dk = reinterpret(s_dq.index(C), t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
                 s_dk.store(b_dk.to(t_d_key_rows.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(t_d_key_rows, [i_key_row, i_head * D], s_dk)
+                async_store(t_d_key_rows, [i_key_row, i_head * D], s_dk)
             else:
                 p_rows = p_d_key_rows + (gl.cast(i_key_row, gl.int64) * H + i_head) * D
                 o_row = gl.arange(0, LEAF, gl.SliceLayout(1, K))[:, None]
@@ -310,7 +298,7 @@ def _consume(
     mbarrier.arrive(done, count=1)
     mbarrier.wait(done, 0)  # the other consumer may still read the last queries
     s_tiles_read = s_q if C == 0 else s_do
-    s_dv = s_tiles_read._reinterpret(gl.float32, [128 // DV, LEAF, DV], t_d_values.layout).index(0)
+    s_dv = reinterpret(s_tiles_read, gl.float32, [128 // DV, LEAF, DV], t_d_values.layout).index(0)
     s_dv.store(b_dv)
     fence_async_shared()
     tma_reduce_add(t_d_values, [i_row + C * LEAF, i_head * DV], s_dv)

@@ -17,11 +17,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from path_attention.ops.kernels.hopper.gluon_names import async_load
 from path_attention.ops.kernels.tiles import COUNTS
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -106,48 +106,38 @@ def _produce(
         i_query_row = (i_query_base + i_index // 2) * LEAF
         i_key_row = (i_key_base + i_index // 2) * LEAF
         mbarrier.expect(q_full.index(0), LEAF * D * 2 + GATES)
-        tma.async_copy_global_to_shared(t_query_rows, [i_query_row, i_query_column], q_full.index(0), s_q.index(1))
+        async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(0), s_q.index(1))
         mbarrier.expect(k_full.index(0), PAIR * D * 2 + GATES)
-        tma.async_copy_global_to_shared(t_key_rows, [i_key_row, i_key_column], k_full.index(0), s_k.index(0))
+        async_load(t_key_rows, [i_key_row, i_key_column], k_full.index(0), s_k.index(0))
         if GATED:
-            tma.async_copy_global_to_shared(
-                t_gate_query, [i_query_head, i_query_row], q_full.index(0), s_gate_q.index(0)
-            )
-            tma.async_copy_global_to_shared(t_gate_key, [i_query_head, i_key_row], k_full.index(0), s_gate_k.index(0))
+            async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(0), s_gate_q.index(0))
+            async_load(t_gate_key, [i_query_head, i_key_row], k_full.index(0), s_gate_k.index(0))
         mbarrier.expect(v_full.index(0), PAIR * DV * 2)
-        tma.async_copy_global_to_shared(t_values, [i_row, i_value_column], v_full.index(0), s_v.index(0))
+        async_load(t_values, [i_row, i_value_column], v_full.index(0), s_v.index(0))
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_first = ((i_index >> level) - 1) << level
             i_query_row = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
             mbarrier.wait(q_empty.index(i_q), s_q_phase)
             mbarrier.expect(q_full.index(i_q), PAIR * D * 2 + GATES)
-            tma.async_copy_global_to_shared(
-                t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q)
-            )
-            tma.async_copy_global_to_shared(
-                t_query_rows, [i_query_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1)
-            )
+            async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q))
+            async_load(t_query_rows, [i_query_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
             if GATED:
-                tma.async_copy_global_to_shared(
-                    t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(i_q)
-                )
+                async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(i_q))
             i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
             i_key_row = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
             i_value_row = i_row - (i_index - i_first) * LEAF
             for i in range(1 << (level - 1)):
                 mbarrier.wait(k_empty.index(i_stage), s_phase)
                 mbarrier.expect(k_full.index(i_stage), PAIR * D * 2 + GATES)
-                tma.async_copy_global_to_shared(
-                    t_key_rows, [i_key_row + i * PAIR, i_key_column], k_full.index(i_stage), s_k.index(i_stage)
-                )
+                async_load(t_key_rows, [i_key_row + i * PAIR, i_key_column], k_full.index(i_stage), s_k.index(i_stage))
                 if GATED:
-                    tma.async_copy_global_to_shared(
+                    async_load(
                         t_gate_key, [i_query_head, i_key_row + i * PAIR], k_full.index(i_stage), s_gate_k.index(i_stage)
                     )
                 mbarrier.wait(v_empty.index(i_stage), s_phase)
                 mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
-                tma.async_copy_global_to_shared(
+                async_load(
                     t_values, [i_value_row + i * PAIR, i_value_column], v_full.index(i_stage), s_v.index(i_stage)
                 )
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from path_attention.ops.kernels import leaf_kernels
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
+from path_attention.ops.kernels.hopper.gluon_names import reinterpret
 from path_attention.ops.kernels.tiles import COUNTS
 
 # Registers of an accumulator of 64 x 64, the first operand made of one, and a tile as memory has it, 16 bytes a thread.
@@ -103,7 +104,7 @@ def store_tile(
         p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
         gl.store(p, b_x.to(dtype), mask=o_row < s_rows)
     else:
-        s_tile = s_free._reinterpret(dtype, [LEAF, COLUMNS], TILE)
+        s_tile = reinterpret(s_free, dtype, [LEAF, COLUMNS], TILE)
         s_tile.store(b_x.to(dtype))
         write_tile(p_x, s_tile, i_row, s_rows, row_stride, COLUMNS, LAYOUT)
 
@@ -314,7 +315,7 @@ def leaf_forward_kernel(
             b_weights = gl.convert_layout(b_p.to(p_v.dtype.element_ty), OPERAND)
             b_inverse_sum = 1.0 / b_sum
             for i in gl.static_range(PARTS):
-                s_v = s_u_rest.index(i)._reinterpret(p_v.dtype.element_ty, [LEAF, 64], TILE)
+                s_v = reinterpret(s_u_rest.index(i), p_v.dtype.element_ty, [LEAF, 64], TILE)
                 put(s_v, load_tile(p_v + i_head * D + i * 64, i_row, s_rows, H * D))
                 b_out = warpgroup_mma(b_weights, s_v, _zeros(), use_acc=False) * b_inverse_sum[:, None]
                 store_tile(p_out + i_query_head * D + i * 64, b_out, s_a, i_row, s_rows, HQ * D)
@@ -441,8 +442,8 @@ def leaf_backward_kernel(
     for i in gl.static_range(PARTS):
         s_w.index(i).store(load_tile(p_w + i * 64, i_row, s_rows, stride).to(gl.float16))
         if ATTENTION:
-            s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_v + i * 64, i_row, s_rows, stride))
-            s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE).store(load_tile(p_d_out + i * 64, i_row, s_rows, stride))
+            reinterpret(s_v.index(i), HALF, [LEAF, 64], TILE).store(load_tile(p_v + i * 64, i_row, s_rows, stride))
+            reinterpret(s_do.index(i), HALF, [LEAF, 64], TILE).store(load_tile(p_d_out + i * 64, i_row, s_rows, stride))
     fence_async_shared()
     # The leaf's own attention again.
     t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
@@ -461,13 +462,13 @@ def leaf_backward_kernel(
             b_s += _gates_between(gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32))
         b_p = gl.exp2(b_s - b_shift[:, None])
         b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
-        s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
+        s_weights = reinterpret(s_dx, HALF, [LEAF, 64], TILE)
         put(s_weights, b_p)
         b_dp = _zeros()
         s_inverse_factor = 1.0 / gl.load(p_factor)
         for i in gl.static_range(PARTS):
-            s_part = s_do.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
-            s_values = s_v.index(i)._reinterpret(HALF, [LEAF, 64], TILE)
+            s_part = reinterpret(s_do.index(i), HALF, [LEAF, 64], TILE)
+            s_values = reinterpret(s_v.index(i), HALF, [LEAF, 64], TILE)
             b_dp = warpgroup_mma(s_part, s_values.permute((1, 0)), b_dp)
             p_part = p_d_values + i * 64 + gl.cast(i_row, gl.int64) * stride
             b_dv = gl.load(p_part + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
+from path_attention.ops.kernels.hopper.gluon_names import async_load_numbers, reinterpret, thread_barrier
 from path_attention.ops.kernels.hopper.leaf import (
     CLOSED,
     TILE,
@@ -73,7 +74,7 @@ def _gates_between(p_g, o_row_stride, s_rows, s_free):
     """_gates_between of leaf.py by running sums, which each warp makes of all rows by itself; they go by s_free."""
     o = gl.arange(0, LEAF, ROWS_OF_WARP)
     b_g = gl.load(p_g + o * o_row_stride, mask=o < s_rows, other=0.0).to(gl.float32)
-    s_sums = s_free._reinterpret(gl.float32, [2, LEAF], NUMBERS)
+    s_sums = reinterpret(s_free, gl.float32, [2, LEAF], NUMBERS)
     s_sums.index(0).store(gl.associative_scan(gl.where(b_g < CLOSED, 0.0, b_g * LOG2_E), 0, _add))
     s_sums.index(1).store(gl.associative_scan(gl.where(b_g < CLOSED, 1.0, 0.0), 0, _add))
     # The same numbers for rows and columns: a query's own key has exactly 0.
@@ -176,14 +177,14 @@ def leaf_backward_group_kernel(
     s_ds = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # sums of gates first; then dY, dT
     s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first; then F
     s_dq_left = s_dq.index(0)
-    s_out = s_dq.index(1)._reinterpret(HALF, [LEAF, D], TILE)
+    s_out = reinterpret(s_dq.index(1), HALF, [LEAF, D], TILE)
     o_tile_row = gl.arange(0, LEAF, gl.SliceLayout(1, MEMORY))
     o_tile_column = gl.arange(0, D, gl.SliceLayout(0, MEMORY))
     o_first = o_tile_row[:, None] * query_stride + o_tile_column[None, :]
     m_first = (o_tile_row < s_rows)[:, None]
-    async_copy.async_copy_global_to_shared(s_next_q, p_q + o_first, mask=m_first)
-    async_copy.async_copy_global_to_shared(s_do, p_d_out + o_first, mask=m_first)
-    async_copy.async_copy_global_to_shared(s_next_dq_left, p_d_q_left + o_first)
+    async_load_numbers(s_next_q, p_q + o_first, mask=m_first)
+    async_load_numbers(s_do, p_d_out + o_first, mask=m_first)
+    async_load_numbers(s_next_dq_left, p_d_q_left + o_first)
     async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
@@ -226,7 +227,7 @@ def leaf_backward_group_kernel(
         b_delta = gl.load(p_delta + o_number, mask=m_query, other=0.0)
         s_dq_power = gl.load(p_d_q_left_power + i_leaf * HQ + i_first + i_group)
         async_copy.wait_group(0)
-        gl.thread_barrier()  # with all products of the head before done
+        thread_barrier()  # with all products of the head before done
         s_q_power, s_q_inverse = _normalise(s_q, s_next_q.load(MEMORY))
         # The leaf's own attention again.
         b_x = warpgroup_mma(s_q, s_w.permute((1, 0)), _zeros(64, NARROW), use_acc=False)
@@ -241,7 +242,7 @@ def leaf_backward_group_kernel(
             b_s += b_between
         b_p = gl.exp2(b_s - b_shift[:, None])
         b_p = gl.where(causal & m_query[:, None], b_p, 0.0)
-        s_weights = s_dx._reinterpret(HALF, [LEAF, 64], TILE)
+        s_weights = reinterpret(s_dx, HALF, [LEAF, 64], TILE)
         put(s_weights, b_p)
         t_dp = warpgroup_mma(s_do, s_v.permute((1, 0)), _zeros(64, NARROW), use_acc=False, is_async=True)
         t_dv = warpgroup_mma(s_weights.permute((1, 0)), s_do, b_dv, is_async=True)
@@ -277,9 +278,9 @@ def leaf_backward_group_kernel(
         m_tile = (o_tile_row < s_rows)[:, None]
         if i_group + 1 < GROUP:
             o_next = o_tile + D
-            async_copy.async_copy_global_to_shared(s_next_q, p_q + o_next, mask=m_tile)
-            async_copy.async_copy_global_to_shared(s_do, p_d_out + o_next, mask=m_tile)
-            async_copy.async_copy_global_to_shared(s_next_dq_left, p_d_q_left + o_next)
+            async_load_numbers(s_next_q, p_q + o_next, mask=m_tile)
+            async_load_numbers(s_do, p_d_out + o_next, mask=m_tile)
+            async_load_numbers(s_next_dq_left, p_d_q_left + o_next)
             async_copy.commit_group()
         put(s_dx, b_dx)
         t_dq = warpgroup_mma(s_ds, s_k, s_dq_left.load(WIDE).to(gl.float32), is_async=True)
@@ -289,7 +290,7 @@ def leaf_backward_group_kernel(
         s_out.store((b_dq * (s_q_inverse / s_gradient)).to(HALF))
         gl.store(p_d_q + o_tile, s_out.load(MEMORY), mask=m_tile)
         b_dw = warpgroup_mma_wait(0, (t_dw,))
-    gl.thread_barrier()
+    thread_barrier()
     m_row = o_row < s_rows
     s_gradient = HEADROOM / s_unit
     store_tile(p_d_v, b_dv, s_do, i_row, s_rows, key_stride, D, WIDE, MEMORY)
@@ -297,7 +298,7 @@ def leaf_backward_group_kernel(
     if has_right:
         b_dk_right = load_tile(p_d_k_right, i_leaf * LEAF, LEAF, key_stride, D, MEMORY).to(gl.float32)
         s_edge.store((b_dk_right * (s_dk_power * s_gradient)).to(gl.float16))
-        s_dp = s_dq._reinterpret(gl.float16, [D, D], TILE)
+        s_dp = reinterpret(s_dq, gl.float16, [D, D], TILE)
         p_matrix = p_d_node + gl.cast(i_node, gl.int64) * (D * D)
         for i in gl.static_range(D // 64):
             b_dp_rows = load_tile(p_matrix, i * 64, 64, D, D, MEMORY).to(gl.float32) * (s_dp_power * s_gradient)
@@ -313,7 +314,7 @@ def leaf_backward_group_kernel(
     s_inverse = s_x
     s_inverse.store(load_tile(p_inverse, i_tile * LEAF, LEAF, 64, 64, MEMORY))
     s_ds.store(b_dy.to(gl.float16))
-    s_du = s_v._reinterpret(gl.float16, [LEAF, D], TILE)
+    s_du = reinterpret(s_v, gl.float16, [LEAF, D], TILE)
     put(s_du, b_du)
     t_f = warpgroup_mma(s_ds, s_inverse, _zeros(64, NARROW), use_acc=False, is_async=True)
     t_e = warpgroup_mma(s_inverse.permute((1, 0)), s_du, _zeros(D, WIDE), use_acc=False, is_async=True)
@@ -328,10 +329,10 @@ def leaf_backward_group_kernel(
     b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
     b_dt = warpgroup_mma_wait(0, (t_dt,))
     b_dt = gl.where(o_row[:, None] > o_column[None, :], b_dt, 0.0)
-    gl.thread_barrier()
+    thread_barrier()
     # Gradient of each row of D times what D multiplies: W, and below the diagonals W W^T and W K^T.
     s_dt = s_ds
-    s_dt_beta = s_v._reinterpret(gl.float16, [LEAF, 64], TILE)
+    s_dt_beta = reinterpret(s_v, gl.float16, [LEAF, 64], TILE)
     s_f = s_dx
     s_f_beta = s_x
     s_dt.store(b_dt.to(gl.float16))

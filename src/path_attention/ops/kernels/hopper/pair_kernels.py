@@ -13,9 +13,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from path_attention.ops.kernels.hopper.dense_backward import _step, tma_reduce_add
+from path_attention.ops.kernels.hopper.dense_backward import _step
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, PAIR, _advance, turn_and_head
 from path_attention.ops.kernels.hopper.dense_forward import _consume as _attend
+from path_attention.ops.kernels.hopper.gluon_names import async_load, reinterpret, tma_reduce_add
 from path_attention.ops.kernels.tiles import COUNTS
 
 # Further numbers that programs only count with: COUNTS of tiles.py.
@@ -32,25 +33,21 @@ def _fetch_keys(
     GATES: gl.constexpr = PAIR * 4 if GATED else 0  # bytes that come with a tile
     mbarrier.expect(q_full.index(0), PAIR * D * 2 + GATES)
     for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(
-            t_query_rows, [i_query_row + i * LEAF, i_query_head * D], q_full.index(0), s_q.index(i)
-        )
+        async_load(t_query_rows, [i_query_row + i * LEAF, i_query_head * D], q_full.index(0), s_q.index(i))
     if GATED:
-        tma.async_copy_global_to_shared(t_gate_query, [i_query_head, i_number], q_full.index(0), s_gate_q.index(0))
+        async_load(t_gate_query, [i_query_head, i_number], q_full.index(0), s_gate_q.index(0))
     i_stage = 0
     s_phase = 1
     for i in range(s_tiles):
         i_row = i_key_row + i * PAIR
         mbarrier.wait(k_empty.index(i_stage), s_phase)
         mbarrier.expect(k_full.index(i_stage), PAIR * D * 2 + GATES)
-        tma.async_copy_global_to_shared(t_key_rows, [i_row, i_head * D], k_full.index(i_stage), s_k.index(i_stage))
+        async_load(t_key_rows, [i_row, i_head * D], k_full.index(i_stage), s_k.index(i_stage))
         if GATED:
-            tma.async_copy_global_to_shared(
-                t_gate_key, [i_query_head, i_row], k_full.index(i_stage), s_gate_k.index(i_stage)
-            )
+            async_load(t_gate_key, [i_query_head, i_row], k_full.index(i_stage), s_gate_k.index(i_stage))
         mbarrier.wait(v_empty.index(i_stage), s_phase)
         mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
-        tma.async_copy_global_to_shared(t_values, [i_row, i_head * DV], v_full.index(i_stage), s_v.index(i_stage))
+        async_load(t_values, [i_row, i_head * DV], v_full.index(i_stage), s_v.index(i_stage))
         i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
 
 
@@ -158,9 +155,9 @@ def _fetch_queries(
 ):  # fmt: skip
     """A pair of leaves as keys and values, then all tiles of queries of all heads of the group."""
     mbarrier.expect(v_full, PAIR * DV * 2)
-    tma.async_copy_global_to_shared(t_values, [i_key_row, i_head * DV], v_full, s_v)
+    async_load(t_values, [i_key_row, i_head * DV], v_full, s_v)
     mbarrier.expect(k_full, PAIR * D * 2)
-    tma.async_copy_global_to_shared(t_key_rows, [i_key_row, i_head * D], k_full, s_k)
+    async_load(t_key_rows, [i_key_row, i_head * D], k_full, s_k)
     i_stage = 0
     s_phase = 1
     i_query_head = i_head * GROUP
@@ -168,20 +165,14 @@ def _fetch_queries(
     for _ in range(s_tiles * GROUP):
         mbarrier.wait(q_empty.index(i_stage), s_phase)
         mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 4)
-        tma.async_copy_global_to_shared(
+        async_load(
             t_query_rows, [i_query_row + i_tile_row, i_query_head * D], q_full.index(i_stage), s_q.index(i_stage)
         )
-        tma.async_copy_global_to_shared(
-            t_log_sum_exp, [i_query_head, i_number + i_tile_row], q_full.index(i_stage), s_lse.index(i_stage)
-        )
+        async_load(t_log_sum_exp, [i_query_head, i_number + i_tile_row], q_full.index(i_stage), s_lse.index(i_stage))
         mbarrier.wait(do_empty.index(i_stage), s_phase)
         mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2 + ROWS * 4)
-        tma.async_copy_global_to_shared(
-            t_d_out, [i_out_row + i_tile_row, i_query_head * DV], do_full.index(i_stage), s_do.index(i_stage)
-        )
-        tma.async_copy_global_to_shared(
-            t_delta, [i_query_head, i_number + i_tile_row], do_full.index(i_stage), s_delta.index(i_stage)
-        )
+        async_load(t_d_out, [i_out_row + i_tile_row, i_query_head * DV], do_full.index(i_stage), s_do.index(i_stage))
+        async_load(t_delta, [i_query_head, i_number + i_tile_row], do_full.index(i_stage), s_delta.index(i_stage))
         i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
         i_tile_row += ROWS
         is_last = i_tile_row == s_tiles * ROWS  # of a query head
@@ -192,7 +183,7 @@ def _fetch_queries(
 @gluon.jit
 def _add_tile(t_x, i_row, i_column, b_x, s_x, N: gl.constexpr):
     """Add 64 rows of N columns in float32 to memory, by way of s_x."""
-    s_tile = s_x._reinterpret(gl.float32, [128 // N, LEAF, N], t_x.layout).index(0)
+    s_tile = reinterpret(s_x, gl.float32, [128 // N, LEAF, N], t_x.layout).index(0)
     s_tile.store(b_x)
     fence_async_shared()
     tma_reduce_add(t_x, [i_row, i_column], s_tile)
