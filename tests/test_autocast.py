@@ -51,3 +51,20 @@ def test_with_tf32_within_without_it(allowed: str) -> None:
         assert torch.get_float32_matmul_precision() == allowed
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("allowed", ["none", "ieee", "tf32"])
+def test_with_tf32_gives_back_what_the_newer_interface_has(allowed: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = allowed
+    try:
+        with with_tf32(CUDA):
+            assert matmul.fp32_precision == "tf32"
+        assert matmul.fp32_precision == allowed
+        with without_tf32(CUDA), with_tf32(CUDA):
+            assert matmul.fp32_precision == "tf32"
+            assert matmul.allow_tf32  # which torch refuses to tell where the interfaces are mixed
+        assert matmul.fp32_precision == allowed
+    finally:
+        matmul.fp32_precision = before

@@ -27,18 +27,21 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 @contextmanager
 def with_tf32(device: torch.device) -> Iterator[None]:
     """A stretch of code whose float32 products are rounded to tensor-float-32, 11 bits, on CUDA: for those of numbers
-    that have no more. Within :func:`without_tf32`.
+    that have no more.
+
+    By torch's older interface: what reads it, such as a compiler, refuses to where only the newer one was used.
     """
-    if device.type != "cuda":
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda" or matmul.fp32_precision == "tf32":
         yield
         return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    before, before_newer = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before_newer  # where nothing was set it would be "ieee" now
 
 
 @contextmanager

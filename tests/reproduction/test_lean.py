@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from path_attention.reproduction.lean import Evaluation, LeanTraining, _tensor_float_32
+from path_attention.autocast import with_tf32
+from path_attention.reproduction.lean import Evaluation, LeanTraining
 from path_attention.tasks import IGNORED
 from path_attention.training import Recipe, load_recipe, recipe_from_mapping
 from path_attention.training.recipe import override
@@ -167,7 +168,7 @@ def test_sequences_are_the_same_on_the_gpu() -> None:
 
 def test_the_precision_of_products_is_given_back() -> None:
     def diverges() -> None:
-        with _tensor_float_32():
+        with with_tf32(torch.device("cuda")):
             assert torch.get_float32_matmul_precision() == "high"
             raise TrainingDiverged("loss is nan")
 

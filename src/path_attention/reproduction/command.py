@@ -179,7 +179,7 @@ class _Progress:
 
     def __init__(self, left: Sequence[Cell], console: Console, finished: Callable[[], None]) -> None:
         self.console, self.after_cell = console, finished
-        self.steps = {cell.name: cell.recipe.training.steps for cell in left}
+        self.steps = {cell.name: cell.steps for cell in left}
         self.done = dict.fromkeys(self.steps, 0)
         self.finished = 0
         self.bar = None

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from path_attention.autocast import with_tf32
 from path_attention.models import PaTHForCausalLM
 from path_attention.tasks import IGNORED, GroupWords, Task
 from path_attention.training.recipe import Recipe, TaskEvaluation
@@ -95,8 +96,8 @@ class LeanTraining:
 
     def _products(self) -> Any:
         """Float32 products, those of the head, from tensor-float-32 operands where autocast rounds all others more."""
-        rounds = self.device.type == "cuda" and self.settings.precision == "bfloat16"
-        return _tensor_float_32() if rounds else nullcontext()
+        rounds = self.settings.precision == "bfloat16"
+        return with_tf32(self.device) if rounds else nullcontext()
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         with self.autocast():
@@ -215,16 +216,6 @@ class LeanTraining:
             self.stopped, self.curve = state["stopped"], state["curve"]
             self.losses[: self.step] = state["losses"]
             self.number.fill_(self.step)
-
-
-@contextmanager
-def _tensor_float_32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:

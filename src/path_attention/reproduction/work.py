@@ -322,7 +322,7 @@ class _CellInHand:
         }
         write_whole(self.folder / RESULT, json.dumps(strict.plain(result)) + "\n")
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        self.report(self.cell.name, self.cell.recipe.training.steps, failure or "finished")
+        self.report(self.cell.name, self.cell.steps, failure or "finished")
 
 
 def _in_processes(cells: Sequence[Cell], plan: Plan, deadline: float, report: Report) -> None:
