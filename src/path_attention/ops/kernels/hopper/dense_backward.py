@@ -305,6 +305,44 @@ def _consume(
     tma.store_wait(0)
 
 
+@gluon.jit
+def buffers_of_queries(
+    t_query_rows, t_d_out, t_log_sum_exp, t_delta, t_d_query_rows, ROWS: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """s_q, s_do, s_lse, s_delta, s_ds, s_dq and s_ones: STAGES tiles of what comes, and what two consumers share."""
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAIR, ROWS], t_query_rows.dtype)
+    s_q = gl.allocate_shared_memory(t_query_rows.dtype, [STAGES, ROWS, D], t_query_rows.layout)
+    s_do = gl.allocate_shared_memory(t_d_out.dtype, [STAGES, ROWS, DV], t_d_out.layout)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_log_sum_exp.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_delta.layout)
+    s_ds = gl.allocate_shared_memory(t_query_rows.dtype, [2, PAIR, ROWS], DS)
+    s_dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], t_d_query_rows.layout)
+    s_ones = s_ds  # a stand-in that nobody reads
+    if GATED:
+        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, ROWS], t_query_rows.dtype)
+        s_eight = gl.allocate_shared_memory(t_query_rows.dtype, [8, ROWS], ONES)
+        s_eight.store(gl.full([8, ROWS], 1.0, t_query_rows.dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
+        s_ones = s_eight.permute((1, 0))
+    return s_q, s_do, s_lse, s_delta, s_ds, s_dq, s_ones
+
+
+@gluon.jit
+def barriers_of_tiles(STAGES: gl.constexpr):
+    """q_full, q_empty, do_full and do_empty of STAGES tiles of queries, for two consumers."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i_stage in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i_stage), count=1)
+        mbarrier.init(q_empty.index(i_stage), count=2)
+        mbarrier.init(do_full.index(i_stage), count=1)
+        mbarrier.init(do_empty.index(i_stage), count=2)
+    return q_full, q_empty, do_full, do_empty
+
+
 @gluon.jit(do_not_specialize=COUNTS)
 def dense_backward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of ROWS
@@ -349,42 +387,24 @@ def dense_backward_kernel(
     if i_index + 2 >= s_count:
         return
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAIR, ROWS], t_query_rows.dtype)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [2, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [PAIR, DV], t_values.layout)
-    s_q = gl.allocate_shared_memory(t_query_rows.dtype, [STAGES, ROWS, D], t_query_rows.layout)
-    s_do = gl.allocate_shared_memory(t_d_out.dtype, [STAGES, ROWS, DV], t_d_out.layout)
-    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_log_sum_exp.layout)
-    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_delta.layout)
-    s_ds = gl.allocate_shared_memory(t_query_rows.dtype, [2, PAIR, ROWS], DS)
-    s_dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], t_d_query_rows.layout)
     GATED: gl.constexpr = p_gate is not None
-    s_ones = s_ds  # a stand-in that nobody reads
-    if GATED:
-        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, ROWS], t_query_rows.dtype)
-        s_eight = gl.allocate_shared_memory(t_query_rows.dtype, [8, ROWS], ONES)
-        s_eight.store(gl.full([8, ROWS], 1.0, t_query_rows.dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-        s_ones = s_eight.permute((1, 0))
+    s_q, s_do, s_lse, s_delta, s_ds, s_dq, s_ones = buffers_of_queries(
+        t_query_rows, t_d_out, t_log_sum_exp, t_delta, t_d_query_rows, ROWS, D, DV, STAGES, GATED
+    )
     k_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(v_full, count=1)
     mbarrier.init(ds_full, count=2)
     mbarrier.init(done, count=2)
     for i_k in gl.static_range(2):
         mbarrier.init(k_full.index(i_k), count=1)
         mbarrier.init(k_empty.index(i_k), count=2)
-    for i_stage in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i_stage), count=1)
-        mbarrier.init(q_empty.index(i_stage), count=2)
-        mbarrier.init(do_full.index(i_stage), count=1)
-        mbarrier.init(do_empty.index(i_stage), count=2)
+    q_full, q_empty, do_full, do_empty = barriers_of_tiles(STAGES)
     fence_async_shared()
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(

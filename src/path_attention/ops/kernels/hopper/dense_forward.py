@@ -316,6 +316,34 @@ def _consume(
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
 
 
+@gluon.jit
+def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
+    """q_full, q_empty, k_full, k_empty, v_full, v_empty and turn, for two consumers that hold queries: two buffers of
+    these, STAGES of keys and of values.
+    """
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i_stage in gl.static_range(2):
+        mbarrier.init(q_full.index(i_stage), count=1)
+        mbarrier.init(q_empty.index(i_stage), count=2)
+        mbarrier.init(turn.index(i_stage), count=1)
+    for i_stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i_stage), count=1)
+        mbarrier.init(v_full.index(i_stage), count=1)
+        mbarrier.init(k_empty.index(i_stage), count=2)
+        mbarrier.init(v_empty.index(i_stage), count=2)
+    fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(turn.index(0), count=1)
+    return q_full, q_empty, k_full, k_empty, v_full, v_empty, turn
+
+
 @gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
 def dense_forward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf
@@ -353,7 +381,6 @@ def dense_forward_kernel(
     if (s_tokens == 0) | (i_index + has_right == 0):
         return
     i_head = i_query_head // GROUP
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     s_q = gl.allocate_shared_memory(t_query_rows.dtype, [4, LEAF, D], t_query_rows.layout)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
@@ -363,25 +390,7 @@ def dense_forward_kernel(
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, PAIR], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for i_stage in gl.static_range(2):
-        mbarrier.init(q_full.index(i_stage), count=1)
-        mbarrier.init(q_empty.index(i_stage), count=2)
-        mbarrier.init(turn.index(i_stage), count=1)
-    for i_stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i_stage), count=1)
-        mbarrier.init(v_full.index(i_stage), count=1)
-        mbarrier.init(k_empty.index(i_stage), count=2)
-        mbarrier.init(v_empty.index(i_stage), count=2)
-    fence_async_shared()
-    if TURNS:
-        mbarrier.arrive(turn.index(0), count=1)
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
         [

@@ -13,8 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from path_attention.ops.kernels.hopper.dense_backward import _step
-from path_attention.ops.kernels.hopper.dense_forward import LEAF, PAIR, _advance, turn_and_head
+from path_attention.ops.kernels.hopper.dense_backward import _step, barriers_of_tiles, buffers_of_queries
+from path_attention.ops.kernels.hopper.dense_forward import LEAF, PAIR, _advance, barriers_of_queries, turn_and_head
 from path_attention.ops.kernels.hopper.dense_forward import _consume as _attend
 from path_attention.ops.kernels.hopper.gluon_names import async_load, reinterpret, tma_reduce_add
 from path_attention.ops.kernels.tiles import COUNTS
@@ -87,7 +87,6 @@ def pair_forward_kernel(
     i_query_row = i_sequence * s_rows + i_first
     i_number = i_sequence * s_padded + i_first
     i_key_row = i_sequence * s_keys + i_first_key
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     s_q = gl.allocate_shared_memory(t_query_rows.dtype, [2, LEAF, D], t_query_rows.layout)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
@@ -97,25 +96,7 @@ def pair_forward_kernel(
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [1, 1, PAIR], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for i_stage in gl.static_range(2):
-        mbarrier.init(q_full.index(i_stage), count=1)
-        mbarrier.init(q_empty.index(i_stage), count=2)
-        mbarrier.init(turn.index(i_stage), count=1)
-    for i_stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i_stage), count=1)
-        mbarrier.init(v_full.index(i_stage), count=1)
-        mbarrier.init(k_empty.index(i_stage), count=2)
-        mbarrier.init(v_empty.index(i_stage), count=2)
-    fence_async_shared()
-    if TURNS:
-        mbarrier.arrive(turn.index(0), count=1)
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
         [
@@ -303,39 +284,21 @@ def pair_backward_kernel(
     s_gate_keys = s_sequences * s_keys
     s_gate_rows = s_sequences * s_padded
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAIR, ROWS], t_query_rows.dtype)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [PAIR, DV], t_values.layout)
-    s_q = gl.allocate_shared_memory(t_query_rows.dtype, [STAGES, ROWS, D], t_query_rows.layout)
-    s_do = gl.allocate_shared_memory(t_d_out.dtype, [STAGES, ROWS, DV], t_d_out.layout)
-    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_log_sum_exp.layout)
-    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_delta.layout)
-    s_ds = gl.allocate_shared_memory(t_query_rows.dtype, [2, PAIR, ROWS], DS)
-    s_dq = gl.allocate_shared_memory(gl.float32, [2, 64, 64], t_d_query_rows.layout)
     GATED: gl.constexpr = p_gate_key is not None
-    s_ones = s_ds  # a stand-in that nobody reads
-    if GATED:
-        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, ROWS], t_query_rows.dtype)
-        s_eight = gl.allocate_shared_memory(t_query_rows.dtype, [8, ROWS], ONES)
-        s_eight.store(gl.full([8, ROWS], 1.0, t_query_rows.dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-        s_ones = s_eight.permute((1, 0))
+    s_q, s_do, s_lse, s_delta, s_ds, s_dq, s_ones = buffers_of_queries(
+        t_query_rows, t_d_out, t_log_sum_exp, t_delta, t_d_query_rows, ROWS, D, DV, STAGES, GATED
+    )
     k_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     done = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
     mbarrier.init(ds_full, count=2)
     mbarrier.init(done, count=2)
-    for i_stage in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i_stage), count=1)
-        mbarrier.init(q_empty.index(i_stage), count=2)
-        mbarrier.init(do_full.index(i_stage), count=1)
-        mbarrier.init(do_empty.index(i_stage), count=2)
+    q_full, q_empty, do_full, do_empty = barriers_of_tiles(STAGES)
     fence_async_shared()
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
