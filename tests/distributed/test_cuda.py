@@ -58,7 +58,6 @@ def check(tmp_path: Path, dim: int, gated: bool, ends: tuple[int, ...] | None) -
         monkeypatch.setattr(pair_attention, "_hopper", lambda *a, **b: used.append(served(*a, **b)) or used[-1])
         dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
         try:
-            options["backend"] = "hopper" if has_hopper() else None
             group = ContextParallel(dist.group.WORLD)
             found = results(path_attention_context_parallel, given, d_out, group=group, **options)
         finally:

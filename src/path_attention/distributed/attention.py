@@ -67,8 +67,8 @@ def path_attention_context_parallel(
         scale: factor of the q.k part; None means D ** -0.5.
         cu_seqlens: (N + 1,) boundaries of packed sequences in the WHOLE row, the same on every process; last L.
         check_inputs: also look at the values, as path_attention does, and compare the shapes of all processes.
-        backend: what computes attention inside the pieces. Between them it is a kernel of ours with "hopper", or with
-            gates in bfloat16 on a GPU, else torch's; with "torch" always.
+        backend: what computes attention inside the pieces. Between them it is a kernel of ours with "hopper", or None
+            where "hopper" can serve, or with gates in bfloat16 on a GPU, else torch's; with "torch" always.
 
     Returns:
         (B, L / n, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g.

@@ -22,8 +22,8 @@ from path_attention.ops.columns import fold_queries, unfold_queries
 from path_attention.ops.engines import dense
 
 # From so many keys on cuDNN's forward kernel, which takes no gates, makes up for a result of its own that has to be
-# merged: 32,768 queries and keys of 32 heads of 64 take it 17.5 ms on an H200, and ours 19.4 for as many logits of two
-# pieces, lower levels included (results/h200_context_parallel_profile.json). Wider heads were not compared.
+# merged: 32,768 queries and keys of 32 heads of 64 take it 17.5 ms on an H200 and ours 20.2; a forward pass that has
+# them takes 84.7 and 90.2 (results/h200_context_parallel_profile.json). Wider heads were not compared.
 CUDNN_KEYS, CUDNN_DIM = 16384, 64
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from path_attention.distributed.context import ContextParallel
 from path_attention.ops import dyadic
-from path_attention.ops.backends import has_triton, reason_against
+from path_attention.ops.backends import AUTO, has_triton, reason_against
 from path_attention.ops.columns import Columns
 from path_attention.ops.spans import plan_spans
 
@@ -137,10 +137,8 @@ class Call:
 
     @property
     def wants_hopper(self) -> bool:
-        """Whether kernels for Hopper may serve pairs and edges: where they are asked for. They have run in the emulator
-        and not on a GPU yet, so nothing takes them by itself.
-        """
-        return self.backend == "hopper"
+        """Whether kernels for Hopper may serve pairs and edges."""
+        return self.backend in ("hopper", AUTO)
 
     def _has_hopper(self, q: Tensor, w: Tensor) -> bool:
         """Whether leaves are those for Hopper, which keep what bfloat16 asks for."""

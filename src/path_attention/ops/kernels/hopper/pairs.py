@@ -93,6 +93,7 @@ def forward(x: Operands, out: Tensor, log_sum_exp: Tensor, first_row: int) -> No
     """Go on from attention over other keys, rows first_row .. first_row + rows of out (batch, L, HQ, D), in float32 or
     the values' dtype, and of log_sum_exp (batch, L, HQ) float32, in place.
     """
+    assert unsupported_reason(x.keys.shape[1], x.first_key) is None
     batch, rows, query_heads, dim = x.queries.shape
     turns, options = triton.cdiv(rows, PAIR), x.options
     gate_query = None if x.gate_query is None else x.numbers(x.gate_query, 0.0)
@@ -133,6 +134,7 @@ def backward(
     d_out (batch, L, HQ, D) in the values' dtype; log_sum_exp, and delta = rowsum(d_out * out), of the whole attention,
     (batch, L, HQ) float32; of these the rows from first_row on.
     """
+    assert unsupported_reason(x.keys.shape[1], x.first_key) is None
     batch, rows, _, dim = x.queries.shape
     heads, options = x.keys.shape[2], x.options
     own = slice(first_row, first_row + rows)
