@@ -582,6 +582,7 @@ def benchmark_scaling(
 def benchmark_training_scaling(
     device: Annotated[str, typer.Option(help="cuda; cpu tries it out with a tiny model.")] = "cuda",
     ranks: Annotated[str | None, typer.Option(help="Numbers of devices, by commas; else 1, 2, 4, 8.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of a sequence, by commas; else 4096, 16384.")] = None,
     mixer: Annotated[str, typer.Option(help="path or path_fox.")] = "path",
     compile: Annotated[bool, typer.Option(help="torch.compile, as the recipe has it.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, fewer repeats, nothing compiled.")] = False,
@@ -596,6 +597,7 @@ def benchmark_training_scaling(
     run_training_scaling(
         device=device,
         ranks=_numbers("--ranks", ranks),
+        lengths=_numbers("--lengths", lengths),
         mixer=mixer,
         compile=compile,
         quick=quick,

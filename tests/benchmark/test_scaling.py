@@ -169,6 +169,11 @@ def test_training_scaling(tmp_path: Path) -> None:
     assert row["saved"]["next_loss"] == pytest.approx(row["loaded"]["next_loss"], rel=1e-5)
 
 
+def test_lengths_that_are_not_measured() -> None:
+    with pytest.raises(ValueError, match=r"--lengths: wanted some of \[64\], got 65"):
+        run_training_scaling(device="cpu", ranks=[1], lengths=[64, 65])
+
+
 def test_tokens_of_a_device_against_one() -> None:
     def step(ranks: int, context: int, rate: float) -> dict[str, Any]:
         shape = {"length": 64, "sequences": 2, "tokens_per_second_each": rate}

@@ -40,6 +40,7 @@ def run_training_scaling(
     *,
     device: str = "cuda",
     ranks: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
     mixer: str = "path",
     compile: bool = True,
     quick: bool = False,
@@ -52,6 +53,7 @@ def run_training_scaling(
     Args:
         device: cuda, or cpu for a tiny model.
         ranks: numbers of devices; None for those of 1, 2, 4, 8 that this machine has.
+        lengths: tokens of a sequence, of those that are measured (SHAPES); None for all.
         mixer: path or path_fox.
         compile: torch.compile, as the recipe has it.
         quick: one shape, fewer repeats, nothing compiled; a process of a tiny model is killed.
@@ -60,11 +62,11 @@ def run_training_scaling(
         commit: of the sources, where git does not tell.
 
     Raises:
-        ValueError: devices that are not there, or an unknown part or mixer.
+        ValueError: devices that are not there, or an unknown length, part or mixer.
         FileExistsError: ``out`` holds results of another kind.
         WrongResult: at the end, where a loss, a checkpoint or a training that went on is not what it should be.
     """
-    options = _options(device, ranks, mixer, compile and not quick, quick, parts)
+    options = _options(device, ranks, lengths, mixer, compile and not quick, quick, parts)
     path = None if out is None else Path(out)
     result = results_file.resume(_describe(device, options, commit), path, _SAME)
     table = _Table(result, path)
@@ -89,7 +91,13 @@ def run_training_scaling(
 
 
 def _options(
-    device: str, ranks: Sequence[int] | None, mixer: str, compile: bool, quick: bool, parts: Sequence[str]
+    device: str,
+    ranks: Sequence[int] | None,
+    lengths: Sequence[int] | None,
+    mixer: str,
+    compile: bool,
+    quick: bool,
+    parts: Sequence[str],
 ) -> dict[str, Any]:
     if mixer not in ("path", "path_fox"):
         raise ValueError(f"--mixer: wanted path or path_fox, got {mixer!r}")
@@ -100,13 +108,15 @@ def _options(
     if min(chosen) < 1 or (there is not None and max(chosen) > there):
         raise ValueError(f"--ranks: wanted 1 to {there}, the devices of this machine, got {chosen}")
     shapes = (QUICK_SHAPES if quick else SHAPES) if device == "cuda" else SMALL_SHAPES
+    if unknown_lengths := set(lengths or ()) - {length for length, _ in shapes}:
+        raise ValueError(f"--lengths: wanted some of {[x for x, _ in shapes]}, got {min(unknown_lengths)}")
     return {
         "ranks": chosen,
         "recipe": RECIPE,
         "changes": [] if device == "cuda" else list(SMALL),
         "mixer": mixer,
         "compile": compile and device == "cuda",
-        "shapes": [list(shape) for shape in shapes],
+        "shapes": [list(shape) for shape in shapes if lengths is None or shape[0] in lengths],
         "repeats": QUICK_REPEATS if quick else REPEATS,
     }
 
