@@ -248,7 +248,7 @@ _MQRAR = Table(
     ),
     quick_variants=("back1", "back2"),
     stop_at=0.001,
-    # All 13 models with more than 98 % wrong after a third of 14,000 steps had as much later on (results/mqrar.json).
+    # All 13 models of an earlier table with more than 98 % wrong after a third of 14,000 steps had as much to the end.
     give_up=GiveUp(share=1 / 3, above=0.98),
     remark="The figure has no numbers in the text: PaTH succeeds for N below 4, SBA and FoX struggle. The paper's "
     "number of queries is not known; with 128 a sequence has 128, 97, 68 and 43 answers for N = 1 ... 4.",
