@@ -9,6 +9,7 @@ piece's edges. The other half does not exist, and nothing ever looks at it. Lowe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class _Part:
         return slice(self.leaves_each - 1, None, 2 * self.leaves_each)
 
 
+@lru_cache(maxsize=256)  # a call of few tokens is bound by the host
 def _tables(pieces: int, length: int, device: torch.device) -> tuple[LeafTable, LeafTable]:
     leaves = length // LEAF
     number = torch.arange(pieces * leaves)
@@ -73,7 +75,7 @@ def _tables(pieces: int, length: int, device: torch.device) -> tuple[LeafTable, 
     def table(first: int, count: int, keys: Tensor) -> LeafTable:
         columns = [number * LEAF, whole, index + first, torch.full_like(number, count), slots, keys, slots, index]
         return LeafTable(
-            columns=torch.stack(columns, dim=1).to(torch.int32).to(device, non_blocking=True),
+            columns=torch.stack(columns, dim=1).to(torch.int32).to(device),
             leaves=1,
             length=1,
             queries=1,
