@@ -143,7 +143,7 @@ def test_efficiency() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"ranks": [0]}, "--ranks"),
+        ({"ranks": [0]}, "--ranks: wanted numbers above 0, got"),
         ({"lengths": [66]}, "--lengths: wanted multiples of 4"),
         ({"device": "tpu"}, "--device"),
     ],

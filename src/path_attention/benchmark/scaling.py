@@ -124,10 +124,7 @@ def _options(
     quick: bool,
     repeats: int | None,
 ) -> Options:
-    there = devices_there(device)
-    chosen = tuple(sorted(set(ranks or [n for n in RANKS if n <= (there or 2)])))
-    if min(chosen) < 1 or (there is not None and max(chosen) > there):
-        raise ValueError(f"--ranks: wanted 1 to {there}, the devices of this machine, got {list(chosen)}")
+    chosen = chosen_ranks(device, ranks)
     first, last = FIRST_LENGTH[device], LAST_LENGTH[device]
     doubling = [first * 2**n for n in range(20) if first * 2**n <= last]
     wanted = tuple(sorted(lengths or ((first, 4 * first) if quick else doubling)))
@@ -162,6 +159,20 @@ def devices_there(device: str) -> int | None:
     if not torch.cuda.is_available():
         raise ValueError("--device: got cuda, which this machine does not have")
     return torch.cuda.device_count()
+
+
+def chosen_ranks(device: str, ranks: Sequence[int] | None) -> tuple[int, ...]:
+    """Numbers of devices, ascending; None for those of RANKS that there are, on a CPU 1 and 2.
+
+    Raises:
+        ValueError: there are not so many devices, or none is asked for.
+    """
+    there = devices_there(device)
+    chosen = tuple(sorted(set(ranks or [n for n in RANKS if n <= (there or 2)])))
+    if min(chosen) < 1 or (there is not None and max(chosen) > there):
+        wanted = "numbers above 0" if there is None else f"1 to {there}, the devices of this machine"
+        raise ValueError(f"--ranks: wanted {wanted}, got {list(chosen)}")
+    return chosen
 
 
 def _describe(options: Options, commit: str | None) -> dict[str, Any]:

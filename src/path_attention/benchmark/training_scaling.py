@@ -17,7 +17,7 @@ from typing import Any
 from path_attention.benchmark import restart, results_file, training_rows
 from path_attention.benchmark.measure import environment
 from path_attention.benchmark.operator import WrongResult
-from path_attention.benchmark.scaling import RANKS, devices_there
+from path_attention.benchmark.scaling import chosen_ranks
 from path_attention.benchmark.training_rows import Step
 from path_attention.distributed.processes import ProcessesFailed, Team
 
@@ -103,15 +103,11 @@ def _options(
         raise ValueError(f"--mixer: wanted path or path_fox, got {mixer!r}")
     if unknown := set(parts) - {"steps", "checkpoint", "restart"}:
         raise ValueError(f"--parts: wanted some of steps, checkpoint and restart, got {min(unknown)!r}")
-    there = devices_there(device)
-    chosen = sorted(set(ranks or [n for n in RANKS if n <= (there or 2)]))
-    if min(chosen) < 1 or (there is not None and max(chosen) > there):
-        raise ValueError(f"--ranks: wanted 1 to {there}, the devices of this machine, got {chosen}")
     shapes = (QUICK_SHAPES if quick else SHAPES) if device == "cuda" else SMALL_SHAPES
     if unknown_lengths := set(lengths or ()) - {length for length, _ in shapes}:
         raise ValueError(f"--lengths: wanted some of {[x for x, _ in shapes]}, got {min(unknown_lengths)}")
     return {
-        "ranks": chosen,
+        "ranks": list(chosen_ranks(device, ranks)),
         "recipe": RECIPE,
         "changes": [] if device == "cuda" else list(SMALL),
         "mixer": mixer,

@@ -309,8 +309,14 @@ def _models(table: Table, cells: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(parts)
 
 
+# Line and mark of a mixer's first, second and third row.
+_STYLES = (("-", "s"), ("--", "D"), (":", "^"))
+
+
 def figure(table: Table, numbers: Mapping[str, Any]) -> Any:
-    """The median of each row over the columns, a dot for each seed; models of two reflections are dashed and hollow."""
+    """The median of each row over the columns, a dot for each seed. Rows of one mixer have one colour; those with
+    changes of its model are hollow, with lines and marks of their own.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -327,10 +333,11 @@ def figure(table: Table, numbers: Mapping[str, Any]) -> Any:
         shift = 0.6 * (place - (len(rows) - 1) / 2) / max(1, len(rows))
         points = [(n + shift, v) for n, values in enumerate(by_column) for v in values]
         middle = [(n + shift, statistics.median(values)) for n, values in enumerate(by_column) if values]
-        style = "none" if not in_order else "--" if row.overrides else "-"
+        line, mark = _STYLES[[other.name for other in rows if other.mixer == row.mixer].index(row.name)]
+        style = line if in_order else "none"
         colour = COLOURS[row.mixer]
         face = "none" if row.overrides else colour
-        axis.plot(*zip(*middle, strict=True), ls=style, marker="s", ms=5, color=colour, mfc=face, label=row.label)
+        axis.plot(*zip(*middle, strict=True), ls=style, marker=mark, ms=5, color=colour, mfc=face, label=row.label)
         axis.plot(*zip(*points, strict=True), ".", color=colour, ms=5, alpha=0.6)
     if table.shows == "errors":
         # Linear below one error in a hundred thousand, so that 0 has its place.

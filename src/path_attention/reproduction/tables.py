@@ -176,9 +176,19 @@ _MIXERS = (
     Row(name="alibi", label="ALiBi", mixer="alibi"),
     Row(name="none", label="no position encoding", mixer="none"),
 )
-_TWO_REFLECTIONS = (
-    Row(name="path_2", label="PaTH, R = 2", mixer="path", overrides=("model.num_reflections=2",)),
-    Row(name="path_fox_2", label="PaTH-FoX, R = 2", mixer="path_fox", overrides=("model.num_reflections=2",)),
+# The paper makes w by a projection of low rank and does not say of which; the model's default is 32.
+_FULL_RANK = (
+    Row(name="path_full", label="PaTH, full rank", mixer="path", overrides=("model.w_rank=null",)),
+    Row(name="path_fox_full", label="PaTH-FoX, full rank", mixer="path_fox", overrides=("model.w_rank=null",)),
+)
+_TWO_REFLECTIONS = tuple(
+    dataclasses.replace(
+        row,
+        name=row.name.replace("full", "2"),
+        label=f"{row.label}, R = 2",
+        overrides=(*row.overrides, "model.num_reflections=2"),
+    )
+    for row in _FULL_RANK
 )
 
 _FLIP_FLOP_SPLITS = ("in_distribution", "sparse", "dense")
@@ -258,7 +268,7 @@ _A5 = Table(
     name="a5",
     title="Words in A5: letters solved at 90 % (figure 2, bottom)",
     shows="solved",
-    rows=_MIXERS + _TWO_REFLECTIONS,
+    rows=_MIXERS + _FULL_RANK + _TWO_REFLECTIONS,
     variants=tuple(
         Variant(
             name=f"layers{n}",
@@ -295,7 +305,7 @@ _LENGTH = Table(
     name="length",
     title="Words four times as long as in training: letters solved at 90 %",
     shows="solved",
-    rows=_MIXERS + _TWO_REFLECTIONS,
+    rows=_MIXERS + _FULL_RANK + _TWO_REFLECTIONS,
     variants=(
         Variant(name="s5_swaps", label="swaps of S5, 1 layer", recipe="s5_swaps"),
         Variant(
