@@ -13,12 +13,16 @@ before and after those that are compared with it, and again where a later call g
 what differences may owe to the machine, and ratios are those to rope in the same call. A model whose first loss is not
 that of random guessing, or whose step is not finite, is not timed.
 
+--mixers rope,path,fla has flash-linear-attention's PaTH model too, where it is installed: training steps alone, as it
+comes, with its own fused modules, neither compiled nor recorded, because its operator leaves torch.compile.
+
 OUT is written after every row, and the same command goes on with those that it has not: about six minutes in all on an
 H100. --time-limit begins no row after so many seconds. --size tiny --device cpu tries the script out.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import statistics
@@ -31,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from path_attention.benchmark import results_file
+from path_attention.benchmark import fla_decode, results_file
 from path_attention.benchmark.measure import environment
 from path_attention.evaluation.perplexity import precision_context, token_losses
 from path_attention.evaluation.tables import NAMES
@@ -59,6 +63,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 BASE = "rope"
+FLA = "fla"
 # Results are continued where these are the same.
 SAME = ("benchmark", "commit", "gpu", "versions", "size", "batch", "length", "compile", "cuda_graphs", "repeats")
 # The loss of random weights is the logarithm of the vocabulary plus half the variance of the logits, about 0.3 here.
@@ -72,6 +77,8 @@ class NotTimed(RuntimeError):
 
 
 def build(size: str, mixer: str, device: torch.device) -> Any:
+    if mixer == FLA:
+        return fla_decode.build(SIZES[size], torch.float32, str(device))
     torch.manual_seed(0)
     with torch.device(device):  # on the device at once: seconds instead of a minute
         return PaTHForCausalLM(PaTHConfig(mixer=mixer, use_cache=False, **SIZES[size]))
@@ -147,7 +154,8 @@ def check_loss(loss: float, model: Any) -> None:
 
 def training(options: argparse.Namespace, mixer: str, device: torch.device) -> dict[str, Any]:
     model = build(options.size, mixer, device)
-    step = Step(model, options.batch, options.length, options.compile, options.cuda_graphs)
+    ours = mixer != FLA
+    step = Step(model, options.batch, options.length, options.compile and ours, options.cuda_graphs and ours)
     started = time.perf_counter()
     first = float(step())
     check_loss(first, model)
@@ -287,8 +295,11 @@ def parsed() -> argparse.Namespace:
         options.long = [int(n) for n in options.long.split(",") if n]
     except ValueError:
         parser.error(f"--long: wanted whole numbers separated by commas, got {options.long!r}")
-    if unknown := set(options.mixers) - set(NAMES):
-        parser.error(f"--mixers: no {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(NAMES)}")
+    there = [*NAMES, FLA]
+    if unknown := set(options.mixers) - set(there):
+        parser.error(f"--mixers: no {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(there)}")
+    if FLA in options.mixers and importlib.util.find_spec("fla") is None:
+        parser.error("--mixers: fla is flash-linear-attention's model, which is not installed")
     if options.device.partition(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device: wanted cpu or cuda, got {options.device!r}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -322,7 +333,8 @@ def main() -> None:
                 if options.length:
                     rows.train(group)
                 for mixer in reversed(group):
-                    rows.read(mixer)
+                    if mixer != FLA:
+                        rows.read(mixer)
     except GraphCaptureFailed as error:
         raise SystemExit(f"a step could not be recorded, --no-cuda-graphs does without: {error}") from error
     except KeyboardInterrupt:

@@ -121,3 +121,34 @@ def test_a_damaged_file_is_named(script: ModuleType, monkeypatch: pytest.MonkeyP
         call(script, monkeypatch, "--out", out)
     with pytest.raises(SystemExit, match="--out: wanted a file, got the folder"):
         call(script, monkeypatch, "--out", tmp_path)
+
+
+def test_the_other_implementation_is_trained_as_it_comes(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "fla" else find(name))
+    with pytest.raises(SystemExit, match="2"):
+        call(script, monkeypatch, "--mixers", "rope,fla")
+    assert "--mixers: fla is flash-linear-attention's model, which is not installed" in capsys.readouterr().err
+
+    # It has no CPU kernels: a model of ours in its place shows which rows it gets.
+    def other(sizes: dict[str, int], dtype: torch.dtype, device: str) -> Any:
+        assert (sizes, dtype, device) == (script.SIZES["tiny"], torch.float32, "cpu")
+        return script.PaTHForCausalLM(script.PaTHConfig(mixer="path", **sizes)).eval()
+
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: find("torch") if name == "fla" else find(name))
+    monkeypatch.setattr(script.fla_decode, "build", other)
+    compiled: list[bool] = []
+    step = script.Step
+
+    def watched(model: Any, batch: int, length: int, compile: bool, cuda_graphs: bool) -> Any:
+        compiled.append(compile)
+        return step(model, batch, length, False, False)
+
+    monkeypatch.setattr(script, "Step", watched)
+    out = tmp_path / "out.json"
+    call(script, monkeypatch, "--compile", "--mixers", "rope,fla", "--out", out)
+    assert rows(out, "training") == [("rope", 1), ("fla", 1), ("rope", 1)]
+    assert compiled == [True, False, True]
+    assert rows(out, "long") == [("rope", 1)]
