@@ -24,9 +24,10 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
 def test_a_shared_layer_can_be_compiled(mesh: DeviceMesh) -> None:
     shape = {"vocab_size": 16, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
     model = PaTHForCausalLM(PaTHConfig(num_hidden_layers=1, use_cache=False, **shape))
-    ids = torch.arange(12).view(2, 6)
-    wanted = model(input_ids=ids).logits
+    shapes = [torch.arange(12).view(2, 6), torch.arange(16).view(2, 8)]
+    wanted = [model(input_ids=ids).logits for ids in shapes]
     tensor_parallel(model, mesh["tensor"])
     for layer in model.model.layers:
-        layer.compile(backend="aot_eager")
-    torch.testing.assert_close(model(input_ids=ids).logits, wanted)  # the same operators
+        layer.compile(backend="aot_eager", dynamic=False)  # as parallel.prepare compiles it
+    for ids, logits in zip(shapes, wanted, strict=True):
+        torch.testing.assert_close(model(input_ids=ids).logits, logits)  # the same operators

@@ -91,7 +91,8 @@ def make_mesh(settings: Training, device: torch.device) -> DeviceMesh:
 
 def prepare(model: Any, settings: Training, mesh: DeviceMesh | None) -> None:
     """Everything a recipe wants done to a model before an optimiser sees its parameters, in place."""
-    if mesh is not None and mesh["tensor"].size() > 1:
+    is_shared = mesh is not None and mesh["tensor"].size() > 1
+    if mesh is not None and is_shared:
         from path_attention.distributed.tensor import tensor_parallel
 
         tensor_parallel(model, mesh["tensor"])
@@ -102,9 +103,10 @@ def prepare(model: Any, settings: Training, mesh: DeviceMesh | None) -> None:
         name = "activation_checkpointing_enable"
         getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
     if settings.compile:
-        # Layer by layer: they are alike, and one compilation serves all of them.
+        # Layer by layer: they are alike, and one compilation serves all of them. Of shared layers for one shape each:
+        # with DTensors and a second length torch 2.13 compiles until Python's recursion limit.
         for layer in model.base_model.layers:
-            layer.compile()
+            layer.compile(dynamic=False if is_shared else None)
         model.loss_function = torch.compile(model.loss_function)
     if mesh is not None:
         shard(model, mesh)
