@@ -103,11 +103,12 @@ def _options(
         raise ValueError(f"--mixer: wanted path or path_fox, got {mixer!r}")
     if unknown := set(parts) - {"steps", "checkpoint", "restart"}:
         raise ValueError(f"--parts: wanted some of steps, checkpoint and restart, got {min(unknown)!r}")
+    chosen = chosen_ranks(device, ranks)
     shapes = (QUICK_SHAPES if quick else SHAPES) if device == "cuda" else SMALL_SHAPES
     if unknown_lengths := set(lengths or ()) - {length for length, _ in shapes}:
         raise ValueError(f"--lengths: wanted some of {[x for x, _ in shapes]}, got {min(unknown_lengths)}")
     return {
-        "ranks": list(chosen_ranks(device, ranks)),
+        "ranks": list(chosen),
         "recipe": RECIPE,
         "changes": [] if device == "cuda" else list(SMALL),
         "mixer": mixer,

@@ -18,7 +18,7 @@ from path_attention.ops import path_attention
 NAMES = ("out", "q", "k", "v", "w", "beta", "g")
 # How many times the error of one process a split sequence may have. Sums in another order, and one rounding more of
 # rows that cross between pieces, make it 1 to 2 times; a wrong term is off by a hundred times and more. On a CPU one
-# process rounds no rows, and bfloat16's one rounding makes up to 5 times of its small error: there the floor decides.
+# process rounds no rows, and bfloat16's one rounding makes several times its small error: there the floor decides.
 FACTOR = 4.0
 
 

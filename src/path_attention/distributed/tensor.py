@@ -30,7 +30,8 @@ _OF_HEADS = ("q_proj", "k_proj", "v_proj", "w_up_proj", "w_proj", "beta_proj", "
 def tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
     """Share the layers of a model among the processes of ``mesh``, in place. Its forward takes and gives whole tensors.
 
-    Call it before ``fully_shard`` and before an optimiser sees the parameters. Sharded parameters become DTensors.
+    Call it before ``fully_shard`` and before an optimiser sees the parameters. Sharded parameters become DTensors. Who
+    compiles layers does so with ``dynamic=False``: torch 2.13 cannot trace DTensors of lengths that vary.
 
     Args:
         model: :class:`path_attention.models.PaTHForCausalLM` or ``PaTHModel``, the same on every process.

@@ -91,11 +91,11 @@ def make_mesh(settings: Training, device: torch.device) -> DeviceMesh:
 
 def prepare(model: Any, settings: Training, mesh: DeviceMesh | None) -> None:
     """Everything a recipe wants done to a model before an optimiser sees its parameters, in place."""
-    is_shared = mesh is not None and mesh["tensor"].size() > 1
-    if mesh is not None and is_shared:
+    shared = None if mesh is None or mesh["tensor"].size() == 1 else mesh["tensor"]
+    if shared is not None:
         from path_attention.distributed.tensor import tensor_parallel
 
-        tensor_parallel(model, mesh["tensor"])
+        tensor_parallel(model, shared)
     if mesh is not None and mesh["context"].size() > 1:
         model.set_context_parallel(mesh["context"])
     if settings.activation_checkpointing:
@@ -106,7 +106,7 @@ def prepare(model: Any, settings: Training, mesh: DeviceMesh | None) -> None:
         # Layer by layer: they are alike, and one compilation serves all of them. Of shared layers for one shape each:
         # with DTensors and a second length torch 2.13 compiles until Python's recursion limit.
         for layer in model.base_model.layers:
-            layer.compile(dynamic=False if is_shared else None)
+            layer.compile(dynamic=None if shared is None else False)
         model.loss_function = torch.compile(model.loss_function)
     if mesh is not None:
         shard(model, mesh)
