@@ -112,8 +112,7 @@ def _parts(
             beta=beta[:, :, 0, some].flatten(0, 1).contiguous(),
             g=None,
             scale=scale,
-            # Without attention the kernel for groups on Hopper is not made, and ptxas serialises the products of wide
-            # rows (C7512).
+            # Without attention the backward kernel for groups and wide rows on Hopper is not made.
             leaves="hopper" if by_hopper and group == 1 and q.shape[3] <= LEAF else "triton",
         )
         yield _Part(inputs, right, left, some)

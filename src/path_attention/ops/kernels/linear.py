@@ -466,7 +466,7 @@ def leaves_backward(
 
     d_values, factor and d_gate are those of :class:`DenseGradients`; d_gate is added to in place.
     log_sum_exp and delta = rowsum(d_out * out) are (T, HQ) float32, of the whole attention. Without d_out there was no
-    attention in the leaves: all of these are None, and so is result.v. The kernel for groups on Hopper wants it.
+    attention in the leaves: all of these are None, and so is result.v. leaf_group.py wants it.
     """
     assert leaves.factors is not None
     inverse, y, u = leaves.factors
@@ -502,7 +502,7 @@ def leaves_backward(
         **table.arguments,
     }
     dim = inputs.q.shape[2]
-    if inputs.leaves == "hopper" and inputs.group == 1:
+    if inputs.leaves == "hopper" and inputs.group == 1 and dim == LEAF:
         from path_attention.ops.kernels.hopper import leaf as hopper_leaf
 
         hopper_leaf.leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
@@ -511,6 +511,7 @@ def leaves_backward(
     elif inputs.leaves == "hopper":
         from path_attention.ops.kernels.hopper import leaf_group
 
+        assert d_out is not None
         leaf_group.leaf_backward_group_kernel[(table.num_leaves * inputs.heads,)](
             **arguments, GROUP=inputs.group, D=dim, **leaf_group.backward_options(dim)
         )

@@ -2,7 +2,8 @@
 
 A program is one warp group; every product has its second operand, and most have both, in tiles of 64 x 64 in shared
 memory, and registers hold little beside one or two accumulators, so that three programs share a multiprocessor: while
-one waits for a product or for memory, another computes. Head dims above 64 are worked through in parts of 64 columns.
+one waits for a product or for memory, another computes. Forward, head dims above 64 are worked through in parts of 64
+columns; backward they take the two warp groups of leaf_group.py, whose registers hold the sums that wait.
 """
 
 from triton.experimental import gluon
@@ -336,18 +337,11 @@ def _largest(b_x):
 
 
 @gluon.jit
-def _load_normalised(p_x, s_x, i_row, s_rows, row_stride, PARTS: gl.constexpr):
+def _load_normalised(p_x, s_x, i_row, s_rows, row_stride):
     """Rows as x / p to shared memory, for the power of two p of them all; returns p and 1 / p."""
-    if PARTS == 1:
-        b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
-        s_power, s_inverse = power_of_two(_largest(b_x))
-        s_x.index(0).store((b_x * s_inverse).to(gl.float16))
-    else:
-        b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
-        b_more = load_tile(p_x + 64, i_row, s_rows, row_stride).to(gl.float32)
-        s_power, s_inverse = power_of_two(gl.maximum(_largest(b_x), _largest(b_more)))
-        s_x.index(0).store((b_x * s_inverse).to(gl.float16))
-        s_x.index(1).store((b_more * s_inverse).to(gl.float16))
+    b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
+    s_power, s_inverse = power_of_two(_largest(b_x))
+    s_x.store((b_x * s_inverse).to(gl.float16))
     return s_power, s_inverse
 
 
@@ -388,11 +382,10 @@ def leaf_backward_kernel(
     H,
     D: gl.constexpr,
 ):
-    """leaf_backward_kernel of leaf_kernels.py for D = DV and a query head a key head: its arguments, and what it
+    """leaf_backward_kernel of leaf_kernels.py for D = DV = 64 and a query head a key head: its arguments, and what it
     computes, dX, dY, dU, E and F negated. The comments say what the tiles of shared memory hold.
     """
     ATTENTION: gl.constexpr = p_d_out is not None
-    PARTS: gl.constexpr = D // 64
     HEADROOM: gl.constexpr = 0.0625  # as there
     HALF: gl.constexpr = p_v.dtype.element_ty
     i_leaf = gl.program_id(0) // H
@@ -408,26 +401,24 @@ def leaf_backward_kernel(
     p_k += i_head * D
     p_v += i_head * D
     p_w += i_head * D
-    if ATTENTION:
-        p_d_out += i_head * D
     p_d_q_left += i_head * D
     p_d_k_right += i_head * D
-    if ATTENTION:
-        p_d_values += i_head * D
     p_d_q += i_head * D
     p_d_k += i_head * D
-    if ATTENTION:
-        p_d_v += i_head * D
     p_d_w += i_head * D
-    s_w = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
-    s_k = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
-    s_q = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)  # then d_k_right
-    s_v = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)  # then U
-    s_do = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)  # then d_q_left, dU, F where Z is
+    if ATTENTION:
+        p_d_out += i_head * D
+        p_d_values += i_head * D
+        p_d_v += i_head * D
+    s_w = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_k = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_q = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then d_k_right
+    s_v = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then U
+    s_do = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then d_q_left, dU, F where Z is
     s_y = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
     s_x = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then T^-1
     s_ds = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then F, beta dT
-    s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first, then parts of dP
+    s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first, then dP
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
     causal = o_row[:, None] >= o_column[None, :]
@@ -436,23 +427,20 @@ def leaf_backward_kernel(
     if ATTENTION:
         b_shift = gl.load(p_log_sum_exp + p_number + o_row * H, mask=m_row, other=0.0) * LOG2_E
         b_delta = gl.load(p_delta + p_number + o_row * H, mask=m_row, other=0.0)
-    s_k_power, s_k_inverse = _load_normalised(p_k, s_k, i_row, s_rows, stride, PARTS)
-    s_q_power, s_q_inverse = _load_normalised(p_q, s_q, i_row, s_rows, stride, PARTS)
+    s_k_power, s_k_inverse = _load_normalised(p_k, s_k, i_row, s_rows, stride)
+    s_q_power, s_q_inverse = _load_normalised(p_q, s_q, i_row, s_rows, stride)
     s_y.store((load_tile(p_y, i_tile * LEAF, LEAF, 64).to(gl.float32) * s_k_inverse).to(gl.float16))
-    for i in gl.static_range(PARTS):
-        s_w.index(i).store(load_tile(p_w + i * 64, i_row, s_rows, stride).to(gl.float16))
-        if ATTENTION:
-            reinterpret(s_v.index(i), HALF, [LEAF, 64], TILE).store(load_tile(p_v + i * 64, i_row, s_rows, stride))
-            reinterpret(s_do.index(i), HALF, [LEAF, 64], TILE).store(load_tile(p_d_out + i * 64, i_row, s_rows, stride))
+    s_w.store(load_tile(p_w, i_row, s_rows, stride).to(gl.float16))
+    if ATTENTION:
+        s_values = reinterpret(s_v, HALF, [LEAF, 64], TILE)
+        s_d_out = reinterpret(s_do, HALF, [LEAF, 64], TILE)
+        s_values.store(load_tile(p_v, i_row, s_rows, stride))
+        s_d_out.store(load_tile(p_d_out, i_row, s_rows, stride))
     fence_async_shared()
     # The leaf's own attention again.
-    t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
-    if PARTS == 2:
-        t_x = warpgroup_mma(s_q.index(1), s_w.index(1).permute((1, 0)), t_x, is_async=True)
+    t_x = warpgroup_mma(s_q, s_w.permute((1, 0)), _zeros(), use_acc=False, is_async=True)
     if ATTENTION:
-        t_s = warpgroup_mma(s_q.index(0), s_k.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
-        if PARTS == 2:
-            t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
+        t_s = warpgroup_mma(s_q, s_k.permute((1, 0)), _zeros(), use_acc=False, is_async=True)
         b_x, b_s = warpgroup_mma_wait(0, (t_x, t_s))
         b_x = gl.where(causal, b_x, 0.0)
         put(s_x, b_x)
@@ -464,17 +452,12 @@ def leaf_backward_kernel(
         b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
         s_weights = reinterpret(s_dx, HALF, [LEAF, 64], TILE)
         put(s_weights, b_p)
-        b_dp = _zeros()
-        s_inverse_factor = 1.0 / gl.load(p_factor)
-        for i in gl.static_range(PARTS):
-            s_part = reinterpret(s_do.index(i), HALF, [LEAF, 64], TILE)
-            s_values = reinterpret(s_v.index(i), HALF, [LEAF, 64], TILE)
-            b_dp = warpgroup_mma(s_part, s_values.permute((1, 0)), b_dp)
-            p_part = p_d_values + i * 64 + gl.cast(i_row, gl.int64) * stride
-            b_dv = gl.load(p_part + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
-            b_dv = b_dv.to(gl.float32) * s_inverse_factor
-            b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_part, b_dv)
-            store_tile(p_d_v + i * 64, b_dv, s_ds, i_row, s_rows, stride)
+        b_dp = warpgroup_mma(s_d_out, s_values.permute((1, 0)), _zeros(), use_acc=False)
+        p_values = p_d_values + gl.cast(i_row, gl.int64) * stride
+        b_dv = gl.load(p_values + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
+        b_dv = b_dv.to(gl.float32) * (1.0 / gl.load(p_factor))
+        b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_d_out, b_dv)
+        store_tile(p_d_v, b_dv, s_ds, i_row, s_rows, stride)
         b_ds = b_p * (b_dp - b_delta[:, None])
         if p_g is not None:
             b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)
@@ -499,37 +482,32 @@ def leaf_backward_kernel(
     s_gradient = HEADROOM / gl.maximum(s_unit, 2.0**-100)
     if ATTENTION:
         b_ds = b_ds * (s_ds_scale * s_gradient)
-    for i in gl.static_range(PARTS):
-        s_v.index(i).store(load_tile(p_u + i * 64, i_tile * LEAF, LEAF, D))
-        b_dq_left = load_tile(p_d_q_left + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
-        s_do.index(i).store((b_dq_left * (s_dq_power * s_gradient)).to(gl.float16))
+    s_v.store(load_tile(p_u, i_tile * LEAF, LEAF, D))
+    b_dq_left = load_tile(p_d_q_left, i_leaf * LEAF, LEAF, stride).to(gl.float32)
+    s_do.store((b_dq_left * (s_dq_power * s_gradient)).to(gl.float16))
     if ATTENTION:
         put(s_ds, b_ds)
         b_ds_operand = _operand(b_ds)
         t_dx = warpgroup_mma(b_ds_operand, s_y, _zeros(), use_acc=False, is_async=True)
-        for i in gl.static_range(PARTS):
-            t_dx = warpgroup_mma(s_do.index(i), s_v.index(i).permute((1, 0)), t_dx, is_async=True)
+        t_dx = warpgroup_mma(s_do, s_v.permute((1, 0)), t_dx, is_async=True)
         b_dx, b_ds_operand = warpgroup_mma_wait(0, (t_dx, b_ds_operand))
     else:
         fence_async_shared()
-        b_dx = _zeros()
-        for i in gl.static_range(PARTS):
-            b_dx = warpgroup_mma(s_do.index(i), s_v.index(i).permute((1, 0)), b_dx)
+        b_dx = warpgroup_mma(s_do, s_v.permute((1, 0)), _zeros(), use_acc=False)
     b_dx = gl.where(causal, b_dx, 0.0)
     put(s_dx, b_dx)
     b_dx_operand = _operand(-b_dx)
-    for i in gl.static_range(PARTS):
-        if ATTENTION:
-            t_dq = warpgroup_mma(b_ds_operand, s_k.index(i), s_do.index(i).load(ACC).to(gl.float32), is_async=True)
-            t_dq = warpgroup_mma(b_dx_operand, s_w.index(i), t_dq, is_async=True)
-            b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
-        else:
-            b_dq = warpgroup_mma(b_dx_operand, s_w.index(i), s_do.index(i).load(ACC).to(gl.float32))
-        store_tile(p_d_q + i * 64, b_dq * (s_q_inverse / s_gradient), None, i_row, s_rows, stride)
     if ATTENTION:
-        t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
-    t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(0), _zeros(), use_acc=False, is_async=True)
-    t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False, is_async=True)
+        t_dq = warpgroup_mma(b_ds_operand, s_k, s_do.load(ACC).to(gl.float32), is_async=True)
+        t_dq = warpgroup_mma(b_dx_operand, s_w, t_dq, is_async=True)
+        b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
+    else:
+        b_dq = warpgroup_mma(b_dx_operand, s_w, s_do.load(ACC).to(gl.float32))
+    store_tile(p_d_q, b_dq * (s_q_inverse / s_gradient), None, i_row, s_rows, stride)
+    if ATTENTION:
+        t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q, _zeros(), use_acc=False, is_async=True)
+    t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q, _zeros(), use_acc=False, is_async=True)
+    t_du = warpgroup_mma(s_x.permute((1, 0)), s_do, _zeros(), use_acc=False, is_async=True)
     if ATTENTION:
         t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, _zeros(), use_acc=False, is_async=True)
         b_dk, b_dw, b_du, b_dy = warpgroup_mma_wait(0, (t_dk, t_dw, t_du, t_dy))
@@ -537,62 +515,30 @@ def leaf_backward_kernel(
         b_dw, b_du = warpgroup_mma_wait(0, (t_dw, t_du))
         b_dk = _zeros()
         b_dy = _zeros()
-    if PARTS == 2:
-        if ATTENTION:
-            t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q.index(1), _zeros(), use_acc=False, is_async=True)
-        t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q.index(1), _zeros(), use_acc=False, is_async=True)
-        t_du = warpgroup_mma(s_x.permute((1, 0)), s_do.index(1), _zeros(), use_acc=False, is_async=True)
-        if ATTENTION:
-            b_dk_more, b_dw_more, b_du_more = warpgroup_mma_wait(0, (t_dk, t_dw, t_du))
-        else:
-            b_dw_more, b_du_more = warpgroup_mma_wait(0, (t_dw, t_du))
-            b_dk_more = _zeros()
     if has_right:
-        for i in gl.static_range(PARTS):
-            b_dk_right = load_tile(p_d_k_right + i * 64, i_leaf * LEAF, LEAF, stride).to(gl.float32)
-            s_q.index(i).store((b_dk_right * (s_dk_power * s_gradient)).to(gl.float16))
+        b_dk_right = load_tile(p_d_k_right, i_leaf * LEAF, LEAF, stride).to(gl.float32)
+        s_q.store((b_dk_right * (s_dk_power * s_gradient)).to(gl.float16))
         p_matrix = p_d_node + gl.cast(i_node, gl.int64) * (D * D)
-        s_dp_scale = s_dp_power * s_gradient
-        put(s_dx, load_tile(p_matrix, 0, 64, D).to(gl.float32) * s_dp_scale)
-        for i in gl.static_range(PARTS):
-            b_dy = warpgroup_mma(s_q.index(i), s_w.index(i).permute((1, 0)), b_dy)
-        b_dk += s_q.index(0).load(ACC).to(gl.float32)
-        b_dw = warpgroup_mma(s_y.permute((1, 0)), s_q.index(0), b_dw)
-        b_du = warpgroup_mma(s_w.index(0), s_dx, b_du)
-        b_dw = warpgroup_mma(s_v.index(0), s_dx.permute((1, 0)), b_dw)
-        if PARTS == 2:
-            b_dk_more += s_q.index(1).load(ACC).to(gl.float32)
-            b_dw_more = warpgroup_mma(s_y.permute((1, 0)), s_q.index(1), b_dw_more)
-            put(s_dx, load_tile(p_matrix + 64, 0, 64, D).to(gl.float32) * s_dp_scale)
-            b_du_more = warpgroup_mma(s_w.index(0), s_dx, b_du_more)
-            b_dw = warpgroup_mma(s_v.index(1), s_dx.permute((1, 0)), b_dw)
-            put(s_dx, load_tile(p_matrix, 64, 64, D).to(gl.float32) * s_dp_scale)
-            b_du = warpgroup_mma(s_w.index(1), s_dx, b_du)
-            b_dw_more = warpgroup_mma(s_v.index(0), s_dx.permute((1, 0)), b_dw_more)
-            put(s_dx, load_tile(p_matrix + 64, 64, 64, D).to(gl.float32) * s_dp_scale)
-            b_du_more = warpgroup_mma(s_w.index(1), s_dx, b_du_more)
-            b_dw_more = warpgroup_mma(s_v.index(1), s_dx.permute((1, 0)), b_dw_more)
+        put(s_dx, load_tile(p_matrix, 0, 64, D).to(gl.float32) * (s_dp_power * s_gradient))
+        b_dy = warpgroup_mma(s_q, s_w.permute((1, 0)), b_dy)
+        b_dk += s_q.load(ACC).to(gl.float32)
+        b_dw = warpgroup_mma(s_y.permute((1, 0)), s_q, b_dw)
+        b_du = warpgroup_mma(s_w, s_dx, b_du)
+        b_dw = warpgroup_mma(s_v, s_dx.permute((1, 0)), b_dw)
     # Sums that wait for the rest, rounded as operands are.
-    s_q.index(0).store(b_dk.to(gl.float16))
+    s_q.store(b_dk.to(gl.float16))
     s_dx.store(b_dw.to(gl.float16))
-    if PARTS == 2:
-        s_q.index(1).store(b_dk_more.to(gl.float16))
     # E = T^-T dU, F = T^-T dY; dT from both.
     s_x.store(load_tile(p_inverse, i_tile * LEAF, LEAF, 64))
-    put(s_do.index(0), b_du)
-    if PARTS == 2:
-        put(s_do.index(1), b_du_more)
+    put(s_do, b_du)
     b_f = warpgroup_mma(_operand(b_dy), s_x, _zeros(), use_acc=False)
     put(s_ds, b_f)
     b_dt = warpgroup_mma(s_ds.permute((1, 0)), s_y, _zeros(), use_acc=False)
-    b_e = warpgroup_mma(s_x.permute((1, 0)), s_do.index(0), _zeros(), use_acc=False)
-    b_dt = warpgroup_mma(_operand(b_e), s_v.index(0).permute((1, 0)), b_dt)
-    if PARTS == 2:
-        b_e_more = warpgroup_mma(s_x.permute((1, 0)), s_do.index(1), _zeros(), use_acc=False)
-        b_dt = warpgroup_mma(_operand(b_e_more), s_v.index(1).permute((1, 0)), b_dt)
+    b_e = warpgroup_mma(s_x.permute((1, 0)), s_do, _zeros(), use_acc=False)
+    b_dt = warpgroup_mma(_operand(b_e), s_v.permute((1, 0)), b_dt)
     b_dt = gl.where(o_row[:, None] > o_column[None, :], b_dt, 0.0)
     b_f = gl.where(o_row[:, None] < o_column[None, :], b_f, 0.0)
-    s_f = s_do.index(0)
+    s_f = s_do
     put(s_f, b_f)
     b_dt_operand = _operand(-b_dt)
     p_leaf_beta = p_beta + p_number
@@ -600,21 +546,12 @@ def leaf_backward_kernel(
     b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
     put(s_ds, -b_dt * b_beta[:, None])
     b_f_operand = _operand(-b_f * b_beta_column[None, :])
-    b_e = warpgroup_mma(s_f.permute((1, 0)), s_k.index(0), b_e)
-    b_e = warpgroup_mma(b_dt_operand, s_w.index(0), b_e)
-    b_d_beta = gl.sum(b_e * s_w.index(0).load(ACC).to(gl.float32), 1)
+    b_e = warpgroup_mma(s_f.permute((1, 0)), s_k, b_e)
+    b_e = warpgroup_mma(b_dt_operand, s_w, b_e)
+    b_d_beta = gl.sum(b_e * s_w.load(ACC).to(gl.float32), 1)
     b_dw = s_dx.load(ACC).to(gl.float32) + b_beta[:, None] * b_e
-    b_dw = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(0), b_dw)
+    b_dw = warpgroup_mma(s_ds.permute((1, 0)), s_w, b_dw)
     store_tile(p_d_w, b_dw * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
-    b_dk = warpgroup_mma(b_f_operand, s_w.index(0), s_q.index(0).load(ACC).to(gl.float32))
+    b_dk = warpgroup_mma(b_f_operand, s_w, s_q.load(ACC).to(gl.float32))
     store_tile(p_d_k, b_dk * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
-    if PARTS == 2:
-        b_e_more = warpgroup_mma(s_f.permute((1, 0)), s_k.index(1), b_e_more)
-        b_e_more = warpgroup_mma(b_dt_operand, s_w.index(1), b_e_more)
-        b_d_beta += gl.sum(b_e_more * s_w.index(1).load(ACC).to(gl.float32), 1)
-        b_dw_more += b_beta[:, None] * b_e_more
-        b_dw_more = warpgroup_mma(s_ds.permute((1, 0)), s_w.index(1), b_dw_more)
-        store_tile(p_d_w + 64, b_dw_more * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
-        b_dk_more = warpgroup_mma(b_f_operand, s_w.index(1), s_q.index(1).load(ACC).to(gl.float32))
-        store_tile(p_d_k + 64, b_dk_more * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
     gl.store(p_d_beta + p_number + o_row * H, b_d_beta * (-1.0 / s_gradient), mask=m_row)

@@ -1,4 +1,4 @@
-"""The leaves' backward pass on Hopper for several query heads a key head.
+"""The leaves' backward pass on Hopper for several query heads a key head, and at head_dim 128 for one.
 
 Gradients of what the heads share are summed over them in registers: five accumulators of 64 x 64 at head_dim 64, nine
 at 128, for which a program has two warp groups. Both have all rows of a product and half of its columns each, so both
@@ -36,7 +36,8 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, NARROW))
 ROWS_OF_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [8], [0]))  # the same 64 numbers in each warp
 NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
-# Registers of a thread: at head_dim 64 two programs share a multiprocessor, at 128 it has room for the sums of one.
+# Registers of a thread: at head_dim 64 two programs share a multiprocessor, at 128 it has room for the sums of one. For
+# one query head, where nothing is a loop, 580 bytes are spilled there.
 _REGISTERS = {64: 128, 128: 255}
 
 
@@ -259,10 +260,11 @@ def leaf_backward_group_kernel(
         s_ratio = s_unit / s_raised
         s_unit = s_raised
         s_gradient = HEADROOM / s_unit
-        b_dk *= s_ratio
-        b_dw *= s_ratio
-        b_du *= s_ratio
-        b_dy *= s_ratio
+        if GROUP > 1:  # there are sums by now
+            b_dk *= s_ratio
+            b_dw *= s_ratio
+            b_du *= s_ratio
+            b_dy *= s_ratio
         s_ds.store((b_ds * (s_ds_scale * s_gradient)).to(gl.float16))
         put(s_dq_left, s_next_dq_left.load(MEMORY).to(gl.float32) * (s_dq_power * s_gradient))
         t_dx = warpgroup_mma(s_ds, s_y, _zeros(64, NARROW), use_acc=False, is_async=True)
@@ -276,7 +278,8 @@ def leaf_backward_group_kernel(
         o_tile_row = _anew(o_tile_row)
         o_tile = o_tile_row[:, None] * query_stride + (o_tile_column[None, :] + i_group * D)
         m_tile = (o_tile_row < s_rows)[:, None]
-        if i_group + 1 < GROUP:
+        # GROUP > 1 is a constant: Triton 3.6 fails at copies that only turn out never to be made.
+        if GROUP > 1 and i_group + 1 < GROUP:
             o_next = o_tile + D
             async_load_numbers(s_next_q, p_q + o_next, mask=m_tile)
             async_load_numbers(s_do, p_d_out + o_next, mask=m_tile)
