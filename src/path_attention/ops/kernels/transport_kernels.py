@@ -282,6 +282,26 @@ def _store_pair(
         tl.store(p_power + (i_leaf + o) * s_heads + i_head, tl.zeros((2,), tl.float32) + s_power, mask=o < s_leaves)
 
 
+@triton.jit
+def _moved_back(
+    b_d, b_x, b_p, p_partials, p_partials_power, i_tile, OF_QUERIES: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WORK: tl.constexpr
+):  # fmt: skip
+    """dx = dx' P^T, of keys dx' P, for the gradients dx' of rows x that P has moved, and x^T dx', of keys dx'^T x, to
+    the tile i_tile.
+    """
+    b_x = rounded(b_x, WORK)
+    b_half, s_power, _inverse = normalised(b_d, WORK)
+    if OF_QUERIES:
+        b_partial = dot(tl.trans(b_x), b_half) * s_power
+    else:
+        b_partial = dot(tl.trans(b_half), b_x) * s_power
+    store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+    if OF_QUERIES:
+        b_p = tl.trans(b_p)
+    return dot(b_half, b_p) * s_power
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def query_transport_backward_kernel(
     p_node,
@@ -309,6 +329,9 @@ def query_transport_backward_kernel(
 ):
     """Gradients of one pair's moved queries back at its leaves' left edges: x' = x P_left gives dx = dx' P_left^T and
     dP_left = x^T dx'.
+
+    All that a level reads is asked for before anything is done with it: a program waits for memory once a level. With
+    PIECE gradients of rows are not kept while others are moved, for they would be spilled.
     """
     HQ = H * GROUP
     i_leaf, i_query_head, i_index, _, s_leaves, s_tokens, _, i_base, _ = _pair(
@@ -319,7 +342,6 @@ def query_transport_backward_kernel(
     i_head = i_query_head // GROUP
     o = tl.arange(0, PAIR)
     m_pair = o < s_tokens
-    m_right = m_pair & (o >= ROWS)
     p_query_rows += i_query_head * D
     p_d_query_rows += i_query_head * D
     s_factor = inverse_of(p_factor)
@@ -328,12 +350,14 @@ def query_transport_backward_kernel(
         level = num_levels - i
         if ((i_index >> level) & 1) == 1:
             i_slot = level * query_slots + i_base + within(i_index, level)
+            if PIECE is None and not ONLY_TOP:
+                b_row = load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
             if (i_index >> (level + 1)) != 0:
+                i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
+                i_left = ((i_index >> level) - 1) << level
+                i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                 if PIECE is not None:
                     p_moved = p_d_q_left + i_query_head * D
-                    i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
-                    i_left = ((i_index >> level) - 1) << level
-                    i_node = 2 * (i_leaf - i_index) + node(i_left, level)
                     b_d = _moved_in_pieces(
                         p_moved, b_d, i_leaf, s_leaves, HQ * D, p_node, i_node * H + i_head, True, D, BLOCK_D, PIECE
                     )
@@ -342,28 +366,26 @@ def query_transport_backward_kernel(
                         s_leaves * ROWS, D, BLOCK_D, PIECE
                     )  # fmt: skip
                 else:
-                    b_half, s_power, _inverse = normalised(b_d, WORK)
-                    b_x = rounded(load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR), WORK)
-                    i_tile = partial_tile(level, i_base + within(i_index, level), query_slots) * HQ + i_query_head
-                    b_partial = dot(tl.trans(b_x), b_half) * s_power
-                    store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
-                    i_left = ((i_index >> level) - 1) << level
-                    i_node = 2 * (i_leaf - i_index) + node(i_left, level)
+                    b_x = load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
-                    b_d = dot(b_half, tl.trans(b_p)) * s_power
+                    b_d = _moved_back(b_d, b_x, b_p, p_partials, p_partials_power, i_tile, True, D, BLOCK_D, WORK)
             if not ONLY_TOP:
-                b_row = load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
+                if PIECE is not None:
+                    b_row = load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
                 b_d += s_factor * b_row.to(tl.float32)
             elif i == 1:
                 i_slot = i_base + within(i_index, level)
                 b_row = load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
                 b_d += s_factor * b_row.to(tl.float32)
     if s_leaves == 2:
+        m_right = m_pair & (o >= ROWS)
         i_slot = i_base + within(i_index + 1, 0)
+        if PIECE is None and not ONLY_TOP:
+            b_row = load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
         if i_index != 0:
+            i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
             if PIECE is not None:
                 p_moved = p_d_q_left + i_query_head * D
-                i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
                 b_product = _moved_in_pieces(
                     p_moved, b_d, i_leaf, s_leaves, HQ * D, p_node, 2 * i_leaf * H + i_head, True, D, BLOCK_D, PIECE
                 )
@@ -374,15 +396,13 @@ def query_transport_backward_kernel(
                 b_d = load_rows(p_moved, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
                 b_d = tl.where(m_right[:, None], b_product, b_d)
             else:
-                b_half, s_power, _inverse = normalised(b_d, WORK)
-                b_x = rounded(load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR), WORK)
-                b_partial = dot(tl.trans(b_x), b_half) * s_power
-                i_tile = partial_tile(0, i_slot, query_slots) * HQ + i_query_head
-                store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+                b_x = load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
                 b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
-                b_d = tl.where(m_right[:, None], dot(b_half, tl.trans(b_p)) * s_power, b_d)
+                b_product = _moved_back(b_d, b_x, b_p, p_partials, p_partials_power, i_tile, True, D, BLOCK_D, WORK)
+                b_d = tl.where(m_right[:, None], b_product, b_d)
         if not ONLY_TOP:
-            b_row = load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
+            if PIECE is not None:
+                b_row = load_where(p_d_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
             b_d += s_factor * b_row.to(tl.float32)
     _store_pair(p_d_q_left, p_d_q_left_power, b_d, i_leaf, i_query_head, s_leaves, HQ, D, BLOCK_D, WORK, PIECE)
 
@@ -428,11 +448,13 @@ def key_transport_backward_kernel(
         i_right = ((i_index >> level) + 1) << level
         if ((i_index >> level) & 1) == 0 and i_right < s_count:
             i_slot = level * key_slots + i_base + within(i_index, level)
+            if PIECE is None and not ONLY_TOP:
+                b_row = load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
             if i_right + (1 << level) < s_count:
+                i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
+                i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                 if PIECE is not None:
                     p_moved = p_d_k_right + i_head * D
-                    i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
-                    i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                     b_d = _moved_in_pieces(
                         p_moved, b_d, i_leaf, 2, H * D, p_node, i_node * H + i_head, False, D, BLOCK_D, PIECE
                     )
@@ -441,24 +463,23 @@ def key_transport_backward_kernel(
                         BLOCK_D, PIECE
                     )  # fmt: skip
                 else:
-                    b_half, s_power, _inverse = normalised(b_d, WORK)
-                    b_x = rounded(load_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR), WORK)
-                    i_tile = partial_tile(level, i_base + within(i_index, level), key_slots) * H + i_head
-                    b_partial = dot(tl.trans(b_half), b_x) * s_power
-                    store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
-                    i_node = 2 * (i_leaf - i_index) + node(i_right, level)
+                    b_x = load_rows(p_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
-                    b_d = dot(b_half, b_p) * s_power
+                    b_d = _moved_back(b_d, b_x, b_p, p_partials, p_partials_power, i_tile, False, D, BLOCK_D, WORK)
             if not ONLY_TOP:
-                b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+                if PIECE is not None:
+                    b_row = load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
+                b_d += s_factor * b_row.to(tl.float32)
             elif i == 1:
                 i_slot = i_base + within(i_index, level)
                 b_d += s_factor * load_rows(p_d_key_rows, i_slot * ROWS, PAIR, H * D, D, BLOCK_D, PAIR).to(tl.float32)
     i_slot = i_base + within(i_index, 0)
+    if PIECE is None and not ONLY_TOP:
+        b_row = load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR)
     if i_index + 2 < s_count:
+        i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
         if PIECE is not None:
             p_moved = p_d_k_right + i_head * D
-            i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
             b_product = _moved_in_pieces(
                 p_moved, b_d, i_leaf, 2, H * D, p_node, 2 * (i_leaf + 1) * H + i_head, False, D, BLOCK_D, PIECE
             )
@@ -469,13 +490,12 @@ def key_transport_backward_kernel(
             b_d = load_rows(p_moved, i_leaf * ROWS, PAIR, H * D, D, BLOCK_D, PAIR)
             b_d = tl.where(m_left[:, None], b_product, b_d)
         else:
-            b_half, s_power, _inverse = normalised(b_d, WORK)
-            b_x = rounded(load_where(p_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR), WORK)
-            b_partial = dot(tl.trans(b_half), b_x) * s_power
-            i_tile = partial_tile(0, i_slot, key_slots) * H + i_head
-            store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
+            b_x = load_where(p_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR)
             b_p = load_square(p_node, 2 * (i_leaf + 1) * H + i_head, D, BLOCK_D)
-            b_d = tl.where(m_left[:, None], dot(b_half, b_p) * s_power, b_d)
+            b_product = _moved_back(b_d, b_x, b_p, p_partials, p_partials_power, i_tile, False, D, BLOCK_D, WORK)
+            b_d = tl.where(m_left[:, None], b_product, b_d)
     if not ONLY_TOP:
-        b_d += s_factor * load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR).to(tl.float32)
+        if PIECE is not None:
+            b_row = load_where(p_d_key_rows, i_slot * ROWS, m_left, H * D, D, BLOCK_D, PAIR)
+        b_d += s_factor * b_row.to(tl.float32)
     _store_pair(p_d_k_right, p_d_k_right_power, b_d, i_leaf, i_head, s_leaves, H, D, BLOCK_D, WORK, PIECE)
