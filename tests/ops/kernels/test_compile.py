@@ -92,7 +92,8 @@ GATED_SPILLS: dict[int, dict[str, int]] = {
     },
 }
 # With several query heads a key head: before and after the loop over them.
-GROUP_SPILLS: dict[int, dict[str, int]] = {64: {}, 128: {"hopper.leaf_group.leaf_backward_group_kernel": 520}}
+GROUP_SPILLS: dict[int, dict[str, int]] = {64: {}, 128: {"hopper.leaf_group.leaf_backward_group_kernel": 415}}
+GATED_GROUP_SPILLS: dict[int, dict[str, int]] = {64: {}, 128: {"hopper.leaf_group.leaf_backward_group_kernel": 520}}
 # Of a cache. attend_kernel of a step spills what it needs before it reads pages, that of long calls more; fold_kernel
 # what it needs before and after its loop over tiles of keys; fold_leaf_kernel for one more program a multiprocessor.
 CACHE_SPILLS: dict[int, dict[str, int]] = {
@@ -238,7 +239,7 @@ def test_groups_on_hopper(dim: int) -> None:
     found = compiled(grouped, {**grouped, "group": 8, "packed": True}, {**grouped, "gated": True})
     leaves = [x for x in found if "leaf_backward" in x["kernel"]]
     assert [x["kernel"] for x in leaves] == 3 * ["hopper.leaf_group.leaf_backward_group_kernel"]
-    check(leaves, GATED_SPILLS[dim] | GROUP_SPILLS[dim])
+    check(leaves, GATED_SPILLS[dim] | GATED_GROUP_SPILLS[dim])
     check(leaves[:2], SPILLS[dim] | GROUP_SPILLS[dim])
     assert dim == 128 or all(x["shared_bytes"] <= MOST_SHARED_OF_TWO for x in leaves)
 
