@@ -66,7 +66,8 @@ class Launch:
 # benchmark decode` (benchmarks/cuda_decode.py --only tune); programs are what registers and memory have room for.
 # Twice as many programs as run at once were slower on an H100, by 4 % to 22 %: each moves its queries first. With 7
 # stages fewer of them fit, and a second round began. Stages of hops, with which two matrices of 64 columns, or one of
-# 128, take no more memory than pages do: on an H200 two or more are alike to 1 %, one is 4 % slower at 131,072 tokens.
+# 128, take no more memory than pages do: on an H200 two or more are alike to 2 %, one is 4 % slower at 131,072 tokens
+# (results/h200_decode_launches.json).
 LAUNCHES = {
     64: Launch(num_warps=2, stages=5, registers=None, programs=4, hop_stages=5),
     128: Launch(num_warps=4, stages=5, registers=None, programs=2, hop_stages=3),
