@@ -240,6 +240,7 @@ class Shared:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.dtype = tensor.dtype
+        self.shape = tensor.shape
 
     def index(self, i: Any) -> "Shared":
         assert 0 <= int(i) < self.tensor.shape[0], f"index {i} of {self.tensor.shape[0]}"

@@ -2,27 +2,33 @@
 
 A program is one warp group; every product has its second operand, and most have both, in tiles of 64 x 64 in shared
 memory, and registers hold little beside one or two accumulators, so that three programs share a multiprocessor: while
-one waits for a product or for memory, another computes. Forward, head dims above 64 are worked through in parts of 64
+one waits for a product or for memory, another computes. All that a program reads is asked for at its beginning, or as
+soon as there is room, and comes to shared memory by asynchronous copies: a load where it is wanted would have the
+whole chain of products wait for memory, once for each. Forward, head dims above 64 are worked through in parts of 64
 columns; backward they take the two warp groups of leaf_group.py, whose registers hold the sums that wait.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from path_attention.ops.kernels import leaf_kernels
 from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
-from path_attention.ops.kernels.hopper.gluon_names import reinterpret
+from path_attention.ops.kernels.hopper.gluon_names import async_load_numbers, reinterpret, thread_barrier
 from path_attention.ops.kernels.tiles import COUNTS
 
 # Registers of an accumulator of 64 x 64, the first operand made of one, and a tile as memory has it, 16 bytes a thread.
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC, 2))
 MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+MEMORY_FLOAT32 = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC))  # a number for each row of an accumulator
 COLUMN = gl.constexpr(gl.SliceLayout(0, ACC))
 CLOSED = gl.constexpr(leaf_kernels.CLOSED.value)
 TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16))
+TILE_FLOAT32 = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.float32))
+NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 # Registers of a thread. Forward at head_dim 64 three programs share a multiprocessor (0.41 ms against 0.43 with two, at
@@ -72,6 +78,26 @@ def load_tile(p_x, i_row, s_rows, row_stride, COLUMNS: gl.constexpr = 64, LAYOUT
     o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))[None, :]
     p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
     return gl.load(p, mask=o_row < s_rows, other=0.0)
+
+
+@gluon.jit
+def copy_tile(s_x, p_x, i_row, s_rows, row_stride):
+    """Have 64 columns of rows i_row .. i_row + s_rows come to s_x, zeros past them, in the type of p_x."""
+    dtype: gl.constexpr = p_x.dtype.element_ty
+    LAYOUT: gl.constexpr = MEMORY_FLOAT32 if dtype == gl.float32 else MEMORY
+    SHARED: gl.constexpr = TILE_FLOAT32 if dtype == gl.float32 else TILE
+    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, LAYOUT))[:, None]
+    o_column = gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]
+    p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
+    async_load_numbers(reinterpret(s_x, dtype, [LEAF, 64], SHARED), p, mask=o_row < s_rows)
+
+
+@gluon.jit
+def copied(s_x, p_x):
+    """What copy_tile brought."""
+    dtype: gl.constexpr = p_x.dtype.element_ty
+    SHARED: gl.constexpr = TILE_FLOAT32 if dtype == gl.float32 else TILE
+    return reinterpret(s_x, dtype, [LEAF, 64], SHARED).load(MEMORY)
 
 
 @gluon.jit
@@ -189,28 +215,40 @@ def leaf_forward_kernel(
     s_w = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     s_k = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
     s_q = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
-    s_u = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
-    s_u_rest = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    s_us = gl.allocate_shared_memory(gl.float16, [2 * PARTS, LEAF, 64], TILE)  # W as it comes; U, and its rest; v there
     s_n = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
     s_a = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_beta = gl.allocate_shared_memory(gl.float32, [LEAF], NUMBERS)
     s_w_rest = s_w
     if SPLIT_W:
         s_w_rest = gl.allocate_shared_memory(gl.float16, [PARTS, LEAF, 64], TILE)
+    dtype: gl.constexpr = p_w.dtype.element_ty
+    s_given = reinterpret(s_us, dtype, [PARTS, LEAF, 64], TILE_FLOAT32 if dtype == gl.float32 else TILE)
     for i in gl.static_range(PARTS):
-        b_w = load_tile(p_w + i_head * D + i * 64, i_row, s_rows, H * D)
-        b_w_rounded = b_w.to(gl.float16)
-        s_w.index(i).store(b_w_rounded)
-        if SPLIT_W:
-            s_w_rest.index(i).store((b_w - b_w_rounded.to(gl.float32)).to(gl.float16))
-        s_k.index(i).store(load_tile(p_k + i_head * D + i * 64, i_row, s_rows, H * D).to(gl.float16))
-        if GROUP == 1:
-            s_q.index(i).store(load_tile(p_q + i_head * D + i * 64, i_row, s_rows, HQ * D).to(gl.float16))
-    fence_async_shared()
+        copy_tile(s_given.index(i), p_w + i_head * D + i * 64, i_row, s_rows, H * D)
+        copy_tile(s_k.index(i), p_k + i_head * D + i * 64, i_row, s_rows, H * D)
+        copy_tile(s_q.index(i), p_q + i_head * GROUP * D + i * 64, i_row, s_rows, HQ * D)
+    async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
     p_leaf_beta = p_beta + gl.cast(i_row, gl.int64) * H + i_head
     b_beta = gl.load(p_leaf_beta + o_row * H, mask=o_row < s_rows, other=0.0).to(gl.float32)
-    b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
+    s_beta.store(b_beta)
+    async_copy.wait_group(0)
+    thread_barrier()
+    for i in gl.static_range(PARTS):
+        b_w = copied(s_given.index(i), p_w)
+        b_w_rounded = b_w.to(gl.float16)
+        s_w.index(i).store(b_w_rounded)
+        if SPLIT_W:
+            s_w_rest.index(i).store((b_w - b_w_rounded.to(gl.float32)).to(gl.float16))
+        b_k = copied(s_k.index(i), p_k)
+        if GROUP == 1:
+            b_q = copied(s_q.index(i), p_q)
+            s_q.index(i).store(b_q.to(gl.float16))
+        s_k.index(i).store(b_k.to(gl.float16))
+    fence_async_shared()
+    thread_barrier()  # the first product reads none of what was stored last: Triton would put its own before the fence
     below = o_row[:, None] > o_column[None, :]
     # Waited for after two products: with other splits ptxas serialises all products of some variants (C7511).
     b_gram = _zeros()
@@ -224,38 +262,38 @@ def leaf_forward_kernel(
     b_n = gl.where(below, b_beta[:, None] * b_gram, 0.0)
     put(s_n, b_n)
     b_inverse = _unit_lower_inverse(b_n, s_n, s_a)
-    s_n_rest = s_u_rest.index(0)  # free until U has a rest
+    s_n_rest = s_us.index(PARTS)  # free until U has a rest
     put(s_n_rest, b_n - b_n.to(gl.float16).to(gl.float32))
     i_tile = i_leaf * H + i_head
     if p_inverse is not None:
         store_tile(p_inverse, b_inverse, s_a, i_tile * LEAF, LEAF, 64)
-    put(s_a, b_inverse * b_beta_column[None, :])
+    put(s_a, b_inverse * s_beta.load(COLUMN)[None, :])
     b_inverse_operand = _operand(b_inverse)
     # U and its correction by the residual D W - T U, part by part.
     for i in gl.static_range(PARTS):
         b_u = warpgroup_mma(s_a, s_w.index(i), _zeros(), use_acc=False)
-        put(s_u.index(i), b_u)
+        put(s_us.index(i), b_u)
     for i in gl.static_range(PARTS):
-        t_product = warpgroup_mma(s_n, s_u.index(i), _zeros(), use_acc=False, is_async=True)
-        t_product = warpgroup_mma(s_n_rest, s_u.index(i), t_product, is_async=True)
+        t_product = warpgroup_mma(s_n, s_us.index(i), _zeros(), use_acc=False, is_async=True)
+        t_product = warpgroup_mma(s_n_rest, s_us.index(i), t_product, is_async=True)
         b_w = s_w.index(i).load(ACC).to(gl.float32)
         if SPLIT_W:
             b_w += s_w_rest.index(i).load(ACC).to(gl.float32)
         b_product = warpgroup_mma_wait(0, (t_product,))
-        b_residual = b_beta[:, None] * b_w - s_u.index(i).load(ACC).to(gl.float32) - b_product
-        s_residual = s_u_rest.index(PARTS - 1 - i)  # n's rest lies in the first, which is the last one taken
+        b_residual = b_beta[:, None] * b_w - s_us.index(i).load(ACC).to(gl.float32) - b_product
+        s_residual = s_us.index(2 * PARTS - 1 - i)  # n's rest lies in the first, which is the last one taken
         put(s_residual, b_residual)
         b_u_rest = warpgroup_mma(b_inverse_operand, s_residual, _zeros(), use_acc=False)
         if PARTS == 1:
-            put(s_u_rest.index(0), b_u_rest)
+            put(s_us.index(PARTS), b_u_rest)
         else:
             put(s_residual, b_u_rest)
     for i in gl.static_range(PARTS):
         for j in gl.static_range(PARTS):
-            t_p = warpgroup_mma(s_w.index(i).permute((1, 0)), s_u.index(j), _zeros(), use_acc=False, is_async=True)
-            t_p = warpgroup_mma(s_w.index(i).permute((1, 0)), s_u_rest.index(PARTS - 1 - j), t_p, is_async=True)
+            t_p = warpgroup_mma(s_w.index(i).permute((1, 0)), s_us.index(j), _zeros(), use_acc=False, is_async=True)
+            t_p = warpgroup_mma(s_w.index(i).permute((1, 0)), s_us.index(2 * PARTS - 1 - j), t_p, is_async=True)
             if SPLIT_W:
-                t_p = warpgroup_mma(s_w_rest.index(i).permute((1, 0)), s_u.index(j), t_p, is_async=True)
+                t_p = warpgroup_mma(s_w_rest.index(i).permute((1, 0)), s_us.index(j), t_p, is_async=True)
             b_p = -warpgroup_mma_wait(0, (t_p,))
             if i == j:
                 b_p += gl.where(o_row[:, None] == o_column[None, :], 1.0, 0.0)
@@ -264,10 +302,15 @@ def leaf_forward_kernel(
             store_tile(p_node + o_node, b_p_rounded, s_n, i * 64, 64, D)
             store_tile(p_node_rest + o_node, b_p - b_p_rounded.to(gl.float32), s_n, i * 64, 64, D)
     for i in gl.static_range(PARTS):
-        b_u = s_u.index(i).load(ACC).to(gl.float32) + s_u_rest.index(PARTS - 1 - i).load(ACC).to(gl.float32)
-        put(s_u.index(i), b_u)
+        b_u = s_us.index(i).load(ACC).to(gl.float32) + s_us.index(2 * PARTS - 1 - i).load(ACC).to(gl.float32)
+        put(s_us.index(i), b_u)
         if p_u is not None:
-            write_tile(p_u + i * 64, s_u.index(i), i_tile * LEAF, LEAF, D)
+            write_tile(p_u + i * 64, s_us.index(i), i_tile * LEAF, LEAF, D)
+    if p_out is not None:
+        thread_barrier()  # U's rest has been read
+        for i in gl.static_range(PARTS):
+            copy_tile(s_us.index(PARTS + i), p_v + i_head * D + i * 64, i_row, s_rows, H * D)
+        async_copy.commit_group()
     # Keys.
     b_z = _zeros()
     for i in gl.static_range(PARTS):
@@ -285,16 +328,17 @@ def leaf_forward_kernel(
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
         if GROUP > 1:
+            async_copy.wait_group(0)
+            thread_barrier()
             for i in gl.static_range(PARTS):
-                b_q = load_tile(p_q + i_query_head * D + i * 64, i_row, s_rows, HQ * D)
-                put(s_q.index(i), b_q)
+                put(s_q.index(i), copied(s_q.index(i), p_q))
         t_x = warpgroup_mma(s_q.index(0), s_w.index(0).permute((1, 0)), _zeros(), use_acc=False, is_async=True)
         if PARTS == 2:
             t_x = warpgroup_mma(s_q.index(1), s_w.index(1).permute((1, 0)), t_x, is_async=True)
         b_x = warpgroup_mma_wait(0, (t_x,))
         b_x_operand = _operand(gl.where(o_row[:, None] >= o_column[None, :], -b_x, 0.0))
         for i in gl.static_range(PARTS):
-            b_q_left = warpgroup_mma(b_x_operand, s_u.index(i), s_q.index(i).load(ACC).to(gl.float32))
+            b_q_left = warpgroup_mma(b_x_operand, s_us.index(i), s_q.index(i).load(ACC).to(gl.float32))
             store_tile(p_q_left + i_query_head * D + i * 64, b_q_left * scale, s_a, i_leaf * LEAF, LEAF, HQ * D)
         p_row = gl.cast(i_row, gl.int64) * HQ + i_query_head
         if p_g is not None:
@@ -306,6 +350,13 @@ def leaf_forward_kernel(
                 t_s = warpgroup_mma(s_q.index(1), s_k.index(1).permute((1, 0)), t_s, is_async=True)
             t_s = warpgroup_mma(b_x_operand, s_y.permute((1, 0)), t_s, is_async=True)
             b_s, _kept = warpgroup_mma_wait(0, (t_s, b_x_operand))
+        # GROUP > 1 is a constant: Triton 3.6 fails at copies that only turn out never to be made.
+        if GROUP > 1 and i_group + 1 < GROUP:
+            thread_barrier()  # the products with this head's rows are done
+            for i in gl.static_range(PARTS):
+                copy_tile(s_q.index(i), p_q + (i_query_head + 1) * D + i * 64, i_row, s_rows, HQ * D)
+            async_copy.commit_group()
+        if p_out is not None:
             b_s *= scale * LOG2_E
             if p_g is not None:
                 b_s += _gates_between(b_g)
@@ -315,9 +366,12 @@ def leaf_forward_kernel(
             b_sum = gl.sum(b_p, 1)
             b_weights = gl.convert_layout(b_p.to(p_v.dtype.element_ty), OPERAND)
             b_inverse_sum = 1.0 / b_sum
+            if GROUP == 1:
+                async_copy.wait_group(0)
+                fence_async_shared()
+                thread_barrier()
             for i in gl.static_range(PARTS):
-                s_v = reinterpret(s_u_rest.index(i), p_v.dtype.element_ty, [LEAF, 64], TILE)
-                put(s_v, load_tile(p_v + i_head * D + i * 64, i_row, s_rows, H * D))
+                s_v = reinterpret(s_us.index(PARTS + i), p_v.dtype.element_ty, [LEAF, 64], TILE)
                 b_out = warpgroup_mma(b_weights, s_v, _zeros(), use_acc=False) * b_inverse_sum[:, None]
                 store_tile(p_out + i_query_head * D + i * 64, b_out, s_a, i_row, s_rows, HQ * D)
             gl.store(p_log_sum_exp + p_row + o_row * HQ, (b_max + gl.log2(b_sum)) / LOG2_E, mask=o_row < s_rows)
@@ -337,12 +391,9 @@ def _largest(b_x):
 
 
 @gluon.jit
-def _load_normalised(p_x, s_x, i_row, s_rows, row_stride):
-    """Rows as x / p to shared memory, for the power of two p of them all; returns p and 1 / p."""
-    b_x = load_tile(p_x, i_row, s_rows, row_stride).to(gl.float32)
-    s_power, s_inverse = power_of_two(_largest(b_x))
-    s_x.store((b_x * s_inverse).to(gl.float16))
-    return s_power, s_inverse
+def _scale_copied(s_x, scale):
+    """float16 rows that copy_tile brought, times scale, in their place."""
+    s_x.store((s_x.load(MEMORY).to(gl.float32) * scale).to(gl.float16))
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -412,146 +463,172 @@ def leaf_backward_kernel(
         p_d_v += i_head * D
     s_w = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
     s_k = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
-    s_q = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then d_k_right
-    s_v = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then U
-    s_do = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then d_q_left, dU, F where Z is
+    s_q = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then dk
+    s_v = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then F where Z is
+    s_do = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then dU
     s_y = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
-    s_x = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then T^-1
-    s_ds = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # then F, beta dT
-    s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first, then dP
+    s_u = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_inverse = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_dq_left = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_dk_right = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)
+    s_dp = gl.allocate_shared_memory(gl.float16, [64, 64], TILE)
+    s_dx = gl.allocate_shared_memory(gl.float16, [LEAF, 64], TILE)  # the weights first; dX; dw
+    s_pair = gl.allocate_shared_memory(gl.float16, [2, LEAF, 64], TILE)  # W as it comes
+    s_x = s_pair.index(0)
+    s_ds = s_pair.index(1)  # then F, beta dT
+    copy_tile(s_k, p_k, i_row, s_rows, stride)
+    copy_tile(s_q, p_q, i_row, s_rows, stride)
+    copy_tile(s_pair, p_w, i_row, s_rows, stride)
+    copy_tile(s_y, p_y, i_tile * LEAF, LEAF, 64)
+    async_copy.commit_group()
+    if ATTENTION:
+        copy_tile(s_v, p_v, i_row, s_rows, stride)
+        copy_tile(s_do, p_d_out, i_row, s_rows, stride)
+    copy_tile(s_u, p_u, i_tile * LEAF, LEAF, D)
+    copy_tile(s_inverse, p_inverse, i_tile * LEAF, LEAF, 64)
+    copy_tile(s_dq_left, p_d_q_left, i_leaf * LEAF, LEAF, stride)
+    s_right_rows = gl.where(has_right, LEAF, 0)  # of the last leaf nobody uses k_right and P: nothing is there
+    copy_tile(s_dk_right, p_d_k_right, i_leaf * LEAF, s_right_rows, stride)
+    copy_tile(s_dp, p_d_node + gl.cast(i_node, gl.int64) * (D * D), 0, s_right_rows, D)
+    async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
     causal = o_row[:, None] >= o_column[None, :]
     m_row = o_row < s_rows
     p_number = gl.cast(i_row, gl.int64) * H + i_head
+    b_beta = gl.load(p_beta + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32)
+    s_dq_power = gl.load(p_d_q_left_power + i_tile)
+    s_dk_power = gl.load(p_d_k_right_power + i_tile, mask=has_right, other=0.0)
+    s_dp_power = gl.load(p_d_node_power + i_node, mask=has_right, other=0.0)
     if ATTENTION:
         b_shift = gl.load(p_log_sum_exp + p_number + o_row * H, mask=m_row, other=0.0) * LOG2_E
         b_delta = gl.load(p_delta + p_number + o_row * H, mask=m_row, other=0.0)
-    s_k_power, s_k_inverse = _load_normalised(p_k, s_k, i_row, s_rows, stride)
-    s_q_power, s_q_inverse = _load_normalised(p_q, s_q, i_row, s_rows, stride)
-    s_y.store((load_tile(p_y, i_tile * LEAF, LEAF, 64).to(gl.float32) * s_k_inverse).to(gl.float16))
-    s_w.store(load_tile(p_w, i_row, s_rows, stride).to(gl.float16))
-    if ATTENTION:
-        s_values = reinterpret(s_v, HALF, [LEAF, 64], TILE)
-        s_d_out = reinterpret(s_do, HALF, [LEAF, 64], TILE)
-        s_values.store(load_tile(p_v, i_row, s_rows, stride))
-        s_d_out.store(load_tile(p_d_out, i_row, s_rows, stride))
+        s_factor = gl.load(p_factor)
+        p_values = p_d_values + gl.cast(i_row, gl.int64) * stride
+        b_dv = gl.load(p_values + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
+        if p_g is not None:
+            b_g = gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32)
+            b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)
+    async_copy.wait_group(1)
+    thread_barrier()
+    b_k = copied(s_k, p_k).to(gl.float32)
+    b_q = copied(s_q, p_q).to(gl.float32)
+    s_k_power, s_k_inverse = power_of_two(_largest(b_k))
+    s_q_power, s_q_inverse = power_of_two(_largest(b_q))
+    s_k.store((b_k * s_k_inverse).to(gl.float16))
+    s_q.store((b_q * s_q_inverse).to(gl.float16))
+    s_w.store(copied(s_pair, p_w).to(gl.float16))
+    _scale_copied(s_y, s_k_inverse)
     fence_async_shared()
+    thread_barrier()  # the first product reads none of what was stored last: Triton would put its own before the fence
     # The leaf's own attention again.
     t_x = warpgroup_mma(s_q, s_w.permute((1, 0)), _zeros(), use_acc=False, is_async=True)
     if ATTENTION:
         t_s = warpgroup_mma(s_q, s_k.permute((1, 0)), _zeros(), use_acc=False, is_async=True)
         b_x, b_s = warpgroup_mma_wait(0, (t_x, t_s))
         b_x = gl.where(causal, b_x, 0.0)
+        async_copy.wait_group(0)
         put(s_x, b_x)
-        b_s = warpgroup_mma(_operand(-b_x), s_y.permute((1, 0)), b_s)
+        s_values = reinterpret(s_v, HALF, [LEAF, 64], TILE)
+        s_d_out = reinterpret(s_do, HALF, [LEAF, 64], TILE)
+        thread_barrier()
+        b_x_operand = _operand(-b_x)
+        t_s = warpgroup_mma(b_x_operand, s_y.permute((1, 0)), b_s, is_async=True)
+        t_dp = warpgroup_mma(s_d_out, s_values.permute((1, 0)), _zeros(), use_acc=False, is_async=True)
+        b_s, b_dp, b_x_operand = warpgroup_mma_wait(0, (t_s, t_dp, b_x_operand))
         b_s *= s_q_power * s_k_power * scale * LOG2_E
         if p_g is not None:
-            b_s += _gates_between(gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32))
+            b_s += _gates_between(b_g)
         b_p = gl.exp2(b_s - b_shift[:, None])
         b_p = gl.where(causal & m_row[:, None], b_p, 0.0)
         s_weights = reinterpret(s_dx, HALF, [LEAF, 64], TILE)
         put(s_weights, b_p)
-        b_dp = warpgroup_mma(s_d_out, s_values.permute((1, 0)), _zeros(), use_acc=False)
-        p_values = p_d_values + gl.cast(i_row, gl.int64) * stride
-        b_dv = gl.load(p_values + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
-        b_dv = b_dv.to(gl.float32) * (1.0 / gl.load(p_factor))
-        b_dv = warpgroup_mma(s_weights.permute((1, 0)), s_d_out, b_dv)
-        store_tile(p_d_v, b_dv, s_ds, i_row, s_rows, stride)
+        b_dv = b_dv.to(gl.float32) * (1.0 / s_factor)
+        t_dv = warpgroup_mma(s_weights.permute((1, 0)), s_d_out, b_dv, is_async=True)
         b_ds = b_p * (b_dp - b_delta[:, None])
         if p_g is not None:
-            b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)
             b_d_gate += gl.sum(b_ds, 1) - gl.convert_layout(gl.sum(b_ds, 0), ROW)
             gl.store(p_d_gate + p_number + o_row * H, b_d_gate, mask=m_row)
+        s_ds_power, _inverse = power_of_two(_largest(b_ds))
     else:
         b_x = gl.where(causal, warpgroup_mma_wait(0, (t_x,)), 0.0)
+        async_copy.wait_group(0)
         put(s_x, b_x)
+        thread_barrier()
     # One unit for all gradients.
-    s_dq_power = gl.load(p_d_q_left_power + i_tile) * (s_q_power * scale)
-    s_dk_power = 0.0
-    s_dp_power = 0.0
-    if has_right:
-        s_dk_power = gl.load(p_d_k_right_power + i_tile) * s_k_power
-        s_dp_power = gl.load(p_d_node_power + i_node)
+    s_dq_power *= s_q_power * scale
+    s_dk_power *= s_k_power
+    s_unit = gl.maximum(s_dq_power, gl.maximum(s_dk_power, s_dp_power))
     if ATTENTION:
-        s_ds_power, _inverse = power_of_two(_largest(b_ds))
         s_ds_scale = s_q_power * s_k_power * scale
-        s_unit = gl.maximum(gl.maximum(s_ds_power * s_ds_scale, s_dq_power), gl.maximum(s_dk_power, s_dp_power))
-    else:
-        s_unit = gl.maximum(s_dq_power, gl.maximum(s_dk_power, s_dp_power))
+        s_unit = gl.maximum(s_ds_power * s_ds_scale, s_unit)
     s_gradient = HEADROOM / gl.maximum(s_unit, 2.0**-100)
+    _scale_copied(s_dq_left, s_dq_power * s_gradient)
+    _scale_copied(s_dk_right, s_dk_power * s_gradient)
+    _scale_copied(s_dp, s_dp_power * s_gradient)
     if ATTENTION:
         b_ds = b_ds * (s_ds_scale * s_gradient)
-    s_v.store(load_tile(p_u, i_tile * LEAF, LEAF, D))
-    b_dq_left = load_tile(p_d_q_left, i_leaf * LEAF, LEAF, stride).to(gl.float32)
-    s_do.store((b_dq_left * (s_dq_power * s_gradient)).to(gl.float16))
-    if ATTENTION:
         put(s_ds, b_ds)
-        b_ds_operand = _operand(b_ds)
-        t_dx = warpgroup_mma(b_ds_operand, s_y, _zeros(), use_acc=False, is_async=True)
-        t_dx = warpgroup_mma(s_do, s_v.permute((1, 0)), t_dx, is_async=True)
-        b_dx, b_ds_operand = warpgroup_mma_wait(0, (t_dx, b_ds_operand))
+        b_dv = warpgroup_mma_wait(0, (t_dv,))
+        store_tile(p_d_v, b_dv, s_v, i_row, s_rows, stride)
+        t_dx = warpgroup_mma(s_ds, s_y, _zeros(), use_acc=False, is_async=True)
+        t_dx = warpgroup_mma(s_dq_left, s_u.permute((1, 0)), t_dx, is_async=True)
+        t_dq = warpgroup_mma(s_ds, s_k, s_dq_left.load(ACC).to(gl.float32), is_async=True)
+        b_dx, b_dq = warpgroup_mma_wait(0, (t_dx, t_dq))
     else:
         fence_async_shared()
-        b_dx = warpgroup_mma(s_do, s_v.permute((1, 0)), _zeros(), use_acc=False)
+        thread_barrier()
+        b_dx = warpgroup_mma(s_dq_left, s_u.permute((1, 0)), _zeros(), use_acc=False)
+        b_dq = s_dq_left.load(ACC).to(gl.float32)
     b_dx = gl.where(causal, b_dx, 0.0)
     put(s_dx, b_dx)
     b_dx_operand = _operand(-b_dx)
-    if ATTENTION:
-        t_dq = warpgroup_mma(b_ds_operand, s_k, s_do.load(ACC).to(gl.float32), is_async=True)
-        t_dq = warpgroup_mma(b_dx_operand, s_w, t_dq, is_async=True)
-        b_dq, b_ds_operand, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_ds_operand, b_dx_operand))
-    else:
-        b_dq = warpgroup_mma(b_dx_operand, s_w, s_do.load(ACC).to(gl.float32))
+    t_dq = warpgroup_mma(b_dx_operand, s_w, b_dq, is_async=True)
+    b_dq, b_dx_operand = warpgroup_mma_wait(0, (t_dq, b_dx_operand))
     store_tile(p_d_q, b_dq * (s_q_inverse / s_gradient), None, i_row, s_rows, stride)
+    t_dk = s_dk_right.load(ACC).to(gl.float32)
+    t_dy = warpgroup_mma(s_dk_right, s_w.permute((1, 0)), _zeros(), use_acc=False, is_async=True)
     if ATTENTION:
-        t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q, _zeros(), use_acc=False, is_async=True)
+        t_dk = warpgroup_mma(s_ds.permute((1, 0)), s_q, t_dk, is_async=True)
+        t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, t_dy, is_async=True)
+    t_du = warpgroup_mma(s_x.permute((1, 0)), s_dq_left, _zeros(), use_acc=False, is_async=True)
+    t_du = warpgroup_mma(s_w, s_dp, t_du, is_async=True)
     t_dw = warpgroup_mma(s_dx.permute((1, 0)), s_q, _zeros(), use_acc=False, is_async=True)
-    t_du = warpgroup_mma(s_x.permute((1, 0)), s_do, _zeros(), use_acc=False, is_async=True)
+    t_dw = warpgroup_mma(s_y.permute((1, 0)), s_dk_right, t_dw, is_async=True)
+    t_dw = warpgroup_mma(s_u, s_dp.permute((1, 0)), t_dw, is_async=True)
     if ATTENTION:
-        t_dy = warpgroup_mma(s_ds.permute((1, 0)), s_x, _zeros(), use_acc=False, is_async=True)
         b_dk, b_dw, b_du, b_dy = warpgroup_mma_wait(0, (t_dk, t_dw, t_du, t_dy))
     else:
-        b_dw, b_du = warpgroup_mma_wait(0, (t_dw, t_du))
-        b_dk = _zeros()
-        b_dy = _zeros()
-    if has_right:
-        b_dk_right = load_tile(p_d_k_right, i_leaf * LEAF, LEAF, stride).to(gl.float32)
-        s_q.store((b_dk_right * (s_dk_power * s_gradient)).to(gl.float16))
-        p_matrix = p_d_node + gl.cast(i_node, gl.int64) * (D * D)
-        put(s_dx, load_tile(p_matrix, 0, 64, D).to(gl.float32) * (s_dp_power * s_gradient))
-        b_dy = warpgroup_mma(s_q, s_w.permute((1, 0)), b_dy)
-        b_dk += s_q.load(ACC).to(gl.float32)
-        b_dw = warpgroup_mma(s_y.permute((1, 0)), s_q, b_dw)
-        b_du = warpgroup_mma(s_w, s_dx, b_du)
-        b_dw = warpgroup_mma(s_v, s_dx.permute((1, 0)), b_dw)
+        b_dk = t_dk
+        b_dw, b_du, b_dy = warpgroup_mma_wait(0, (t_dw, t_du, t_dy))
     # Sums that wait for the rest, rounded as operands are.
     s_q.store(b_dk.to(gl.float16))
     s_dx.store(b_dw.to(gl.float16))
     # E = T^-T dU, F = T^-T dY; dT from both.
-    s_x.store(load_tile(p_inverse, i_tile * LEAF, LEAF, 64))
     put(s_do, b_du)
-    b_f = warpgroup_mma(_operand(b_dy), s_x, _zeros(), use_acc=False)
+    b_dy_operand = _operand(b_dy)
+    t_f = warpgroup_mma(b_dy_operand, s_inverse, _zeros(), use_acc=False, is_async=True)
+    t_e = warpgroup_mma(s_inverse.permute((1, 0)), s_do, _zeros(), use_acc=False, is_async=True)
+    b_f, b_e, b_dy_operand = warpgroup_mma_wait(0, (t_f, t_e, b_dy_operand))
     put(s_ds, b_f)
-    b_dt = warpgroup_mma(s_ds.permute((1, 0)), s_y, _zeros(), use_acc=False)
-    b_e = warpgroup_mma(s_x.permute((1, 0)), s_do, _zeros(), use_acc=False)
-    b_dt = warpgroup_mma(_operand(b_e), s_v.permute((1, 0)), b_dt)
-    b_dt = gl.where(o_row[:, None] > o_column[None, :], b_dt, 0.0)
     b_f = gl.where(o_row[:, None] < o_column[None, :], b_f, 0.0)
-    s_f = s_do
+    s_f = s_v
     put(s_f, b_f)
+    b_e_operand = _operand(b_e)
+    t_dt = warpgroup_mma(s_ds.permute((1, 0)), s_y, _zeros(), use_acc=False, is_async=True)
+    t_dt = warpgroup_mma(b_e_operand, s_u.permute((1, 0)), t_dt, is_async=True)
+    t_e = warpgroup_mma(s_f.permute((1, 0)), s_k, b_e, is_async=True)
+    b_dt, b_e, b_e_operand = warpgroup_mma_wait(0, (t_dt, t_e, b_e_operand))
+    b_dt = gl.where(o_row[:, None] > o_column[None, :], b_dt, 0.0)
     b_dt_operand = _operand(-b_dt)
-    p_leaf_beta = p_beta + p_number
-    b_beta = gl.load(p_leaf_beta + o_row * H, mask=m_row, other=0.0).to(gl.float32)
-    b_beta_column = gl.load(p_leaf_beta + o_column * H, mask=o_column < s_rows, other=0.0).to(gl.float32)
     put(s_ds, -b_dt * b_beta[:, None])
-    b_f_operand = _operand(-b_f * b_beta_column[None, :])
-    b_e = warpgroup_mma(s_f.permute((1, 0)), s_k, b_e)
-    b_e = warpgroup_mma(b_dt_operand, s_w, b_e)
+    b_f_operand = _operand(-b_f * gl.convert_layout(b_beta, COLUMN)[None, :])
+    t_e = warpgroup_mma(b_dt_operand, s_w, b_e, is_async=True)
+    t_dw = warpgroup_mma(s_ds.permute((1, 0)), s_w, s_dx.load(ACC).to(gl.float32), is_async=True)
+    t_dk = warpgroup_mma(b_f_operand, s_w, s_q.load(ACC).to(gl.float32), is_async=True)
+    b_e, b_dw, b_dk, b_dt_operand, b_f_operand = warpgroup_mma_wait(0, (t_e, t_dw, t_dk, b_dt_operand, b_f_operand))
     b_d_beta = gl.sum(b_e * s_w.load(ACC).to(gl.float32), 1)
-    b_dw = s_dx.load(ACC).to(gl.float32) + b_beta[:, None] * b_e
-    b_dw = warpgroup_mma(s_ds.permute((1, 0)), s_w, b_dw)
+    b_dw += b_beta[:, None] * b_e
     store_tile(p_d_w, b_dw * (-1.0 / s_gradient), s_x, i_row, s_rows, stride)
-    b_dk = warpgroup_mma(b_f_operand, s_w, s_q.load(ACC).to(gl.float32))
-    store_tile(p_d_k, b_dk * (s_k_inverse / s_gradient), s_x, i_row, s_rows, stride)
+    store_tile(p_d_k, b_dk * (s_k_inverse / s_gradient), s_do, i_row, s_rows, stride)
     gl.store(p_d_beta + p_number + o_row * H, b_d_beta * (-1.0 / s_gradient), mask=m_row)
