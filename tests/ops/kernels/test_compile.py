@@ -163,8 +163,9 @@ def test_kernels_are_compiled_once_for_all_lengths_and_heads() -> None:
     shapes = ((1024, 128), (715, 128), (960, 3), (1024, 1))
     call = {"backend": "triton", "dim": 16, "gated": True}
     found = compiled(*({**call, "length": length, "heads": heads} for length, heads in shapes))
-    # Two of some: leaf_forward in both passes, tree kernels for three levels and for fewer.
-    assert max(Counter(x["kernel"] for x in found).values()) == 2
+    variants = Counter(x["kernel"] for x in found)
+    assert variants.pop("tree_kernels.tree_kernel") <= 3  # for one, two and three levels
+    assert max(variants.values()) == 2  # leaf_forward in both passes
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -167,3 +167,78 @@ def test_linear_stages_equal_the_definition(case: dict) -> None:
     tolerance = 2 * 7e3 * 6e-8 if "beta" in case else 3e-6
     for x, y in zip(found, [expected.detach(), *(e.grad for e in exact if e is not None)], strict=True):
         assert (x.double().flatten() - y.flatten()).norm() <= tolerance * y.norm()
+
+
+def matrices(inputs: linear.Inputs, number: int) -> Tensor:
+    """(number, H, D, D) in float64, near enough to the identity for the product of many of them not to vanish."""
+    heads, dim = inputs.heads, inputs.q.shape[2]
+    noise = torch.randn(number, heads, dim, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.eye(dim, dtype=torch.float64) + noise / (3 * dim**0.5)
+
+
+@pytest.mark.parametrize(
+    ("dim", "programs"), [(16, 1), (16, 10**9), (80, 1)], ids=["three levels a launch", "two", "two, wide rows"]
+)
+@pytest.mark.parametrize("ends", [None, [0, 19 * LEAF, 19 * LEAF, 27 * LEAF - 3, 32 * LEAF, 34 * LEAF]])
+def test_tree_of_half_precision(
+    ends: list[int] | None, dim: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices and gates of all spans that something lies to the right of, from those of the leaves; other places keep
+    what they had. Where a launch ends the rests are there too.
+    """
+    monkeypatch.setattr(linear, "TREE_PROGRAMS", programs)
+    length, heads, group = 17 * LEAF, 2, 3
+    cu_seqlens = torch.tensor([0, length] if ends is None else ends)
+    table = batch_leaf_table(2, length) if ends is None else packed_leaf_table(cu_seqlens, ends[-1], cu_seqlens.device)
+    half = {"dtype": torch.float16}
+    q, k = torch.zeros(1, heads * group, dim, **half), torch.zeros(1, heads, dim, **half)
+    inputs = linear.Inputs(q, k, k, k, k[:, :, 0], torch.zeros(1, heads * group), scale=1.0)
+    exact = matrices(inputs, table.num_leaves)
+    gates = torch.randn(table.num_leaves, heads * group, generator=torch.Generator().manual_seed(2))
+    nodes = torch.full((2 * table.num_leaves, heads, dim, dim), float("nan"), **half)
+    rests, gate_nodes = torch.full_like(nodes, float("nan")), torch.full(nodes.shape[:1] + gates.shape[1:], torch.nan)
+    nodes[::2] = exact.half()
+    rests[::2] = (exact - nodes[::2].double()).half()
+    gate_nodes[::2] = gates
+    linear._tree(inputs, table, nodes, rests, gate_nodes)
+
+    made = set(range(0, 2 * table.num_leaves, 2))
+    tops = [first + levels for first, levels in linear._tree_launches(inputs, table)]
+    for leaf, (_, _, index, count, *_) in enumerate(table.written_out().tolist()):
+        product, gate = exact[leaf], gates[leaf]
+        for level in range(1, table.num_levels):
+            span = 1 << level
+            if index % span or index + span >= count:
+                break
+            for i in range(leaf + span // 2, leaf + span):
+                product, gate = exact[i] @ product, gate + gates[i]
+            node = 2 * leaf + span - 1
+            made.add(node)
+            assert (nodes[node].double() - product).norm() <= 4e-4 * product.norm()
+            torch.testing.assert_close(gate_nodes[node], gate, rtol=1e-5, atol=1e-5)
+            if level in tops:
+                both = nodes[node].double() + rests[node].double()
+                assert (both - product).norm() <= 2e-6 * product.norm()
+    others = [i for i in range(2 * table.num_leaves) if i not in made]
+    assert others
+    assert nodes[others].isnan().all()
+    assert gate_nodes[others].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("dim", "batch", "leaves", "heads", "launches"),
+    [
+        (64, 1, 128, 32, [(0, 3), (3, 2), (5, 1)]),
+        (64, 1, 512, 8, [(0, 3), (3, 2), (5, 2), (7, 1)]),
+        (64, 32, 8, 16, [(0, 2)]),
+        (64, 1, 16, 2, [(0, 2), (2, 1)]),
+        (64, 1, 2, 32, []),
+        (128, 1, 128, 16, [(0, 2), (2, 2), (4, 2)]),
+        (128, 1, 64, 16, [(0, 2), (2, 1), (3, 2)]),
+    ],
+)
+def test_launches_of_the_tree(dim: int, batch: int, leaves: int, heads: int, launches: list[tuple[int, int]]) -> None:
+    """Of parts as they are, and less: pairs run side by side as long as there are any."""
+    x = torch.empty(0, heads, dim, dtype=torch.bfloat16)
+    inputs = linear.Inputs(x, x, x, x, x[:, :, 0], None, scale=1.0)
+    assert linear._tree_launches(inputs, batch_leaf_table(batch, leaves * LEAF)) == launches

@@ -25,9 +25,15 @@ from path_attention.ops.kernels.tree_kernels import tree_backward_kernel, tree_k
 
 # Narrowest tile of the linear stages, in columns: what a matrix instruction of Hopper takes whole.
 MIN_BLOCK = 64
-# Levels of the tree that one launch upwards works through: seven products in a row, and a third of the launches and of
-# the traffic of one launch a level.
-TREE_LEVELS = 3
+# Levels of the tree that one launch upwards works through at most, in rows of up to MIN_BLOCK columns and in wider
+# ones: seven or three products in a row, and 57% or 67% of the traffic of one launch a level. A level more would not
+# fit: what waits for its right sibling lies in shared memory beside both factors of a product. Wide rows take so many
+# bytes of it on Hopper; a GPU that has less for a program makes one level of them a launch.
+TREE_LEVELS, WIDE_TREE_LEVELS = 3, 2
+WIDE_TREE_SHARED = 192 * 1024
+# Programs with work that such a launch has at least, or it works through fewer levels, so that pairs run side by side:
+# one for each of the 132 multiprocessors of a large GPU, as the power of two that their number mostly is.
+TREE_PROGRAMS = 128
 
 # Widest row whose float16 matrix a program of the tree and the transports holds whole.
 WHOLE_DIM = 128
@@ -107,6 +113,17 @@ class Inputs:
     def matrix_options(self, *, wide: bool = False) -> dict[str, object]:
         """The same of the tree's and the transports' kernels."""
         return {**self.options(wide=wide), "PIECE": PIECE if self.in_pieces else None}
+
+    @property
+    def tree_levels(self) -> int:
+        """Of one launch upwards, at most."""
+        if self.in_pieces or self.q.shape[2] <= MIN_BLOCK:
+            return TREE_LEVELS
+        if not self.q.is_cuda:
+            return WIDE_TREE_LEVELS
+        properties = torch.cuda.get_device_properties(self.q.device)
+        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # which torch's stubs lack
+        return WIDE_TREE_LEVELS if shared >= WIDE_TREE_SHARED else 1
 
     @property
     def value_options(self) -> dict[str, int]:
@@ -193,7 +210,8 @@ def _leaves(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All nodes of the tree (2 N, H, D, D), q_left (N, 64, HQ, D), k_right (N, 64, H, D) and the nodes' gates.
 
-    node_rest: where what rounding leaves of the nodes goes, for callers that want it.
+    node_rest: where what rounding leaves of the nodes goes, for callers that want it; of the leaves, of the uppermost
+    level, and of levels between that a launch of the tree ends at.
     """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     leaves, is_half = table.num_leaves, inputs.work_dtype != torch.float32
@@ -217,19 +235,40 @@ def _leaves(
             "p_log_sum_exp": log_sum_exp,
         }
         _launch_leaves(inputs, table, results, factors)
-    for first_level in range(0, table.num_levels - 1, TREE_LEVELS):
-        levels = min(TREE_LEVELS, table.num_levels - 1 - first_level)
-        tree_kernel[(_spans(table, first_level + levels) * heads,)](
+    _tree(inputs, table, nodes, node_rest, gate_nodes)
+    return nodes, q_left, k_right, gate_nodes
+
+
+def _tree(inputs: Inputs, table: LeafTable, nodes: Tensor, node_rest: Tensor | None, gate_nodes: Tensor | None) -> None:
+    """All nodes above the leaves, from theirs."""
+    for first_level, levels in _tree_launches(inputs, table):
+        tree_kernel[(_spans(table, first_level + levels) * inputs.heads,)](
             p_node=nodes,
             p_node_rest=node_rest,
             p_gate_node=gate_nodes,
             first_level=first_level,
-            H=heads,
+            H=inputs.heads,
             LEVELS=levels,
             **table.arguments,
             **inputs.matrix_options(wide=True),
         )
-    return nodes, q_left, k_right, gate_nodes
+
+
+def _tree_launches(inputs: Inputs, table: LeafTable) -> list[tuple[int, int]]:
+    """First level and number of levels of each launch upwards: as many as leave TREE_PROGRAMS programs with work.
+
+    Where one level alone has fewer, two: a second launch waits for the first and reads what it wrote, which takes as
+    long as the third product. In pieces always TREE_LEVELS: nothing else was tried there.
+    """
+    launches: list[tuple[int, int]] = []
+    most, level = inputs.tree_levels, 0
+    while level < table.num_levels - 1:
+        choices = range(1, most + 1)
+        filling = [x for x in choices if (table.num_leaves >> (level + x)) * inputs.heads >= TREE_PROGRAMS]
+        levels = most if inputs.in_pieces else max(filling, default=min(most, 2))
+        launches.append((level, min(levels, table.num_levels - 1 - level)))
+        level += levels
+    return launches
 
 
 def _launch_leaves(

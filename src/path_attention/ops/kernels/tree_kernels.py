@@ -3,12 +3,13 @@
 The matrix P of a span is kept in two parts of half precision, what it rounds to and the rest: 22 bits together. A row
 that a span moves needs the first part only.
 
-Upwards a program works through LEVELS levels of one subtree: what a level writes, the next one reads in the same
-program. Downwards it makes one matrix of one level: most of its time it adds up what the rows above have to say of it,
-more of them the higher the level and the fewer the matrices.
+Upwards a program works through LEVELS levels of one subtree and keeps what it makes at hand: it reads matrices of the
+lowest level alone, each once, and writes rests of the uppermost alone. Downwards it makes one matrix of one level: most
+of its time it adds up what the rows above have to say of it, more of them the higher the level and the fewer the
+matrices.
 
 Where PIECE is given matrices are float32, too much for one tile: made ROWS rows at a time, from PIECE columns or
-rows of their factors at a time.
+rows of their factors at a time. Upwards what a level writes is then what the next one reads, in the same program.
 """
 
 import triton
@@ -29,19 +30,9 @@ from path_attention.ops.kernels.tiles import (
     rounded,
     rows_times,
     store_rows,
-    store_square,
     store_square_scaled,
     within,
 )
-
-
-@triton.jit
-def _rest_of(p_rest, b_x, i_tile, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr):
-    """What rounding left of the matrix b_x; without WORK nothing."""
-    if WORK is None:
-        return b_x
-    else:
-        return load_square(p_rest, i_tile, D, BLOCK_D)
 
 
 @triton.jit
@@ -80,6 +71,124 @@ def _product_in_pieces(
         store_rows_of(p_node, b_parent, i_parent, i, D, BLOCK_D)
 
 
+@triton.jit
+def _load_used(p_x, i_tile, is_used, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Matrix i_tile of p_x (tiles, D, D); zeros, and no traffic, where it is not used."""
+    return load_rows(p_x + tl.cast(i_tile, tl.int64) * (D * D), 0, tl.where(is_used, D, 0), D, D, BLOCK_D, BLOCK_D)
+
+
+@triton.jit
+def _store_used(p_x, b_x, i_tile, is_used, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The opposite of _load_used."""
+    store_rows(p_x + tl.cast(i_tile, tl.int64) * (D * D), b_x, 0, tl.where(is_used, D, 0), D, D, BLOCK_D, BLOCK_D)
+
+
+@triton.jit
+def _parent(
+    p_node, p_node_rest, b_right, b_right_rest, b_left, b_left_rest, i_left, level, s_count, H,
+    IS_TOP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr
+):  # fmt: skip
+    """Both parts of P_right P_left, the matrix of the span of 2^level leaves from i_left on.
+
+    Its rest goes to memory with IS_TOP only, for the next launch, or whoever wants the root.
+    """
+    b_parent = dot_split(b_right, b_right_rest, b_left, b_left_rest, WORK)
+    b_rounded = rounded(b_parent, WORK)
+    b_rest = rest(b_parent, b_rounded, WORK)
+    i_parent_node = node(i_left, level) * H
+    is_used = i_left + (1 << level) < s_count
+    _store_used(p_node, b_rounded, i_parent_node, is_used, D, BLOCK_D)
+    tl.debug_barrier()  # or Triton 3.9 loads the next pair while this matrix still takes registers, and spills
+    if IS_TOP and WORK is not None:
+        _store_used(p_node_rest, b_rest, i_parent_node, is_used, D, BLOCK_D)
+    return b_rounded, b_rest
+
+
+@triton.jit
+def _parent_in_memory(
+    p_node, p_node_rest, i_left, level, s_count, H, IS_TOP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WORK: tl.constexpr
+):  # fmt: skip
+    """_parent of two matrices that lie in memory."""
+    s_span = 1 << (level - 1)
+    is_used = i_left + 2 * s_span < s_count
+    i_left_node = node(i_left, level - 1) * H
+    i_right_node = node(i_left + s_span, level - 1) * H
+    b_left = _load_used(p_node, i_left_node, is_used, D, BLOCK_D)
+    b_right = _load_used(p_node, i_right_node, is_used, D, BLOCK_D)
+    b_left_rest, b_right_rest = b_left, b_right
+    if WORK is not None:
+        b_left_rest = _load_used(p_node_rest, i_left_node, is_used, D, BLOCK_D)
+        b_right_rest = _load_used(p_node_rest, i_right_node, is_used, D, BLOCK_D)
+    return _parent(
+        p_node, p_node_rest, b_right, b_right_rest, b_left, b_left_rest, i_left, level, s_count, H, IS_TOP, D, BLOCK_D,
+        WORK
+    )  # fmt: skip
+
+
+@triton.jit
+def _subtree(
+    p_node, p_node_rest, i_first, first_level, s_count, H, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr,
+    LEVELS: tl.constexpr
+):  # fmt: skip
+    """All parents above 2^LEVELS spans, pair after pair: a parent stays at hand until its right sibling is there."""
+    tl.static_assert(LEVELS <= 3)
+    for i in tl.static_range(1 << (LEVELS - 1)):
+        level = first_level + 1
+        b_node, b_rest = _parent_in_memory(
+            p_node, p_node_rest, i_first + (i << level), level, s_count, H, LEVELS == 1, D, BLOCK_D, WORK
+        )  # fmt: skip
+        if i % 2 == 0:
+            b_left, b_left_rest = b_node, b_rest
+        else:
+            level = first_level + 2
+            b_node, b_rest = _parent(
+                p_node, p_node_rest, b_node, b_rest, b_left, b_left_rest, i_first + (i // 2 << level), level, s_count,
+                H, LEVELS == 2, D, BLOCK_D, WORK
+            )  # fmt: skip
+            if i == 1:
+                b_left_half, b_left_half_rest = b_node, b_rest
+            else:
+                _parent(
+                    p_node, p_node_rest, b_node, b_rest, b_left_half, b_left_half_rest, i_first, first_level + 3,
+                    s_count, H, True, D, BLOCK_D, WORK
+                )  # fmt: skip
+
+
+@triton.jit
+def _subtree_in_pieces(
+    p_node, i_first, first_level, s_count, H, D: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    LEVELS: tl.constexpr
+):  # fmt: skip
+    """The same of float32 matrices, level by level: what a level writes, the next one reads."""
+    for i in range(LEVELS):
+        level = first_level + i
+        s_span = 1 << level
+        for i_pair in range(1 << (LEVELS - 1 - i)):
+            i_left = i_first + 2 * s_span * i_pair
+            if i_left + 2 * s_span < s_count:
+                i_left_node, i_right_node = node(i_left, level) * H, node(i_left + s_span, level) * H
+                _product_in_pieces(
+                    p_node, i_right_node, i_left_node, node(i_left, level + 1) * H, D, BLOCK_D, PIECE
+                )  # fmt: skip
+        tl.debug_barrier()  # the next level reads what every thread of this program has written
+
+
+@triton.jit
+def _sum_gates(p_gate_node, i_first, first_level, s_count, s_heads, LEVELS: tl.constexpr):
+    """Gates of all parents above 2^LEVELS spans, of one query head: neighbours are added up level by level."""
+    SPANS: tl.constexpr = 1 << LEVELS
+    o = tl.arange(0, SPANS)
+    m_used = i_first + ((o // 2 + 1) << (first_level + 1)) < s_count
+    i_node = node(i_first + (o << first_level), first_level)
+    b_gate = tl.load(p_gate_node + i_node * s_heads, mask=m_used, other=0.0)
+    for i in tl.static_range(1, LEVELS + 1):
+        b_gate = tl.sum(tl.reshape(b_gate, (SPANS >> i, 2)), axis=1)
+        level = first_level + i
+        i_left = i_first + (tl.arange(0, SPANS >> i) << level)
+        tl.store(p_gate_node + node(i_left, level) * s_heads, b_gate, mask=i_left + (1 << level) < s_count)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def tree_kernel(
     p_table,
@@ -88,8 +197,8 @@ def tree_kernel(
     table_queries,
     table_keys,
     p_node,  # (2 N, H, D, D) WORK: reads first_level, writes those above it
-    p_node_rest,  # likewise
-    p_gate_node,  # (2 N, HQ) float32 or None, likewise
+    p_node_rest,  # likewise, but of those above it the uppermost alone
+    p_gate_node,  # (2 N, HQ) float32 or None: reads first_level, writes those above it
     first_level,
     H,
     GROUP: tl.constexpr,
@@ -104,41 +213,19 @@ def tree_kernel(
     i_leaf = _first_leaf(tl.program_id(0) // H, s_subtree, p_table, table_leaves)
     i_head = tl.program_id(0) % H
     _, _, i_first, s_count, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
-    if (i_first & (s_subtree - 1)) != 0:
+    if (i_first & (s_subtree - 1)) != 0 or i_first + (2 << first_level) >= s_count:
         return
-    i_base = 2 * (i_leaf - i_first)
-    for i in range(LEVELS):
-        level = first_level + i
-        s_span = 1 << level
-        for i_pair in range(1 << (LEVELS - 1 - i)):
-            i_left = i_first + 2 * s_span * i_pair
-            if i_left + 2 * s_span < s_count:
-                i_left_node = i_base + node(i_left, level)
-                i_right_node = i_base + node(i_left + s_span, level)
-                i_parent_node = i_base + node(i_left, level + 1)
-                if PIECE is not None:
-                    _product_in_pieces(
-                        p_node, i_right_node * H + i_head, i_left_node * H + i_head, i_parent_node * H + i_head, D,
-                        BLOCK_D, PIECE
-                    )  # fmt: skip
-                else:
-                    b_left = load_square(p_node, i_left_node * H + i_head, D, BLOCK_D)
-                    b_right = load_square(p_node, i_right_node * H + i_head, D, BLOCK_D)
-                    b_left_rest = _rest_of(p_node_rest, b_left, i_left_node * H + i_head, D, BLOCK_D, WORK)
-                    b_right_rest = _rest_of(p_node_rest, b_right, i_right_node * H + i_head, D, BLOCK_D, WORK)
-                    b_parent = dot_split(b_right, b_right_rest, b_left, b_left_rest, WORK)
-                    b_rounded = rounded(b_parent, WORK)
-                    store_square(p_node, b_rounded, i_parent_node * H + i_head, D, BLOCK_D)
-                    if WORK is not None:
-                        b_rest = rest(b_parent, b_rounded, WORK)
-                        store_square(p_node_rest, b_rest, i_parent_node * H + i_head, D, BLOCK_D)
-                if p_gate_node is not None:
-                    for i_group in range(GROUP):
-                        i_query_head = i_head * GROUP + i_group
-                        s_left = tl.load(p_gate_node + i_left_node * H * GROUP + i_query_head)
-                        s_right = tl.load(p_gate_node + i_right_node * H * GROUP + i_query_head)
-                        tl.store(p_gate_node + i_parent_node * H * GROUP + i_query_head, s_left + s_right)
-        tl.debug_barrier()  # the next level reads what every thread of this program has written
+    i_tile = 2 * (i_leaf - i_first) * H + i_head  # from here on tiles of this sequence and head are counted
+    p_node += tl.cast(i_tile, tl.int64) * (D * D)
+    if PIECE is not None:
+        _subtree_in_pieces(p_node, i_first, first_level, s_count, H, D, BLOCK_D, PIECE, LEVELS)
+    else:
+        if WORK is not None:
+            p_node_rest += tl.cast(i_tile, tl.int64) * (D * D)
+        _subtree(p_node, p_node_rest, i_first, first_level, s_count, H, D, BLOCK_D, WORK, LEVELS)
+    if p_gate_node is not None:
+        for i in range(GROUP):
+            _sum_gates(p_gate_node + i_tile * GROUP + i, i_first, first_level, s_count, H * GROUP, LEVELS)
 
 
 @triton.jit
