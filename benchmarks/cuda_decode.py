@@ -112,9 +112,23 @@ def prefill_once(shape: Shape) -> None:
 
 
 def fold_once(shape: Shape, launch: FoldLaunch) -> None:
-    """Compile one launch of the fold of a prompt."""
+    """Compile one launch of the fold of a prompt that the operator's pass does not fold."""
     decode.FOLD_LAUNCHES = {**decode.FOLD_LAUNCHES, width(shape): launch}
-    prefill_once(replace(shape, length=700))
+    fold_prompt(*filled(replace(shape, batch=1, length=700)))
+    torch.cuda.synchronize()
+
+
+def filled(shape: Shape) -> tuple[PathCache, Tokens]:
+    """A cache after a prompt, and the prompt."""
+    q, k, v, w, beta = operands(shape, shape.length, torch.bfloat16, "cuda")
+    cache = PathCache(capacity=shape.length)
+    cache.attend(q, k, v, w, beta)
+    return cache, Tokens(q, k, v, w[:, :, None], beta[:, :, None], None, 1.0)
+
+
+def fold_prompt(cache: PathCache, tokens: Tokens) -> None:
+    """Fold the prompt into its cache once more, in two kernels."""
+    decode.fold_tokens(cache.state, None, 0, tokens.q.shape[1] - cache.open_lengths[0], tokens)
 
 
 def compile_all(pool: ProcessPoolExecutor) -> list[Future[None]]:
@@ -169,12 +183,10 @@ def tune(path: Path) -> list[str]:
 
 @torch.no_grad()
 def tune_fold(shape: Shape) -> dict[str, float]:
-    """Milliseconds of folding the whole prompt, by launch: what a prefill takes beside the operator."""
-    q, k, v, w, beta = operands(shape, shape.length, torch.bfloat16, "cuda")
-    cache = PathCache(capacity=shape.length)
-    cache.attend(q, k, v, w, beta)
-    tokens = Tokens(q, k, v, w[:, :, None], beta[:, :, None], None, 1.0)
-    due = int(cache.state.folded[0])
+    """Milliseconds of folding the whole prompt, by launch: what a prefill takes beside the operator where its own pass
+    does not fill the cache (packed prompts, gradients).
+    """
+    cache, tokens = filled(shape)
     own, found = dict(decode.FOLD_LAUNCHES), {}
     for launch in FOLDS[width(shape)]:
         decode.FOLD_LAUNCHES = {width(shape): launch}
@@ -182,7 +194,7 @@ def tune_fold(shape: Shape) -> dict[str, float]:
         for _ in range(REPEATS + 1):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            decode.fold_tokens(cache.state, None, 0, due, tokens)
+            fold_prompt(cache, tokens)
             end.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end))

@@ -112,6 +112,52 @@ def test_steps_equal_one_pass(case: tuple[dict[str, Any], int | None, list[int]]
     assert error(got, exact_of(inputs)) <= allowed(inputs)
 
 
+# Prompts that the operator's own pass folds: whole chunks, an open one, a part of a page; in parts along sequences and
+# heads. Dtypes, of which bfloat16 keys move by other products; one width of the operator's rows and two.
+PROMPTS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "64": ({"batch": 3, "query_heads": 8, "length": 4955}, None),
+    "64, float16, gates": ({"batch": 2, "gate": True, "dtype": torch.float16, "length": 700}, 128),
+    "128, gates": ({"dim": 128, "heads": 4, "query_heads": 4, "gate": True, "length": 9001}, None),
+    "odd dims": ({"dim": 40, "value_dim": 24, "heads": 1, "query_heads": 3, "length": 650}, 256),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS.values(), ids=PROMPTS.keys())
+def test_prompts_folded_from_the_operators_pass(
+    case: tuple[dict[str, Any], int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the fold that follows the operator where gradients are wanted; then in steps."""
+    from path_attention.ops.engines import cuda
+    from path_attention.ops.kernels import decode
+
+    options, chunk = case
+    monkeypatch.setattr(cuda, "PART", 160)
+    calls: list[int] = []
+    fold_spans = decode.fold_spans
+    monkeypatch.setattr(decode, "fold_spans", lambda *x: (calls.append(1), fold_spans(*x)))
+    inputs = make(**options)
+    length = options["length"] - 3
+    found, other = PathCache(chunk=chunk), PathCache(chunk=chunk)
+    prompt = part(inputs, 0, length)
+    out = found.attend(**prompt)
+    assert calls
+    calls.clear()
+    wanted = other.attend(**{**prompt, "v": prompt["v"].requires_grad_()})
+    assert not calls
+    assert torch.equal(out, wanted.detach())
+    a, b = found.state, other.state
+    assert a.facts() == b.facts()
+    whole = a.facts()[0][0] // a.chunk
+    products = [torch.cat([x.products[x.chunks[:, :whole].long()], x.product[:, None]], 1) for x in (a, b)]
+    torch.testing.assert_close(*products, rtol=0, atol=100 * 2.0**-22)
+    with torch.no_grad():
+        steps = [[x.attend(**part(inputs, t, t + 1)) for t in range(length, length + 3)] for x in (found, other)]
+    exact = exact_of(inputs)[:, length:]
+    errors = [error(torch.cat(x, 1), exact) for x in steps]
+    print(f"error {errors[0]:.2e}, after the fold {errors[1]:.2e}, allowed {allowed(inputs, 3):.2e}")
+    assert errors[0] <= allowed(inputs, 3)
+
+
 def captured(
     cache: PathCache, like: dict[str, Tensor]
 ) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor]]:

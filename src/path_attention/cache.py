@@ -6,6 +6,7 @@ pages of the open chunk when they next change.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from path_attention.ops.history.state import (
     folds,
     open_room,
 )
-from path_attention.ops.path_attention import path_attention
+from path_attention.ops.path_attention import path_attention, refuse_forward_mode
 
 # Tokens that can be taken back at any time. Drafts of speculative decoding are 5 to 20 tokens long, and are recorded.
 # Every token more is kept as an open row, which costs twice the memory of a folded one.
@@ -214,12 +215,16 @@ class PathCache:
             behind = max(length for _, length in before)
             raise _bad("q", f"{max(counts)} tokens behind {behind}", self._wanted_room)
         first = not any(length for _, length in before)
-        wants_gradients = any(x is not None and x.requires_grad for x in (q, k, v, w, beta, g))
-        if not first and torch.is_grad_enabled() and wants_gradients:
+        inputs = (q, k, v, w, beta, g)
+        wants_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        if not first and wants_gradients:
             raise _bad("q", "tensors that want gradients", "torch.no_grad(): a cache passes no gradients on")
+        if first:
+            refuse_forward_mode(*inputs)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             self._reserve(tokens, counts)
-            out = self._add(tokens, None if cu_seqlens is None else counts, before, first)
+            packed = None if cu_seqlens is None else counts
+            out = self._add_first(tokens, packed, wants_gradients) if first else self._add(tokens, packed, before)
             self._known = [
                 (fold + folds(fold, length, count, self.keep), length + count)
                 for (fold, length), count in zip(before, counts, strict=True)
@@ -227,16 +232,17 @@ class PathCache:
             history.refresh_suffix(self.state, before, self._known)
         return path_attention(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens) if out is None else out
 
-    def _add(
-        self, tokens: Tokens, counts: list[int] | None, facts: list[tuple[int, int]], first: bool
-    ) -> Tensor | None:
-        """Their attention, or None of the first tokens."""
-        if first:
-            if counts is None:
-                history.absorb(self.state, tokens, self.keep)
-            else:
-                history.absorb_packed(self.state, tokens, counts, self.keep)
-            return None
+    def _add_first(self, tokens: Tokens, counts: list[int] | None, wants_gradients: bool) -> Tensor | None:
+        """The first tokens, packed by ``counts`` if given; their attention, or None if that is left to the operator."""
+        out = None
+        if counts is not None:
+            history.absorb_packed(self.state, tokens, counts, self.keep)
+        elif wants_gradients or (out := history.prefill(self.state, tokens, self.keep)) is None:
+            history.absorb(self.state, tokens, self.keep)
+        return out
+
+    def _add(self, tokens: Tokens, counts: list[int] | None, facts: list[tuple[int, int]]) -> Tensor:
+        """More tokens, packed by ``counts`` if given: their attention."""
         if counts is None:
             return history.append(self.state, tokens, self.keep, facts=facts)
         return history.append_packed(self.state, tokens, counts, self.keep, facts=facts)
@@ -278,20 +284,20 @@ class PathCache:
 
     def _reserve_pages(self, counts: list[int]) -> None:
         """Pages and chunks for what these calls fold; and none that is written to is another's too."""
-        changed, pools = False, self._pools()
-        missing: list[tuple[int, str, int]] = []
+        changed, chunk = False, self.state.chunk
+        missing: dict[str, list[int]] = {"pages": [], "chunks": []}  # of each sequence
         for row, ((fold, length), count) in enumerate(zip(self._known, counts, strict=True)):
             due = folds(fold, length, count, self.keep)
-            if not due:
-                continue
-            changed |= self._own_open_chunk(self._tables["pages"][row], fold)
-            wanted = {"pages": -(-(fold + due) // PAGE), "chunks": (fold + due) // self.state.chunk}
-            missing += [(row, name, max(0, n - len(self._tables[name][row]))) for name, n in wanted.items()]
-        for name, pool in pools.items():
-            pool.reserve(sum(count for _, other, count in missing if other == name))
-        for row, name, count in missing:
-            changed |= count > 0
-            self._tables[name][row] += pools[name].take(count)
+            if due:
+                changed |= self._own_open_chunk(self._tables["pages"][row], fold)
+            wanted = {"pages": -(-(fold + due) // PAGE), "chunks": (fold + due) // chunk}
+            for name, n in wanted.items():
+                missing[name].append(max(0, n - len(self._tables[name][row])) if due else 0)
+        for name, pool in self._pools().items():
+            if total := sum(missing[name]):
+                taken, changed = iter(pool.take(total)), True
+                for table, count in zip(self._tables[name], missing[name], strict=True):
+                    table += islice(taken, count)
         if changed:
             self._write_tables()
 

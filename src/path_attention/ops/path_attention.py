@@ -70,7 +70,7 @@ def path_attention(
         check_values(*arguments[:6], cu_seqlens)
     w, beta = arguments.reflections()
     check_backend(backend, q, v, w, g, cu_seqlens)
-    _refuse_forward_mode(q, k, v, w, beta, g)
+    refuse_forward_mode(q, k, v, w, beta, g)
     out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, scale, backend or AUTO)
     return out
 
@@ -114,7 +114,7 @@ def _backend(backend: object, wanted: str) -> Backend:
     raise bad("backend", repr(backend), wanted.format(", ".join(BACKENDS)))
 
 
-def _refuse_forward_mode(*inputs: Tensor | None) -> None:
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
     """Without this torch would take the tangents of a registered operator for zero, without a word."""
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError("path_attention: it has no forward-mode derivative; take gradients in reverse mode")

@@ -143,11 +143,12 @@ def run_convolve_normalise(dim: int, dtype: str = "bfloat16", packed: bool = Fal
 
 
 def run_decode(dim: int, group: int = 1) -> None:
-    """A prompt, a step that folds and a long call of a cache."""
+    """A prompt, folded from the operator's pass and by itself, a step that folds and a long call of a cache."""
     from path_attention import PathCache
     from path_attention.ops.history import serve
     from path_attention.ops.history.state import Tokens
     from path_attention.ops.kernels import decode
+    from path_attention.ops.kernels.linear import Spans
 
     q = torch.zeros(1, 207, 2 * group, dim, dtype=torch.bfloat16)
     k, beta = torch.zeros(1, 207, 2, dim, dtype=torch.bfloat16), torch.zeros(1, 207, 2)
@@ -156,7 +157,12 @@ def run_decode(dim: int, group: int = 1) -> None:
     serve.DEVICES = frozenset({"cpu"})
     decode._is_hopper = lambda device: True  # type: ignore[assignment]
     cache.attend(*(x[:, :1] for x in (q, k, k, k.float(), beta)))
-    decode.fold_tokens(cache.state, None, 0, 192, Tokens(q, k, k, k.float()[:, :, None], beta[:, :, None], None, 1.0))
+    tokens = Tokens(q, k, k, k.float()[:, :, None], beta[:, :, None], None, 1.0)
+    decode.fold_tokens(cache.state, None, 0, 192, tokens)
+    tail = decode.fold_tail(cache.state, 176, tokens)
+    nodes = torch.zeros(2 * 4, 2, dim, dim, dtype=torch.float16)
+    spans = Spans(torch.zeros(4, 64, 2, dim, dtype=torch.float16), nodes, nodes)
+    decode.fold_spans(cache.state, 176, tail, spans, k.flatten(0, 1), 4, 0, 0)
     decode.attend_history(cache.state, torch.zeros(1, 2, 64 * group, dim), None)
 
 

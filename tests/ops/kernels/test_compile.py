@@ -205,7 +205,8 @@ def test_convolve_normalise(dim: int) -> None:
 def test_kernels_of_a_cache(dim: int) -> None:
     found = compiled({"backend": "decode", "dim": dim, "group": 4})
     names = {x["kernel"].partition(".")[2] for x in found}
-    assert {f"{x}_kernel" for x in ("attend", "append", "fold", "join", "fold_leaf", "fold_chain")} <= names
+    of_steps, of_folds = ("attend", "append", "fold", "join"), ("fold_leaf", "fold_chain")
+    assert {f"{x}_kernel" for x in (*of_steps, *of_folds, "prefill_keys", "prefill_products")} <= names
     check(found, CACHE_SPILLS[dim])
 
 

@@ -3,7 +3,8 @@
 Same algorithm as ops/dyadic.py, on rows of tokens as they come, (B * L, heads, dim): nothing is packed or transposed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import EllipsisType
 from typing import Literal, NamedTuple
 
@@ -106,12 +107,14 @@ def _by_head(x: Tensor) -> Tensor:
 _Index = tuple[slice, slice, slice] | EllipsisType
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Sequences and heads that go through the stages together: indices into (B, L, HQ, ...) and (B, L, H, ...)."""
 
     queries: _Index
     keys: _Index
     table: LeafTable
+    sequence: int = 0  # the first one
+    head: int = 0  # the first key head
 
     def of(
         self,
@@ -139,7 +142,11 @@ class _Part(NamedTuple):
         )
 
 
-def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
+# Takes a part, its arguments as rows of tokens, and what linear.forward makes of them.
+SpansUser = Callable[[Part, Inputs, linear.Spans], None]
+
+
+def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[Part]:
     """The call cut along its sequences, and where one alone is too much along its key heads.
 
     What the stages hold besides inputs and results is by far the most of their memory: it is held for one part.
@@ -155,7 +162,7 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
     sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
     table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
     if (sequences, part_heads) == (batch, heads):
-        yield _Part(..., ..., table or batch_leaf_table(batch, length))
+        yield Part(..., ..., table or batch_leaf_table(batch, length))
         return
     for first in range(0, batch, sequences):
         sequence = slice(first, min(first + sequences, batch))
@@ -164,10 +171,12 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
         assert table is not None
         for head in range(0, heads, part_heads):
             last = min(head + part_heads, heads)
-            yield _Part(
+            yield Part(
                 queries=(sequence, slice(None), slice(head * group, last * group)),
                 keys=(sequence, slice(None), slice(head, last)),
                 table=table,
+                sequence=first,
+                head=head,
             )
 
 
@@ -220,8 +229,12 @@ def forward(
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    use_spans: SpansUser | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, R, H, D), beta (B, L, R, H)."""
+    """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, R, H, D), beta (B, L, R, H).
+
+    use_spans: called for every part, of half-precision inputs, while its buffers are there.
+    """
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
@@ -229,11 +242,12 @@ def forward(
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale)
         out = _place(result, part.queries, padded=True)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
-        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs))
+        use = None if use_spans is None else partial(use_spans, part, inputs)
+        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use)
         attend(inputs, part.table, levels, out, log_sum_exp)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)
-        del inputs, out, log_sum_exp, levels  # before the next part asks for as much
+        del inputs, use, out, log_sum_exp, levels  # before the next part asks for as much
     return result, result_log_sum_exp
 
 

@@ -14,10 +14,10 @@ from path_attention.ops import dyadic
 from path_attention.ops.autograd import path_attention_forward
 from path_attention.ops.backends import AUTO
 from path_attention.ops.dyadic import LEAF
-from path_attention.ops.history.fold import Folding, fold, fold_by_kernel, fold_oldest
+from path_attention.ops.history.fold import Folding, fold, fold_by_kernel, fold_gates, fold_oldest
 from path_attention.ops.history.open_rows import Open, clamp_gates, gates_after, put_open
 from path_attention.ops.history.read import join_history
-from path_attention.ops.history.serve import fold_kernel_serves, kernels_serve
+from path_attention.ops.history.serve import engine_of, fold_kernel_serves, kernels_serve
 from path_attention.ops.history.state import SHORT, Rows, State, Tokens, folds
 from path_attention.ops.leaf import leaf_edges
 from path_attention.ops.spans import plan_spans
@@ -111,6 +111,32 @@ def _places(counts: list[int], chosen: list[int], device: torch.device) -> Tenso
 def absorb(state: State, tokens: Tokens, keep: int) -> None:
     """Add the first T tokens to every sequence, without attending."""
     _absorb(state, slice(None), 0, tokens.q.shape[1], tokens, keep)
+
+
+def prefill(state: State, tokens: Tokens, keep: int) -> Tensor | None:
+    """Add the first T tokens to every sequence and attend, (B, T, HQ, DV), without gradients, where one pass of the
+    CUDA engine does both: its leaves and spans need not be made again. Else None, and nothing is done.
+    """
+    count = tokens.q.shape[1]
+    due = folds(0, 0, count, keep)
+    # Spans that a sequence ends with have no product in the operator's tree.
+    engine = engine_of(tokens) if 0 < due < count and fold_kernel_serves(state) else None
+    if engine is None:
+        return None
+    from path_attention.ops.engines import cuda  # triton is not needed on other devices
+    from path_attention.ops.kernels import decode
+    from path_attention.ops.kernels.linear import Inputs, Spans
+
+    tail = decode.fold_tail(state, due, tokens)
+
+    def fold_part(part: cuda.Part, inputs: Inputs, spans: Spans) -> None:
+        decode.fold_spans(state, due, tail, spans, inputs.v, part.table.leaves, part.sequence, part.head)
+
+    q, k, v, w, beta, g, scale = tokens
+    out, _ = cuda.forward(engine, q, k, v, w, beta, g, None, scale, fold_part)
+    fold_gates(state, slice(None), 0, due, tokens)
+    _keep_open(state, slice(None), 0, due, tokens)
+    return out
 
 
 def absorb_packed(state: State, tokens: Tokens, counts: list[int], keep: int) -> None:
@@ -250,22 +276,19 @@ def _absorb(state: State, rows: Rows, folded: int, count: int, tokens: Tokens, k
     """Of ``tokens`` that come after the folded ones, the last ``count`` new: fold those that it is time for, keep the
     others open.
     """
-    total, wide = tokens.q.shape[1], state.w.dtype
+    total = tokens.q.shape[1]
     due = folds(folded, folded + total - count, count, keep)
-    start = 0
     if due and fold_kernel_serves(state):
         fold_by_kernel(state, rows, folded, due, tokens)
-        start = due  # nothing else is needed of what is folded
-    by_head = Folding(
-        k=tokens.k[:, start:].transpose(1, 2).to(wide),
-        v=tokens.v[:, start:].transpose(1, 2),
-        w=tokens.w[:, start:].permute(0, 3, 1, 2, 4).flatten(2, 3).to(wide),
-        beta=tokens.beta[:, start:].permute(0, 3, 1, 2).flatten(2, 3).to(wide),
-        g=None if tokens.g is None else clamp_gates(tokens.g[:, start:].transpose(1, 2), wide),
-    )
-    if start < due:
-        fold(state, rows, folded, by_head.part(0, due))
-    rest = by_head.part(due - start, total - start)
+    elif due:
+        fold(state, rows, folded, Folding.of(tokens, 0, due, state.w.dtype))
+    _keep_open(state, rows, folded, due, tokens)
+
+
+def _keep_open(state: State, rows: Rows, folded: int, due: int, tokens: Tokens) -> None:
+    """Of tokens behind the folded ones, the first ``due`` of which are folded now, keep the others open."""
+    total = tokens.q.shape[1]
+    rest = Folding.of(tokens, due, total, state.w.dtype)
     put_open(state, rows, folded + due, 0, rest.k, rest.v, rest.w, rest.beta, rest.g)
     state.folded[rows] = folded + due
     state.length[rows] = folded + total

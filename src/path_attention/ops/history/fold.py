@@ -36,6 +36,18 @@ class Folding(NamedTuple):
     beta: Tensor  # (b, H, n * R)
     g: Tensor | None  # (b, HQ, n)
 
+    @classmethod
+    def of(cls, tokens: Tokens, first: int, end: int, wide: torch.dtype) -> "Folding":
+        """Tokens first ... end - 1 of these, ``wide`` the dtype of the computation."""
+        w, beta, g = tokens.w[:, first:end], tokens.beta[:, first:end], tokens.g
+        return cls(
+            k=tokens.k[:, first:end].transpose(1, 2).to(wide),
+            v=tokens.v[:, first:end].transpose(1, 2),
+            w=w.permute(0, 3, 1, 2, 4).flatten(2, 3).to(wide),
+            beta=beta.permute(0, 3, 1, 2).flatten(2, 3).to(wide),
+            g=None if g is None else clamp_gates(g[:, first:end].transpose(1, 2), wide),
+        )
+
     def part(self, first: int, end: int) -> "Folding":
         reflections = self.w.shape[2] // self.k.shape[2]
         steps = slice(first * reflections, end * reflections)
@@ -76,6 +88,11 @@ def fold_by_kernel(state: State, rows: Rows, folded: int, due: int, tokens: Toke
     from path_attention.ops.kernels import decode
 
     decode.fold_tokens(state, None if isinstance(rows, slice) else rows, folded, due, tokens)
+    fold_gates(state, rows, folded, due, tokens)
+
+
+def fold_gates(state: State, rows: Rows, folded: int, due: int, tokens: Tokens) -> None:
+    """What kernels leave of :func:`fold` of the first ``due`` of these tokens: their gates, where they have any."""
     if tokens.g is None:
         return
     g = clamp_gates(tokens.g[:, :due].transpose(1, 2), state.w.dtype)

@@ -25,15 +25,14 @@ class Pool:
         dim, length = self._cut[first]
         self.uses = [0] * (self.tensors[first].shape[dim] // length)
 
-    def reserve(self, count: int) -> None:
-        """Make pieces if fewer than ``count`` are free: once for all who take some, as growing copies everything."""
+    def take(self, count: int) -> list[int]:
+        """The numbers of the ``count`` lowest free pieces, now used once; makes more if there are too few.
+
+        Once for all who want some: growing copies everything, and every piece is looked at for those that are free.
+        """
         missing = count - self.uses.count(0)
         if missing > 0:
             self._grow(max(missing, len(self.uses) // SPARE))
-
-    def take(self, count: int) -> list[int]:
-        """The numbers of the ``count`` lowest free pieces, now used once; makes more if there are too few."""
-        self.reserve(count)
         taken = list(islice((piece for piece, uses in enumerate(self.uses) if not uses), count))
         self.share(taken)
         return taken

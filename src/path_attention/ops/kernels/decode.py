@@ -16,6 +16,8 @@ from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
 from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
+from path_attention.ops.kernels.linear import Spans
+from path_attention.ops.kernels.prefill_kernels import prefill_keys_kernel, prefill_products_kernel
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
 
@@ -363,27 +365,82 @@ def _attend_rows(state: State, x: Tensor, gate: Tensor | None, group: int) -> tu
     return result, result_lse
 
 
+class FoldedLeaves(NamedTuple):
+    """What fold_leaf_kernel makes of n leaves, beside what it writes to the cache."""
+
+    right: Tensor  # (2, n, PAGE, BLOCK_D) float16: keys at the leaf's right edge over their units, and the rest
+    unit: Tensor  # (n, PAGE) float32
+    matrix: Tensor  # (2, n, BLOCK_D, BLOCK_D) float16: P, and the rest
+
+    @classmethod
+    def empty(cls, state: State, leaves: int) -> "FoldedLeaves":
+        block, device = _block(state.k.shape[3]), state.k.device
+        return cls(
+            right=torch.empty(2, leaves, PAGE, block, dtype=torch.float16, device=device),
+            unit=torch.empty(leaves, PAGE, dtype=torch.float32, device=device),
+            matrix=torch.empty(2, leaves, block, block, dtype=torch.float16, device=device),
+        )
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        return {"p_right": self.right, "p_unit": self.unit, "p_matrix": self.matrix}
+
+
+def _fold_launch(state: State) -> FoldLaunch:
+    wide = max(_block(state.k.shape[3]), _block(state.v.shape[3]))
+    return next(launch for width, launch in FOLD_LAUNCHES.items() if wide <= width)
+
+
+class _Rows(NamedTuple):
+    """Tokens as the kernels that fold take them, contiguous."""
+
+    k: Tensor  # (b, n, H, D)
+    v: Tensor  # (b, n, H, DV)
+    w: Tensor  # (b, n, 1, H, D)
+    beta: Tensor  # (b, n, 1, H)
+
+    @classmethod
+    def of(cls, tokens: Tokens, first: int, end: int) -> "_Rows":
+        """Tokens first ... end - 1 of each sequence."""
+        return cls(*(x[:, first:end].contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta)))
+
+
+def _fold_leaves(state: State, rows: _Rows, common: dict[str, object], first: int, chains: int, chunk: int) -> None:
+    """fold_leaf_kernel of ``chains`` chunks of so many tokens and heads, from chain ``first`` on."""
+    heads, launch = rows.k.shape[2], _fold_launch(state)
+    fold_leaf_kernel[(chains * chunk // PAGE,)](
+        p_k=rows.k,
+        p_v=rows.v,
+        p_w=rows.w,
+        p_beta=rows.beta,
+        **_fields(state, "key_scale values pages scale"),
+        **common,
+        s_tokens=rows.k.shape[1],
+        s_first=first,
+        s_chains=chains,
+        **{**_options(state, heads, "D DV BLOCK_D BLOCK_DV"), "C": chunk},
+        num_warps=launch.leaf_warps,
+        maxnreg=launch.leaf_registers,
+        num_stages=1,
+    )
+
+
 def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens: Tokens) -> None:
     """Fold the first ``due`` of tokens (b, T, ...) that come behind the ``folded`` ones of sequences ``rows``, but for
     their gates. One reflection a token, keys in half precision.
     """
-    k, v, w, beta = (x.contiguous() for x in (tokens.k, tokens.v, tokens.w, tokens.beta))
-    batch, count, heads, dim = k.shape
-    pages, block = state.chunk // PAGE, _block(dim)
-    launch = next(launch for width, launch in FOLD_LAUNCHES.items() if max(block, _block(v.shape[3])) <= width)
+    new = _Rows.of(tokens, 0, tokens.k.shape[1])  # a part of them would be a copy
+    batch, _, heads, dim = new.k.shape
+    pages, block, launch = state.chunk // PAGE, _block(dim), _fold_launch(state)
     segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
     chains = batch * heads * segments
-    size = max(_multiprocessors(k.device), FOLD_BYTES // (pages * 4 * block * (block + PAGE)))
+    size = max(_multiprocessors(state.k.device), FOLD_BYTES // (pages * 4 * block * (block + PAGE)))
     size = min(chains, size)
-    right = torch.empty(2, size * pages, PAGE, block, dtype=torch.float16, device=k.device)
-    matrix = torch.empty(2, size * pages, block, block, dtype=torch.float16, device=k.device)
-    unit = torch.empty(size * pages, PAGE, dtype=torch.float32, device=k.device)
+    leaves = FoldedLeaves.empty(state, size * pages)
     common: dict[str, object] = {
         "p_rows": None if rows is None else rows.to(torch.int32),
         "p_codes": _codes(state),
-        "p_right": right,
-        "p_unit": unit,
-        "p_matrix": matrix,
+        **leaves.arguments,
         "s_folded": folded,
         "s_due": due,
         "s_segments": segments,
@@ -394,29 +451,95 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
     }
     for first in range(0, chains, size):
         part = min(size, chains - first)
-        fold_leaf_kernel[(part * pages,)](
-            p_k=k,
-            p_v=v,
-            p_w=w,
-            p_beta=beta,
-            **_fields(state, "key_scale values pages scale"),
-            **common,
-            s_tokens=count,
-            s_first=first,
-            s_chains=part,
-            **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
-            num_warps=launch.leaf_warps,
-            maxnreg=launch.leaf_registers,
-            num_stages=1,
-        )
+        _fold_leaves(state, new, common, first, part, state.chunk)
         fold_chain_kernel[(part,)](
             **_fields(state, "keys key_scale products pages chunks product scale"),
             **common,
             s_first=first,
             s_chains=part,
             s_chunk_columns=state.chunks.shape[1],
-            STAGES=launch.stages if _is_hopper(k.device) else 1,
+            STAGES=launch.stages if _is_hopper(state.k.device) else 1,
             **_options(state, heads, "D C BLOCK_D"),
             num_warps=launch.chain_warps,
             num_stages=1,
         )
+
+
+def fold_tail(state: State, due: int, tokens: Tokens) -> FoldedLeaves:
+    """Of the first ``due`` of tokens (B, T, ...), the first of all sequences, those behind the last whole page: their
+    values go to the cache, what else :func:`fold_spans` needs is returned, a leaf for each sequence and head.
+    """
+    batch, _, heads, _ = tokens.k.shape
+    tail, missing = FoldedLeaves.empty(state, batch * heads), due % PAGE
+    if missing:
+        common: dict[str, object] = {
+            "p_rows": None,
+            "p_codes": _codes(state),
+            **tail.arguments,
+            "s_folded": due - missing,
+            "s_due": missing,
+            "s_segments": 1,
+            "H": heads,
+            "s_slots": state.keys.shape[1],
+            "s_page_columns": state.pages.shape[1],
+            "HALF": tl.float16,
+        }
+        _fold_leaves(state, _Rows.of(tokens, due - missing, due), common, 0, batch * heads, PAGE)
+    return tail
+
+
+def fold_spans(
+    state: State, due: int, tail: FoldedLeaves, spans: Spans, v: Tensor, leaves: int, sequence: int, head: int
+) -> None:
+    """Fold the first ``due`` tokens of some sequences and key heads, which are not all of theirs, but for their gates.
+
+    Args:
+        tail: from :func:`fold_tail`, of all sequences and heads.
+        spans: what the operator made of the sequences, which it has in equally many leaves each.
+        v: their values (tokens, H, DV), perhaps padded with more columns.
+        leaves: of a sequence.
+        sequence: the first one, and the first key head, in the state.
+    """
+    heads, dim = spans.k_right.shape[2:]
+    batch, launch = spans.k_right.shape[0] // leaves, _fold_launch(state)
+    common: dict[str, object] = {
+        "p_node": spans.nodes,
+        "p_node_rest": spans.node_rest,
+        "p_tail_matrix": tail.matrix,
+        "s_leaves": leaves,
+        "s_due": due,
+        "s_sequences": len(state.length),
+        "i_first": sequence,
+        "i_first_head": head,
+        "H": heads,
+        "s_heads": state.k.shape[1],
+        "DIM": dim,
+        "num_stages": 1,
+    }
+    pages, segments = triton.cdiv(due, PAGE), triton.cdiv(due, state.chunk)
+    prefill_keys_kernel[(batch * pages * heads,)](
+        p_k_right=spans.k_right,
+        p_v=v,
+        p_tail=tail.right,
+        p_tail_unit=tail.unit,
+        **_fields(state, "keys key_scale values pages scale"),
+        p_codes=_codes(state),
+        **common,
+        s_tokens=v.shape[0] // batch,
+        s_pages=pages,
+        s_slots=state.keys.shape[1],
+        s_page_columns=state.pages.shape[1],
+        **_options(state, heads, "D DV C BLOCK_D BLOCK_DV"),
+        DIM_V=v.shape[2],
+        # As the operator's leaves have it: bfloat16 rows meet matrices rounded once, float16 rows 22 bits of them.
+        SPLIT=state.k.dtype == torch.float16,
+        num_warps=4,
+    )
+    prefill_products_kernel[(batch * segments * heads,)](
+        **_fields(state, "products chunks product"),
+        **common,
+        s_segments=segments,
+        s_chunk_columns=state.chunks.shape[1],
+        **_options(state, heads, "D C BLOCK_D"),
+        num_warps=launch.chain_warps,
+    )

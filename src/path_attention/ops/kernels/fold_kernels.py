@@ -1,4 +1,4 @@
-"""Triton kernels that fold many tokens at once, as after a prompt.
+"""Triton kernels that fold many tokens at once, as after a prompt whose leaves are not at hand (prefill_kernels.py).
 
 Pages are leaves of ops/leaf.py, whose formulas take all of their 64 tokens at once. With A = T^-1 D, U = A W and
 Y = A strictTril(W K^T) of a page's new tokens,

@@ -4,9 +4,10 @@ leaves -> tree -> query_transport and key_transport. What they write is all that
 siblings needs; docs/kernels.md lists the buffers with their sizes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -179,12 +180,35 @@ class Leaves:
     factors: tuple[Tensor, Tensor, Tensor] | None
 
 
-def forward(inputs: Inputs, table: LeafTable, out: Tensor, log_sum_exp: Tensor, row_dtype: torch.dtype) -> Levels:
+class Spans(NamedTuple):
+    """Keys at their leaves' right edges and the matrices of all spans: what a fold begins with. In half precision."""
+
+    k_right: Tensor  # (N, 64, H, D)
+    nodes: Tensor  # (2 N, H, D, D), of spans that something lies to the right of
+    node_rest: Tensor  # likewise: what rounding left of them
+
+
+def forward(
+    inputs: Inputs,
+    table: LeafTable,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    row_dtype: torch.dtype,
+    use_spans: Callable[[Spans], None] | None = None,
+) -> Levels:
     """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ).
 
-    row_dtype: what the rows at the levels' edges are rounded to.
+    Args:
+        row_dtype: what the rows at the levels' edges are rounded to.
+        use_spans: called with what is not kept, for half-precision inputs.
     """
-    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, None)
+    node_rest = None
+    if use_spans is not None:
+        node_rest = inputs.empty(2 * table.num_leaves, inputs.heads, *[inputs.q.shape[2]] * 2)
+    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, None, node_rest)
+    if use_spans is not None and node_rest is not None:
+        use_spans(Spans(k_right, nodes, node_rest))
+        del node_rest  # before the levels' rows ask for memory
     return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
 
 
