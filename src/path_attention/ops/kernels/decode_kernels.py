@@ -25,8 +25,6 @@ LEAST_PAGES = tl.constexpr(8)
 BLOCK = tl.constexpr(16)
 # Of the loop over these tiles: one is fetched while another is passed.
 OPEN_STAGES = tl.constexpr(2)
-# Rows of a tile whose products each warp makes by itself.
-FEW_ROWS = tl.constexpr(32)
 # In place of minus infinity where a maximum starts, so that differences are numbers.
 LOWEST = tl.constexpr(-1e30)
 
@@ -436,34 +434,6 @@ def find_hop(
 
 
 @triton.jit
-def cross(
-    b_x,
-    b_gate,
-    i_chunk,
-    s_finished,
-    p_product,  # of the open chunk and the head
-    p_gate_total,  # (rows,)
-    p_products,  # of the head
-    p_gate_totals,  # (rows,)
-    p_chunks,
-    H,
-    HQ,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """Queries from the right edge of a chunk to its left one."""
-    is_open = i_chunk == s_finished
-    i_place = tl.load(p_chunks + i_chunk, mask=i_chunk < s_finished, other=0).to(tl.int64)
-    p_matrix = tl.where(is_open, p_product, p_products + i_place * H * (D * D))
-    if GATED:
-        b_gate += tl.load(tl.where(is_open, p_gate_total, p_gate_totals + i_place * HQ))
-    return times_matrix(b_x, p_matrix, D, BLOCK_D, WIDTH, HALF), b_gate
-
-
-@triton.jit
 def attend_coded(
     b_x,
     b_gate,
@@ -475,60 +445,21 @@ def attend_coded(
     p_key_scale,
     p_values,
     p_gates,  # (rows,)
-    s_finished,
-    p_product,  # as cross() has them
-    p_gate_total,
-    p_products,
-    p_gate_totals,
-    p_chunks,
     i_page,
     i_end,
-    H,
-    HQ,
     D: tl.constexpr,
     DV: tl.constexpr,
-    C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
     GATED: tl.constexpr,
     STAGES: tl.constexpr,
-    CROSSES: tl.constexpr,
 ):
-    """Attention to whole pages in float16 from right to left, of one finished chunk or, where CROSSES, of several; the
-    queries, at the right edge of the last, in two parts, of 22 bits.
-
-    In one loop over the pages of all chunks those that are on their way hide what it takes to cross a chunk.
-    """
-    CHUNK_PAGES: tl.constexpr = C // PAGE
+    """Attention to whole pages of a finished chunk in float16: the queries in two parts, of 22 bits."""
     o_key = tl.arange(0, PAGE)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     b_high, b_low, b_top = halves(b_x)
-    for i_done in tl.range(i_end - i_page, num_stages=STAGES):
-        i = i_end - 1 - i_done
-        if CROSSES:
-            if ((i + 1) % CHUNK_PAGES == 0) & (i_done > 0):
-                b_x, b_gate = cross(
-                    b_x,
-                    b_gate,
-                    (i + 1) // CHUNK_PAGES,
-                    s_finished,
-                    p_product,
-                    p_gate_total,
-                    p_products,
-                    p_gate_totals,
-                    p_chunks,
-                    H,
-                    HQ,
-                    D,
-                    BLOCK_D,
-                    WIDTH,
-                    HALF,
-                    GATED,
-                )
-                b_high, b_low, b_top = halves(b_x)
+    for i in tl.range(i_page, i_end, num_stages=STAGES):
         i_slot = tl.load(p_table + i).to(tl.int64) * PAGE
         o_in = o_key[:, None] * D + o_d[None, :]
         b_keys = tl.trans(tl.load(p_keys + i_slot * D + o_in, mask=(o_d < D)[None, :], other=0.0))
@@ -693,10 +624,11 @@ def attend_kernel(
     if (s_own == 0) | (s_length + s_own > capacity):
         return
 
-    # From the fold's edge to the right edge of the last chunk of the piece; then on, from chunk to chunk.
+    # From the fold's edge to the right edge of the last chunk of the piece; then on, chunk by chunk.
     s_chunk_pages: tl.constexpr = C // PAGE
     s_finished = s_folded // C
     i_chunk = (i_end - 1) // s_chunk_pages
+    i_crossed = s_finished - 1
     s_open, s_singles, s_suffix, s_within = plan_hops(i_chunk, s_folded, tl.load(p_covered + i_sequence), C)
     s_hops = s_open + s_singles + s_suffix + s_within
     p_table = p_pages + i_sequence.to(tl.int64) * s_page_columns
@@ -831,40 +763,34 @@ def attend_kernel(
                         tl.store(p_own + (s_length + i) % ROOM, tl.maximum(s_g, LOWEST))
 
     if i_first < i_end:
-        for i_hop in tl.range(s_hops, num_stages=HOP_STAGES):
-            p_matrix, p_total = find_hop(
-                i_hop,
-                i_chunk,
-                s_open,
-                s_singles,
-                s_suffix,
-                p_own_product,
-                p_own_total,
-                p_products,
-                p_gate_totals,
-                p_own_suffix,
-                p_own_suffix_gate,
-                p_own_chunks,
-                s_finished - 1,
-                H,
-                HQ,
-                D,
-            )
-            b_x = times_matrix(b_x, p_matrix + i_head * (D * D), D, BLOCK_D, WIDTH, HALF)
-            if GATED:
-                b_gate += tl.load(p_total + i_query_head)
-        p_own_product += i_head * (D * D)
-        p_products += i_head * (D * D)
-        p_row_gates = p_gates + i_query_head.to(tl.int64) * s_slots
-        # Chunk by chunk; with few rows the finished ones, whose keys are float16, in one loop. With many the products
-        # take warp groups, which ptxas serialises there (C7515), and the time.
-        CROSSES: tl.constexpr = CODED and ROWS <= FEW_ROWS
         s_chunks = i_chunk - i_first // s_chunk_pages + 1
-        if CROSSES:
-            s_chunks = (i_chunk == s_finished).to(tl.int32)
         for _ in range(s_chunks):
+            for i_hop in tl.range(s_hops, num_stages=HOP_STAGES):
+                p_matrix, p_total = find_hop(
+                    i_hop,
+                    i_chunk,
+                    s_open,
+                    s_singles,
+                    s_suffix,
+                    p_own_product,
+                    p_own_total,
+                    p_products,
+                    p_gate_totals,
+                    p_own_suffix,
+                    p_own_suffix_gate,
+                    p_own_chunks,
+                    i_crossed,
+                    H,
+                    HQ,
+                    D,
+                )
+                b_x = times_matrix(b_x, p_matrix + i_head * (D * D), D, BLOCK_D, WIDTH, HALF)
+                if GATED:
+                    b_gate += tl.load(p_total + i_query_head)
             i_page = tl.maximum(i_first, i_chunk * s_chunk_pages)
-            if CODED and not CROSSES and i_chunk < s_finished:
+            i_last = tl.minimum(i_end, (i_chunk + 1) * s_chunk_pages)
+            p_head_gates = p_gates + i_query_head.to(tl.int64) * s_slots
+            if CODED and i_chunk < s_finished:
                 b_max, b_sum, b_out = attend_coded(
                     b_x,
                     b_gate,
@@ -875,27 +801,15 @@ def attend_kernel(
                     p_head_keys,
                     p_key_scale + i_head * (s_slots // PAGE),
                     p_head_values,
-                    p_row_gates,
-                    s_finished,
-                    p_own_product,
-                    p_own_total + i_query_head,
-                    p_products,
-                    p_gate_totals + i_query_head,
-                    p_own_chunks,
+                    p_head_gates,
                     i_page,
-                    i_end,
-                    H,
-                    HQ,
+                    i_last,
                     D,
                     DV,
-                    C,
                     BLOCK_D,
                     BLOCK_DV,
-                    WIDTH,
-                    HALF,
                     GATED,
                     STAGES,
-                    False,
                 )
             else:
                 b_max, b_sum, b_out = attend_rest(
@@ -909,9 +823,9 @@ def attend_kernel(
                     p_codes + i_head.to(tl.int64) * s_slots * D,
                     p_scale + i_bh * C,
                     p_head_values,
-                    p_row_gates,
+                    p_head_gates,
                     i_page,
-                    i_end,
+                    i_last,
                     s_folded,
                     D,
                     DV,
@@ -922,60 +836,13 @@ def attend_kernel(
                     GATED,
                     STAGES,
                 )
-            if i_page > i_first:
-                b_x, b_gate = cross(
-                    b_x,
-                    b_gate,
-                    i_chunk,
-                    s_finished,
-                    p_own_product,
-                    p_own_total + i_query_head,
-                    p_products,
-                    p_gate_totals + i_query_head,
-                    p_own_chunks,
-                    H,
-                    HQ,
-                    D,
-                    BLOCK_D,
-                    WIDTH,
-                    HALF,
-                    GATED,
-                )
-            i_end = i_page
+            # To the next chunk on the left it is one matrix, that of the chunk just read.
+            s_open = (i_chunk == s_finished).to(tl.int32)
+            s_singles = 1 - s_open
+            s_suffix = 0
+            s_hops = 1
+            i_crossed = i_chunk
             i_chunk -= 1
-        if CROSSES:
-            b_max, b_sum, b_out = attend_coded(
-                b_x,
-                b_gate,
-                b_max,
-                b_sum,
-                b_out,
-                p_table,
-                p_head_keys,
-                p_key_scale + i_head * (s_slots // PAGE),
-                p_head_values,
-                p_row_gates,
-                s_finished,
-                p_own_product,
-                p_own_total + i_query_head,
-                p_products,
-                p_gate_totals + i_query_head,
-                p_own_chunks,
-                i_first,
-                i_end,
-                H,
-                HQ,
-                D,
-                DV,
-                C,
-                BLOCK_D,
-                BLOCK_DV,
-                WIDTH,
-                HALF,
-                GATED,
-                STAGES,
-                True,
-            )
 
     # Nothing to attend to gives a log-sum-exp of minus infinity, whose output counts for nothing.
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
