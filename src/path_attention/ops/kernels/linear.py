@@ -26,11 +26,12 @@ from path_attention.ops.kernels.tree_kernels import tree_backward_kernel, tree_k
 
 # Narrowest tile of the linear stages, in columns: what a matrix instruction of Hopper takes whole.
 MIN_BLOCK = 64
-# Levels of the tree that one launch upwards works through at most, in rows of up to MIN_BLOCK columns and in wider
-# ones: seven or three products in a row, and 57% or 67% of the traffic of one launch a level. A level more would not
-# fit: what waits for its right sibling lies in shared memory beside both factors of a product. Wide rows take so many
-# bytes of it on Hopper; a GPU that has less for a program makes one level of them a launch.
-TREE_LEVELS, WIDE_TREE_LEVELS = 3, 2
+# Levels of the tree that one launch upwards works through at most: three products in a row, and 67% of the traffic of
+# one launch a level. Three levels have 57%, and seven products in a row: 0.19 ms instead of 0.17 at 2 x 8192 x 32 x 64,
+# and 0.18 instead of 0.15 at 8 x 2048, on an H200 (both passes). What waits for its right sibling lies in shared memory
+# beside both factors of a product: wide rows take so many bytes of it on Hopper, and a GPU that has less for a program
+# makes one level of them a launch.
+TREE_LEVELS = 2
 WIDE_TREE_SHARED = 192 * 1024
 # Programs with work that such a launch has at least, or it works through fewer levels, so that pairs run side by side:
 # one for each of the 132 multiprocessors of a large GPU, as the power of two that their number mostly is.
@@ -118,13 +119,11 @@ class Inputs:
     @property
     def tree_levels(self) -> int:
         """Of one launch upwards, at most."""
-        if self.in_pieces or self.q.shape[2] <= MIN_BLOCK:
+        if self.in_pieces or self.q.shape[2] <= MIN_BLOCK or not self.q.is_cuda:
             return TREE_LEVELS
-        if not self.q.is_cuda:
-            return WIDE_TREE_LEVELS
         properties = torch.cuda.get_device_properties(self.q.device)
         shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # which torch's stubs lack
-        return WIDE_TREE_LEVELS if shared >= WIDE_TREE_SHARED else 1
+        return TREE_LEVELS if shared >= WIDE_TREE_SHARED else 1
 
     @property
     def value_options(self) -> dict[str, int]:
@@ -234,12 +233,12 @@ def _leaves(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All nodes of the tree (2 N, H, D, D), q_left (N, 64, HQ, D), k_right (N, 64, H, D) and the nodes' gates.
 
-    node_rest: where what rounding leaves of the nodes goes, for callers that want it; of the leaves, of the uppermost
-    level, and of levels between that a launch of the tree ends at.
+    node_rest: where what rounding leaves of the nodes goes, for callers that want it.
     """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     leaves, is_half = table.num_leaves, inputs.work_dtype != torch.float32
     nodes = inputs.empty(2 * leaves, heads, dim, dim)
+    all_rests = node_rest is not None
     if is_half and node_rest is None:
         node_rest = torch.empty_like(nodes)
     gate_nodes = None if inputs.g is None else inputs.empty(2 * leaves, query_heads, dtype=torch.float32)
@@ -259,12 +258,20 @@ def _leaves(
             "p_log_sum_exp": log_sum_exp,
         }
         _launch_leaves(inputs, table, results, factors)
-    _tree(inputs, table, nodes, node_rest, gate_nodes)
+    _tree(inputs, table, nodes, node_rest, gate_nodes, all_rests=all_rests)
     return nodes, q_left, k_right, gate_nodes
 
 
-def _tree(inputs: Inputs, table: LeafTable, nodes: Tensor, node_rest: Tensor | None, gate_nodes: Tensor | None) -> None:
-    """All nodes above the leaves, from theirs."""
+def _tree(
+    inputs: Inputs,
+    table: LeafTable,
+    nodes: Tensor,
+    node_rest: Tensor | None,
+    gate_nodes: Tensor | None,
+    *,
+    all_rests: bool,
+) -> None:
+    """All nodes above the leaves, from theirs, and of their rests all or those that a launch begins with."""
     for first_level, levels in _tree_launches(inputs, table):
         tree_kernel[(_spans(table, first_level + levels) * inputs.heads,)](
             p_node=nodes,
@@ -273,6 +280,7 @@ def _tree(inputs: Inputs, table: LeafTable, nodes: Tensor, node_rest: Tensor | N
             first_level=first_level,
             H=inputs.heads,
             LEVELS=levels,
+            ALL_RESTS=all_rests,
             **table.arguments,
             **inputs.matrix_options(wide=True),
         )
@@ -281,15 +289,15 @@ def _tree(inputs: Inputs, table: LeafTable, nodes: Tensor, node_rest: Tensor | N
 def _tree_launches(inputs: Inputs, table: LeafTable) -> list[tuple[int, int]]:
     """First level and number of levels of each launch upwards: as many as leave TREE_PROGRAMS programs with work.
 
-    Where one level alone has fewer, two: a second launch waits for the first and reads what it wrote, which takes as
-    long as the third product. In pieces always TREE_LEVELS: nothing else was tried there.
+    Where one level alone has fewer, all: another launch waits for the first and reads what it wrote, which takes as
+    long as the third product. In pieces always as many: nothing else was tried there.
     """
     launches: list[tuple[int, int]] = []
     most, level = inputs.tree_levels, 0
     while level < table.num_levels - 1:
         choices = range(1, most + 1)
         filling = [x for x in choices if (table.num_leaves >> (level + x)) * inputs.heads >= TREE_PROGRAMS]
-        levels = most if inputs.in_pieces else max(filling, default=min(most, 2))
+        levels = most if inputs.in_pieces else max(filling, default=most)
         launches.append((level, min(levels, table.num_levels - 1 - level)))
         level += levels
     return launches

@@ -86,11 +86,11 @@ def _store_used(p_x, b_x, i_tile, is_used, D: tl.constexpr, BLOCK_D: tl.constexp
 @triton.jit
 def _parent(
     p_node, p_node_rest, b_right, b_right_rest, b_left, b_left_rest, i_left, level, s_count, H,
-    IS_TOP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr
+    KEEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr
 ):  # fmt: skip
     """Both parts of P_right P_left, the matrix of the span of 2^level leaves from i_left on.
 
-    Its rest goes to memory with IS_TOP only, for the next launch, or whoever wants the root.
+    Its rest goes to memory with KEEPS only, for the next launch, or whoever wants it.
     """
     b_parent = dot_split(b_right, b_right_rest, b_left, b_left_rest, WORK)
     b_rounded = rounded(b_parent, WORK)
@@ -99,14 +99,14 @@ def _parent(
     is_used = i_left + (1 << level) < s_count
     _store_used(p_node, b_rounded, i_parent_node, is_used, D, BLOCK_D)
     tl.debug_barrier()  # or Triton 3.9 loads the next pair while this matrix still takes registers, and spills
-    if IS_TOP and WORK is not None:
+    if KEEPS and WORK is not None:
         _store_used(p_node_rest, b_rest, i_parent_node, is_used, D, BLOCK_D)
     return b_rounded, b_rest
 
 
 @triton.jit
 def _parent_in_memory(
-    p_node, p_node_rest, i_left, level, s_count, H, IS_TOP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_node, p_node_rest, i_left, level, s_count, H, KEEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WORK: tl.constexpr
 ):  # fmt: skip
     """_parent of two matrices that lie in memory."""
@@ -121,7 +121,7 @@ def _parent_in_memory(
         b_left_rest = _load_used(p_node_rest, i_left_node, is_used, D, BLOCK_D)
         b_right_rest = _load_used(p_node_rest, i_right_node, is_used, D, BLOCK_D)
     return _parent(
-        p_node, p_node_rest, b_right, b_right_rest, b_left, b_left_rest, i_left, level, s_count, H, IS_TOP, D, BLOCK_D,
+        p_node, p_node_rest, b_right, b_right_rest, b_left, b_left_rest, i_left, level, s_count, H, KEEPS, D, BLOCK_D,
         WORK
     )  # fmt: skip
 
@@ -129,30 +129,22 @@ def _parent_in_memory(
 @triton.jit
 def _subtree(
     p_node, p_node_rest, i_first, first_level, s_count, H, D: tl.constexpr, BLOCK_D: tl.constexpr, WORK: tl.constexpr,
-    LEVELS: tl.constexpr
+    LEVELS: tl.constexpr, ALL_RESTS: tl.constexpr
 ):  # fmt: skip
-    """All parents above 2^LEVELS spans, pair after pair: a parent stays at hand until its right sibling is there."""
-    tl.static_assert(LEVELS <= 3)
-    for i in tl.static_range(1 << (LEVELS - 1)):
-        level = first_level + 1
-        b_node, b_rest = _parent_in_memory(
-            p_node, p_node_rest, i_first + (i << level), level, s_count, H, LEVELS == 1, D, BLOCK_D, WORK
+    """All parents above 2^LEVELS spans: one stays at hand until its right sibling is there."""
+    tl.static_assert(LEVELS <= 2)
+    level = first_level + 1
+    b_left, b_left_rest = _parent_in_memory(
+        p_node, p_node_rest, i_first, level, s_count, H, ALL_RESTS or LEVELS == 1, D, BLOCK_D, WORK
+    )  # fmt: skip
+    if LEVELS == 2:
+        b_right, b_right_rest = _parent_in_memory(
+            p_node, p_node_rest, i_first + (1 << level), level, s_count, H, ALL_RESTS, D, BLOCK_D, WORK
         )  # fmt: skip
-        if i % 2 == 0:
-            b_left, b_left_rest = b_node, b_rest
-        else:
-            level = first_level + 2
-            b_node, b_rest = _parent(
-                p_node, p_node_rest, b_node, b_rest, b_left, b_left_rest, i_first + (i // 2 << level), level, s_count,
-                H, LEVELS == 2, D, BLOCK_D, WORK
-            )  # fmt: skip
-            if i == 1:
-                b_left_half, b_left_half_rest = b_node, b_rest
-            else:
-                _parent(
-                    p_node, p_node_rest, b_node, b_rest, b_left_half, b_left_half_rest, i_first, first_level + 3,
-                    s_count, H, True, D, BLOCK_D, WORK
-                )  # fmt: skip
+        _parent(
+            p_node, p_node_rest, b_right, b_right_rest, b_left, b_left_rest, i_first, level + 1, s_count, H, True, D,
+            BLOCK_D, WORK
+        )  # fmt: skip
 
 
 @triton.jit
@@ -197,7 +189,7 @@ def tree_kernel(
     table_queries,
     table_keys,
     p_node,  # (2 N, H, D, D) WORK: reads first_level, writes those above it
-    p_node_rest,  # likewise, but of those above it the uppermost alone
+    p_node_rest,  # likewise, but of those above it the uppermost alone, if not ALL_RESTS
     p_gate_node,  # (2 N, HQ) float32 or None: reads first_level, writes those above it
     first_level,
     H,
@@ -206,6 +198,7 @@ def tree_kernel(
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
     LEVELS: tl.constexpr,
+    ALL_RESTS: tl.constexpr,
     PIECE: tl.constexpr = None,
 ):
     """P_parent = P_right P_left for the parents that something lies to the right of: no other is ever used."""
@@ -222,7 +215,7 @@ def tree_kernel(
     else:
         if WORK is not None:
             p_node_rest += tl.cast(i_tile, tl.int64) * (D * D)
-        _subtree(p_node, p_node_rest, i_first, first_level, s_count, H, D, BLOCK_D, WORK, LEVELS)
+        _subtree(p_node, p_node_rest, i_first, first_level, s_count, H, D, BLOCK_D, WORK, LEVELS, ALL_RESTS)
     if p_gate_node is not None:
         for i in range(GROUP):
             _sum_gates(p_gate_node + i_tile * GROUP + i, i_first, first_level, s_count, H * GROUP, LEVELS)

@@ -84,6 +84,13 @@ def _copy(s_x, p_x, i_tile, s_rows):
 
 
 @gluon.jit
+def _numbers(p_log_sum_exp, p_delta, p_power, o_number, m_row, i_group):
+    """Log-sum-exp and delta of a head's rows, and the power of two of its d_q_left."""
+    b_log_sum_exp = gl.load(p_log_sum_exp + o_number, mask=m_row, other=0.0)
+    return b_log_sum_exp, gl.load(p_delta + o_number, mask=m_row, other=0.0), gl.load(p_power + i_group)
+
+
+@gluon.jit
 def _scale(s_x, scale):
     """s_x times scale, in its place."""
     s_x.store((s_x.load(MEMORY).to(gl.float32) * scale).to(gl.float16))
@@ -253,6 +260,12 @@ def leaf_backward_group_kernel(
     b_dw = _zeros(D, WIDE)
     b_du = _zeros(D, WIDE)
     b_dy = _zeros(64, NARROW)
+    # A head's numbers are loaded while the one before it is computed where registers do not keep the accumulators of
+    # 128 columns (2 x 8192 x 32/8 heads on an H200: 0.50 to 0.44 ms at 64, 0.60 to 0.63 at 128).
+    AHEAD: gl.constexpr = D == 64
+    b_next_shift, b_next_delta, s_next_power = _numbers(
+        p_log_sum_exp, p_delta, p_d_q_left_power, o_row * HQ, o_row < s_rows, 0
+    )  # fmt: skip
     # One unit for all gradients, which the heads may raise one after another.
     s_dk_power *= s_k_power
     s_unit = gl.maximum(2.0**-100, gl.maximum(s_dk_power, s_dp_power))
@@ -261,9 +274,13 @@ def leaf_backward_group_kernel(
         o_number = o_row * HQ + i_group
         m_query = o_row < s_rows
         causal = o_row[:, None] >= o_column[None, :]
-        b_shift = gl.load(p_log_sum_exp + o_number, mask=m_query, other=0.0) * LOG2_E
-        b_delta = gl.load(p_delta + o_number, mask=m_query, other=0.0)
-        s_dq_power = gl.load(p_d_q_left_power + i_group)
+        if not AHEAD:
+            b_next_shift, b_next_delta, s_next_power = _numbers(
+                p_log_sum_exp, p_delta, p_d_q_left_power, o_number, m_query, i_group
+            )  # fmt: skip
+        b_shift = b_next_shift * LOG2_E
+        b_delta = b_next_delta
+        s_dq_power = s_next_power
         if p_g is not None:
             o_of_warp = gl.arange(0, LEAF, ROWS_OF_WARP)
             b_g = gl.load(p_g + i_group + o_of_warp * HQ, mask=o_of_warp < s_rows, other=0.0).to(gl.float32)
@@ -330,6 +347,10 @@ def leaf_backward_group_kernel(
             async_load_numbers(s_next_q, p_q + o_next, mask=m_tile)
             async_load_numbers(s_do, p_d_out + o_next, mask=m_tile)
             async_load_numbers(s_next_dq_left, p_d_q_left + o_next)
+            if AHEAD:
+                b_next_shift, b_next_delta, s_next_power = _numbers(
+                    p_log_sum_exp, p_delta, p_d_q_left_power, o_number + 1, m_query, i_group + 1
+                )  # fmt: skip
         else:
             _copy(s_inverse, p_inverse, i_tile, LEAF)
             async_load_numbers(s_edge, p_edge + o_edge, mask=m_edge)
