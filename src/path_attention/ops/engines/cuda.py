@@ -39,6 +39,9 @@ COLUMNS = 16
 # Leaves times key heads of a part, for head dims up to PART_DIM: 0.9 GB of rows and matrices, and still enough programs
 # to fill the largest GPUs several times.
 PART, PART_DIM = 4096, 64
+# Times as many in the forward pass, whose buffers for a leaf are 0.6 times those of the backward pass, beside fewer
+# results: the peak of a training step stays where it is, and a prompt takes half the launches.
+FORWARD_PARTS = 2
 # Rows of one program of the delta kernel: 64 x 64 tiles keep loads wide and registers few.
 DELTA_ROWS = 64
 # |dS| <= |d_out . (v - out)|: with entries of d_out and v below twice their powers of two a row of 256 columns gives at
@@ -146,8 +149,8 @@ class Part(NamedTuple):
 SpansUser = Callable[[Part, Inputs, linear.Spans], None]
 
 
-def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[Part]:
-    """The call cut along its sequences, and where one alone is too much along its key heads.
+def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, part: int) -> Iterator[Part]:
+    """The call cut along its sequences, and where one alone is too much along its key heads; ``part`` as PART.
 
     What the stages hold besides inputs and results is by far the most of their memory: it is held for one part.
     """
@@ -156,7 +159,7 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Iterator[Part]:
     leaves = -(-length // LEAF)
     # A leaf's rows grow with their width, and float32 ones, which wide rows are between the stages, are twice as large.
     float32 = q.dtype == torch.float32 or dim > linear.WHOLE_DIM
-    most = max(1, int(PART / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
+    most = max(1, int(part / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
     sequences = max(1, min(batch, most // (leaves * heads)))
     part_heads = heads if leaves * heads <= most else max(1, most // leaves)
     sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
@@ -238,7 +241,7 @@ def forward(
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
-    for part in _parts(q, k, cu_seqlens):
+    for part in _parts(q, k, cu_seqlens, FORWARD_PARTS * PART):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale)
         out = _place(result, part.queries, padded=True)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
@@ -270,7 +273,7 @@ def backward(
     d_gate = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
     places = (*results[:3], _by_head(results[3]), _by_head(results[4]))
     padded = (True, True, True, True, False)
-    for part in _parts(q, k, cu_seqlens):
+    for part in _parts(q, k, cu_seqlens, PART):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale)
         index = (part.queries, *[part.keys] * 4)
         found = [_place(*x) for x in zip(places, index, padded, strict=True)]
