@@ -32,7 +32,7 @@ NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 # Registers of a thread. Forward at head_dim 64 three programs share a multiprocessor (0.41 ms against 0.43 with two, at
-# 2 x 8192 x 32 heads on an H200); the others spill less in two (backward 0.57 ms against 0.63).
+# 2 x 8192 x 32 heads on an H200, when loads were where their values are wanted); the others have shared memory for two.
 _FORWARD_REGISTERS = {64: 168, 128: 255}
 _BACKWARD_REGISTERS = 255
 
