@@ -33,6 +33,18 @@ def largest_span(i_leaf, i_end, LEAVES: tl.constexpr):
 
 
 @triton.jit
+def find_unit(s_units, i_first, i_first_head, H, s_heads):
+    """What this program is for, heads first: which of the s_units of a sequence and head; its sequence and head in the
+    part; both in the state, and the number of the pair there.
+    """
+    i_head = tl.program_id(0) % H
+    i_given = tl.program_id(0) // H // s_units
+    i_sequence, i_state_head = i_first + i_given, i_first_head + i_head
+    i_bh = i_sequence * s_heads + i_state_head
+    return tl.program_id(0) // H % s_units, i_given, i_head, i_sequence, i_state_head, i_bh
+
+
+@triton.jit
 def key_past(b_k, p_matrix, p_rest, i_tile, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr):
     """k P^T in float32, from operands rounded to float16; with SPLIT from two parts of each, 22 bits."""
     b_p = load_square(p_matrix, i_tile, DIM, BLOCK_D)
@@ -90,12 +102,7 @@ def prefill_keys_kernel(
 ):
     """One page of one key head: its keys at the right edge of its chunk or of the last folded token, and its values."""
     LEAVES: tl.constexpr = C // ROWS
-    i_head = tl.program_id(0) % H
-    i_leaf = tl.program_id(0) // H % s_pages
-    i_given = tl.program_id(0) // H // s_pages
-    i_sequence = i_first + i_given
-    i_state_head = i_first_head + i_head
-    i_bh = i_sequence * s_heads + i_state_head
+    i_leaf, i_given, i_head, i_sequence, i_state_head, i_bh = find_unit(s_pages, i_first, i_first_head, H, s_heads)
     i_chunk = i_leaf // LEAVES
     s_end = tl.minimum((i_chunk + 1) * C, s_due)
     i_edge = s_end // ROWS  # the leaf that whole leaves of this chunk end before
@@ -162,12 +169,7 @@ def prefill_products_kernel(
 ):
     """P of one chunk and key head, or P_open of the last one: of a whole chunk that of its span."""
     LEAVES: tl.constexpr = C // ROWS
-    i_head = tl.program_id(0) % H
-    i_chunk = tl.program_id(0) // H % s_segments
-    i_given = tl.program_id(0) // H // s_segments
-    i_sequence = i_first + i_given
-    i_state_head = i_first_head + i_head
-    i_bh = i_sequence * s_heads + i_state_head
+    i_chunk, i_given, i_head, i_sequence, i_state_head, i_bh = find_unit(s_segments, i_first, i_first_head, H, s_heads)
     s_end = tl.minimum((i_chunk + 1) * C, s_due)
     i_edge = s_end // ROWS
     o_d = tl.arange(0, BLOCK_D)

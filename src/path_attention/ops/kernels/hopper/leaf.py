@@ -72,24 +72,25 @@ def _operand(b_x):
 
 
 @gluon.jit
-def load_tile(p_x, i_row, s_rows, row_stride, COLUMNS: gl.constexpr = 64, LAYOUT: gl.constexpr = MEMORY):
-    """Rows i_row .. i_row + s_rows, zeros past them."""
-    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, LAYOUT))[:, None]
-    o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))[None, :]
-    p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
-    return gl.load(p, mask=o_row < s_rows, other=0.0)
-
-
-@gluon.jit
-def copy_tile(s_x, p_x, i_row, s_rows, row_stride):
-    """Have 64 columns of rows i_row .. i_row + s_rows come to s_x, zeros past them, in the type of p_x."""
+def copy_tile(
+    s_x,
+    p_x,
+    i_row,
+    s_rows,
+    row_stride,
+    ROWS: gl.constexpr = LEAF,
+    COLUMNS: gl.constexpr = 64,
+    LAYOUT: gl.constexpr = MEMORY,
+    LAYOUT_FLOAT32: gl.constexpr = MEMORY_FLOAT32,
+):
+    """Have ROWS rows from i_row on come to s_x, zeros from i_row + s_rows on, in the type of p_x."""
     dtype: gl.constexpr = p_x.dtype.element_ty
-    LAYOUT: gl.constexpr = MEMORY_FLOAT32 if dtype == gl.float32 else MEMORY
+    FROM: gl.constexpr = LAYOUT_FLOAT32 if dtype == gl.float32 else LAYOUT
     SHARED: gl.constexpr = TILE_FLOAT32 if dtype == gl.float32 else TILE
-    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, LAYOUT))[:, None]
-    o_column = gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]
+    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, FROM))[:, None]
+    o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, FROM))[None, :]
     p = p_x + gl.cast(i_row, gl.int64) * row_stride + (o_row * row_stride + o_column)
-    async_load_numbers(reinterpret(s_x, dtype, [LEAF, 64], SHARED), p, mask=o_row < s_rows)
+    async_load_numbers(reinterpret(s_x, dtype, [ROWS, COLUMNS], SHARED), p, mask=o_row < s_rows)
 
 
 @gluon.jit
@@ -391,9 +392,9 @@ def _largest(b_x):
 
 
 @gluon.jit
-def _scale_copied(s_x, scale):
-    """float16 rows that copy_tile brought, times scale, in their place."""
-    s_x.store((s_x.load(MEMORY).to(gl.float32) * scale).to(gl.float16))
+def scale_tile(s_x, scale, LAYOUT: gl.constexpr = MEMORY):
+    """A float16 tile times scale, in its place."""
+    s_x.store((s_x.load(LAYOUT).to(gl.float32) * scale).to(gl.float16))
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -518,7 +519,7 @@ def leaf_backward_kernel(
     s_k.store((b_k * s_k_inverse).to(gl.float16))
     s_q.store((b_q * s_q_inverse).to(gl.float16))
     s_w.store(copied(s_pair, p_w).to(gl.float16))
-    _scale_copied(s_y, s_k_inverse)
+    scale_tile(s_y, s_k_inverse)
     fence_async_shared()
     thread_barrier()  # the first product reads none of what was stored last: Triton would put its own before the fence
     # The leaf's own attention again.
@@ -563,9 +564,9 @@ def leaf_backward_kernel(
         s_ds_scale = s_q_power * s_k_power * scale
         s_unit = gl.maximum(s_ds_power * s_ds_scale, s_unit)
     s_gradient = HEADROOM / gl.maximum(s_unit, 2.0**-100)
-    _scale_copied(s_dq_left, s_dq_power * s_gradient)
-    _scale_copied(s_dk_right, s_dk_power * s_gradient)
-    _scale_copied(s_dp, s_dp_power * s_gradient)
+    scale_tile(s_dq_left, s_dq_power * s_gradient)
+    scale_tile(s_dk_right, s_dk_power * s_gradient)
+    scale_tile(s_dp, s_dp_power * s_gradient)
     if ATTENTION:
         b_ds = b_ds * (s_ds_scale * s_gradient)
         put(s_ds, b_ds)

@@ -20,11 +20,14 @@ from path_attention.ops.kernels.hopper.dense_forward import LEAF, LOG2_E
 from path_attention.ops.kernels.hopper.gluon_names import async_load_numbers, reinterpret, thread_barrier
 from path_attention.ops.kernels.hopper.leaf import (
     CLOSED,
+    NUMBERS,
     TILE,
     TILE_FLOAT32,
+    copy_tile,
     place_of_leaf,
     power_of_two,
     put,
+    scale_tile,
     store_tile,
 )
 from path_attention.ops.kernels.tiles import COUNTS
@@ -36,7 +39,6 @@ MEMORY_FLOAT32 = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0]))
 ROW = gl.constexpr(gl.SliceLayout(1, NARROW))
 COLUMN = gl.constexpr(gl.SliceLayout(0, NARROW))
 ROWS_OF_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [8], [0]))  # the same 64 numbers in each warp
-NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 # Registers of a thread: at head_dim 64 two programs share a multiprocessor, at 128 it has room for the sums of one. For
 # one query head, where nothing is a loop, 560 bytes are spilled there.
@@ -73,27 +75,10 @@ def _add(a, b):
 
 
 @gluon.jit
-def _copy(s_x, p_x, i_tile, s_rows):
-    """Have tile i_tile of p_x, as large as s_x and contiguous, come to s_x, its first s_rows rows and zeros."""
-    ROWS: gl.constexpr = s_x.shape[0]
-    COLUMNS: gl.constexpr = s_x.shape[1]
-    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, MEMORY))[:, None]
-    o_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, MEMORY))[None, :]
-    p = p_x + gl.cast(i_tile, gl.int64) * (ROWS * COLUMNS) + (o_row * COLUMNS + o_column)
-    async_load_numbers(s_x, p, mask=o_row < s_rows)
-
-
-@gluon.jit
 def _numbers(p_log_sum_exp, p_delta, p_power, o_number, m_row, i_group):
     """Log-sum-exp and delta of a head's rows, and the power of two of its d_q_left."""
     b_log_sum_exp = gl.load(p_log_sum_exp + o_number, mask=m_row, other=0.0)
     return b_log_sum_exp, gl.load(p_delta + o_number, mask=m_row, other=0.0), gl.load(p_power + i_group)
-
-
-@gluon.jit
-def _scale(s_x, scale):
-    """s_x times scale, in its place."""
-    s_x.store((s_x.load(MEMORY).to(gl.float32) * scale).to(gl.float16))
 
 
 @gluon.jit
@@ -224,8 +209,8 @@ def leaf_backward_group_kernel(
     o_w_row = gl.arange(0, LEAF, gl.SliceLayout(1, W_LAYOUT))[:, None]
     o_w = o_w_row * key_stride + gl.arange(0, D, gl.SliceLayout(0, W_LAYOUT))[None, :]
     async_load_numbers(s_given, p_w + o_leaf + o_w, mask=o_w_row < s_rows)
-    _copy(s_u, p_u, i_tile, LEAF)
-    _copy(s_y, p_y, i_tile, LEAF)
+    copy_tile(s_u, p_u, i_tile * LEAF, LEAF, D, LEAF, D, MEMORY)
+    copy_tile(s_y, p_y, i_tile * LEAF, LEAF, 64, LEAF, 64, MEMORY)
     async_load_numbers(s_next_q, p_q + o_first, mask=m_first)
     async_copy.commit_group()
     async_load_numbers(s_v, p_v + o_leaf + o_keys, mask=m_first)
@@ -253,8 +238,8 @@ def leaf_backward_group_kernel(
     thread_barrier()
     s_k_power, s_k_inverse = _normalise(s_k, reinterpret(s_k, HALF, [LEAF, D], TILE).load(MEMORY))
     s_w.store(s_given.load(MEMORY).to(gl.float16))
-    _scale(s_u, -1.0)
-    _scale(s_y, -s_k_inverse)
+    scale_tile(s_u, -1.0, MEMORY)
+    scale_tile(s_y, -s_k_inverse, MEMORY)
     b_dv = b_dv.to(gl.float32) * (1.0 / s_factor)
     b_dk = _zeros(D, WIDE)
     b_dw = _zeros(D, WIDE)
@@ -352,9 +337,9 @@ def leaf_backward_group_kernel(
                     p_log_sum_exp, p_delta, p_d_q_left_power, o_number + 1, m_query, i_group + 1
                 )  # fmt: skip
         else:
-            _copy(s_inverse, p_inverse, i_tile, LEAF)
+            copy_tile(s_inverse, p_inverse, i_tile * LEAF, LEAF, 64, LEAF, 64, MEMORY)
             async_load_numbers(s_edge, p_edge + o_edge, mask=m_edge)
-            _copy(s_matrix, p_d_node, i_node, s_right_rows)
+            copy_tile(s_matrix, p_d_node, i_node * D, s_right_rows, D, D, D, MEMORY)
         async_copy.commit_group()
         put(s_dx, b_dx)
         t_dq = warpgroup_mma(s_ds, s_k, s_dq_left.load(WIDE).to(gl.float32), is_async=True)
@@ -369,9 +354,9 @@ def leaf_backward_group_kernel(
     async_copy.wait_group(0)
     thread_barrier()
     s_gradient = HEADROOM / s_unit
-    _scale(s_edge, s_dk_power * s_gradient)
+    scale_tile(s_edge, s_dk_power * s_gradient, MEMORY)
     for i in gl.static_range(D // 64):
-        _scale(s_matrix.slice(i * 64, 64, 0), s_dp_power * s_gradient)
+        scale_tile(s_matrix.slice(i * 64, 64, 0), s_dp_power * s_gradient, MEMORY)
     fence_async_shared()
     thread_barrier()
     t_dy = warpgroup_mma(s_edge, s_w.permute((1, 0)), b_dy, is_async=True)
