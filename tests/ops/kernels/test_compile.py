@@ -113,13 +113,13 @@ LATER_SPILLS: dict[int, dict[str, int]] = {
     64: {
         "hopper.leaf.leaf_forward_kernel": 750,
         "hopper.leaf.leaf_backward_kernel": 370,
-        "hopper.leaf_group.leaf_backward_group_kernel": 2060,
+        "hopper.leaf_group.leaf_backward_group_kernel": 2310,
         "hopper.dense_backward.dense_backward_kernel": 280,
         "hopper.pair_kernels.pair_backward_kernel": 190,
     },
     128: {
         "hopper.leaf.leaf_forward_kernel": 415,
-        "hopper.leaf_group.leaf_backward_group_kernel": 1120,
+        "hopper.leaf_group.leaf_backward_group_kernel": 1255,
         "hopper.dense_backward.dense_backward_kernel": 840,
         "hopper.pair_kernels.pair_backward_kernel": 520,
     },
