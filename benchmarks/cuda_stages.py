@@ -24,6 +24,7 @@ from path_attention import path_attention, unsupported_reason
 from path_attention.benchmark.measure import environment
 from path_attention.benchmark.shapes import Shape, operands
 from path_attention.ops.engines import cuda
+from path_attention.ops.kernels.launch import launched_by_triton
 
 CALLS = 5
 SHAPES = "2x8192x32x64,8x2048x32x64,2x8192x16x128,1x32768x32x64"
@@ -57,7 +58,8 @@ def recorded() -> Iterator[list[tuple[str, int, torch.cuda.Event, torch.cuda.Eve
 
     JITFunction.run = timed
     try:
-        yield launches
+        with launched_by_triton():
+            yield launches
     finally:
         JITFunction.run = run
 

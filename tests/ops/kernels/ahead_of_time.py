@@ -2,9 +2,10 @@
 
     python -m tests.ops.kernels.ahead_of_time '{"backend": "hopper", "dim": 64}' ...
 
-An argument is a call as run_engine takes it, or what else ``backend`` names. The engine runs as it is on tensors that
-nobody computes, so that signatures, constants and launch options are those of real launches. stdout has a JSON list, an
-object for each compiled variant of a kernel.
+An argument is a call as run_engine takes it, or what else ``backend`` names; with ``"only": "hopper."`` kernels of
+which the name begins otherwise are left out. The engine runs as it is on tensors that nobody computes, so that
+signatures, constants and launch options are those of real launches. stdout has a JSON list, an object for each compiled
+variant of a kernel.
 """
 
 import contextlib
@@ -40,20 +41,25 @@ class Hopper:
         return GPUTarget("cuda", 90, 32)
 
 
-def compile_instead_of_launching(found: list[dict[str, Any]]) -> None:
-    """Replace launches from here on by compilations, whose results go to ``found``; a variant counts once."""
+def compile_instead_of_launching(found: list[dict[str, Any]], call: dict[str, Any]) -> None:
+    """Replace launches from here on by compilations, whose results go to ``found``; a variant counts once. Of ``call``,
+    which changes meanwhile, ``only`` says which.
+    """
     triton.runtime.driver.set_active(Hopper())  # type: ignore[arg-type]
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # one from Triton's cache has no log
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        module = self.fn.__module__.partition("kernels.")[2]
+        name = f"{module}.{self.fn.__name__}"
+        if not name.startswith(call.get("only", "")):
+            return
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if log.getvalue():  # else it is compiled already
-            module = self.fn.__module__.partition("kernels.")[2]
-            found.append(describe(f"{module}.{self.fn.__name__}", kernel, log.getvalue()))
+            found.append(describe(name, kernel, log.getvalue()))
 
     JITFunction.run = compile_only
 
@@ -168,9 +174,12 @@ def run_decode(dim: int, group: int = 1) -> None:
 
 if __name__ == "__main__":
     compiled: list[dict[str, Any]] = []
-    compile_instead_of_launching(compiled)
-    for call in sys.argv[1:]:
-        options = json.loads(call)
+    call: dict[str, Any] = {}
+    compile_instead_of_launching(compiled, call)
+    for argument in sys.argv[1:]:
+        call.clear()
+        call |= json.loads(argument)
+        options = {name: x for name, x in call.items() if name != "only"}
         others = {
             "pairs": run_pairs,
             "hopper_pairs": run_hopper_pairs,

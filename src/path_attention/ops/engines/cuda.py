@@ -15,6 +15,7 @@ from torch import Tensor
 from path_attention.ops.engines import dense, siblings
 from path_attention.ops.kernels import linear, torch_leaves
 from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
+from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table
 from path_attention.ops.kernels.linear import Inputs
 from path_attention.ops.kernels.merge_kernels import delta_kernel, factor_kernel
@@ -329,7 +330,9 @@ def delta_and_factor(out: Tensor, d_out: Tensor, v: Tensor) -> tuple[Tensor, Ten
     """
     delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
     largest = None if v.dtype == torch.float32 else torch.zeros(2, dtype=torch.int32, device=out.device)
-    delta_kernel[(triton.cdiv(delta.numel(), DELTA_ROWS),)](
+    launch_kernel(
+        delta_kernel,
+        (triton.cdiv(delta.numel(), DELTA_ROWS),),
         p_out=out,
         p_d_out=d_out,
         p_v=v,
@@ -338,14 +341,14 @@ def delta_and_factor(out: Tensor, d_out: Tensor, v: Tensor) -> tuple[Tensor, Ten
         s_rows=delta.numel(),
         s_values=v.shape[0] * v.shape[1],
         DV=out.shape[2],
-        BLOCK_DV=triton.next_power_of_2(out.shape[2]),
+        BLOCK_DV=next_power_of_2(out.shape[2]),
         BLOCK_ROWS=DELTA_ROWS,
         num_warps=4,
     )
     if largest is None:
         return delta, None
     factor = torch.empty(1, dtype=torch.float32, device=out.device)
-    factor_kernel[(1,)](p_largest=largest, p_factor=factor, HEADROOM=HEADROOM, num_warps=1)
+    launch_kernel(factor_kernel, (1,), p_largest=largest, p_factor=factor, HEADROOM=HEADROOM, num_warps=1)
     return delta, factor
 
 

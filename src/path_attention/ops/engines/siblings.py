@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from path_attention.ops.engines import dense as torch_dense
 from path_attention.ops.kernels import dense as triton_dense
 from path_attention.ops.kernels import linear
+from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 from path_attention.ops.kernels.merge_kernels import merge_kernel, sum_values_kernel
 
@@ -156,7 +156,9 @@ def sdpa_forward(
     if not parts:
         return
     query_heads, value_dim = inputs.query_heads, inputs.v.shape[2]
-    merge_kernel[(table.num_leaves * query_heads,)](
+    launch_kernel(
+        merge_kernel,
+        (table.num_leaves * query_heads,),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
         parts=tuple(part.transpose(1, 2).contiguous() for part, _ in parts),
@@ -166,7 +168,7 @@ def sdpa_forward(
         FIRST_LEVEL=0,
         NUM_LEVELS=len(parts),
         DV=value_dim,
-        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_DV=next_power_of_2(value_dim),
         num_warps=4,
     )
 
@@ -202,7 +204,9 @@ def sdpa_backward(
         values.append(d_v.transpose(1, 2).contiguous())
     if values:
         heads, value_dim = inputs.heads, inputs.v.shape[2]
-        sum_values_kernel[(table.num_leaves * heads,)](
+        launch_kernel(
+            sum_values_kernel,
+            (table.num_leaves * heads,),
             p_d_values=result.values,
             parts=tuple(values),
             **_without_empty_slots(table),
@@ -210,7 +214,7 @@ def sdpa_backward(
             FIRST_LEVEL=0,
             NUM_LEVELS=len(values),
             DV=value_dim,
-            BLOCK_DV=triton.next_power_of_2(value_dim),
+            BLOCK_DV=next_power_of_2(value_dim),
             num_warps=4,
         )
     return result

@@ -10,6 +10,7 @@ from path_attention.ops.kernels.convolve_normalise_kernels import (
     convolve_normalise_backward_kernel,
     convolve_normalise_kernel,
 )
+from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
 
 # Numbers of a tile, a token's row of some heads, in four warps: four a thread, which are read at once and let a head of
 # 64 or 128 lie in one warp, whose threads sum its squares without waiting for other warps.
@@ -28,8 +29,8 @@ BACKWARD_GROUP = 4
 def _arguments(x: Tensor, weight: Tensor, head_dim: int) -> dict[str, Any]:
     """How the kernels divide x (B, L, heads * head_dim)."""
     heads = x.shape[2] // head_dim
-    block_d = triton.next_power_of_2(head_dim)
-    block_heads = min(triton.next_power_of_2(heads), max(1, TILE // block_d))
+    block_d = next_power_of_2(head_dim)
+    block_heads = min(next_power_of_2(heads), max(1, TILE // block_d))
     return {
         "length": x.shape[1],
         "blocks": triton.cdiv(x.shape[1], TOKENS),
@@ -51,7 +52,9 @@ def forward(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int, 
     """w (B, L, channels) float32 of x (B, L, channels), weight (channels, width) and positions (L,)."""
     arguments = _arguments(x, weight, head_dim)
     w = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    convolve_normalise_kernel[_grid(x, arguments)](
+    launch_kernel(
+        convolve_normalise_kernel,
+        _grid(x, arguments),
         p_x=x.contiguous(),
         p_weight=weight.contiguous(),
         p_positions=None if positions is None else positions.contiguous(),
@@ -72,7 +75,9 @@ def backward(
     channels, width = weight.shape
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_taps = torch.empty(x.shape[0] * arguments["blocks"], width, channels, dtype=torch.float32, device=x.device)
-    convolve_normalise_backward_kernel[_grid(x, arguments)](
+    launch_kernel(
+        convolve_normalise_backward_kernel,
+        _grid(x, arguments),
         p_d_w=d_w.contiguous(),
         p_x=x.contiguous(),
         p_weight=weight.contiguous(),

@@ -16,6 +16,7 @@ from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
 from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
+from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
 from path_attention.ops.kernels.linear import Spans
 from path_attention.ops.kernels.prefill_kernels import prefill_keys_kernel, prefill_products_kernel
 
@@ -127,7 +128,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _block(dim: int) -> int:
-    return max(MIN_BLOCK, triton.next_power_of_2(dim))
+    return max(MIN_BLOCK, next_power_of_2(dim))
 
 
 STEP_OPTIONS = "GROUP R D DV C ROOM BLOCK_D BLOCK_DV BLOCK_B CODED GATED"
@@ -152,8 +153,14 @@ def _options(state: State, query_heads: int, names: str) -> dict[str, object]:
     return {name: known[name] for name in names.split()}
 
 
+@cache
+def _pointers(names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((f"p_{name}", name) for name in names.split())
+
+
 def _fields(state: State, names: str) -> dict[str, Tensor]:
-    return {f"p_{name}": getattr(state, name) for name in names.split()}
+    """Arguments by name, for pointers."""
+    return {argument: getattr(state, name) for argument, name in _pointers(names)}
 
 
 def _codes(state: State) -> Tensor:
@@ -189,7 +196,9 @@ def _attend(
     pieces = items + batch
     out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
     log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
-    attend_kernel[(pieces * heads * tiles,)](
+    launch_kernel(
+        attend_kernel,
+        (pieces * heads * tiles,),
         p_q=q,
         **new,
         **_fields(state, _ATTENDED),
@@ -261,7 +270,9 @@ def step(
     found = _attend(state, q, query_heads, longest, new, before, tokens.scale, capacity, moved=False)
     result = torch.empty(*q.shape[:3], state.v.shape[3], dtype=q.dtype, device=q.device)
     count = q.shape[0] * q.shape[1]
-    append_kernel[(count * query_heads + batch,)](
+    launch_kernel(
+        append_kernel,
+        (count * query_heads + batch,),
         p_out=found[0],
         p_log_sum_exp=found[1],
         p_before=before,
@@ -298,7 +309,9 @@ def _fold(
     if not state.coded:
         launch = replace(launch, keys=MIN_BLOCK)  # products in float32 take registers for every key
     workers = min(batch * heads * state.chunk // PAGE, launch.programs * _multiprocessors(device))
-    fold_kernel[(workers,)](
+    launch_kernel(
+        fold_kernel,
+        (workers,),
         p_before=before,
         p_bounds=bounds,
         **_fields(state, _FOLDED),
@@ -346,7 +359,9 @@ def _attend_rows(state: State, x: Tensor, gate: Tensor | None, group: int) -> tu
     out, lse, items = _attend(state, x, query_heads, count, empty, None, 1.0, UNBOUNDED, moved=True)
     result = torch.empty(batch, query_heads, count, state.v.shape[3], dtype=torch.float32, device=x.device)
     result_lse = torch.empty(batch, query_heads, count, dtype=torch.float32, device=x.device)
-    join_kernel[(result_lse.numel(),)](
+    launch_kernel(
+        join_kernel,
+        (result_lse.numel(),),
         p_out=out,
         p_log_sum_exp=lse,
         p_result=result,
@@ -408,7 +423,9 @@ class _Rows(NamedTuple):
 def _fold_leaves(state: State, rows: _Rows, common: dict[str, object], first: int, chains: int, chunk: int) -> None:
     """fold_leaf_kernel of ``chains`` chunks of so many tokens and heads, from chain ``first`` on."""
     heads, launch = rows.k.shape[2], _fold_launch(state)
-    fold_leaf_kernel[(chains * chunk // PAGE,)](
+    launch_kernel(
+        fold_leaf_kernel,
+        (chains * chunk // PAGE,),
         p_k=rows.k,
         p_v=rows.v,
         p_w=rows.w,
@@ -452,7 +469,9 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
     for first in range(0, chains, size):
         part = min(size, chains - first)
         _fold_leaves(state, new, common, first, part, state.chunk)
-        fold_chain_kernel[(part,)](
+        launch_kernel(
+            fold_chain_kernel,
+            (part,),
             **_fields(state, "keys key_scale products pages chunks product scale"),
             **common,
             s_first=first,
@@ -517,7 +536,9 @@ def fold_spans(
         "num_stages": 1,
     }
     pages, segments = triton.cdiv(due, PAGE), triton.cdiv(due, state.chunk)
-    prefill_keys_kernel[(batch * pages * heads,)](
+    launch_kernel(
+        prefill_keys_kernel,
+        (batch * pages * heads,),
         p_k_right=spans.k_right,
         p_v=v,
         p_tail=tail.right,
@@ -535,7 +556,9 @@ def fold_spans(
         SPLIT=state.k.dtype == torch.float16,
         num_warps=4,
     )
-    prefill_products_kernel[(batch * segments * heads,)](
+    launch_kernel(
+        prefill_products_kernel,
+        (batch * segments * heads,),
         **_fields(state, "products chunks product"),
         **common,
         s_segments=segments,

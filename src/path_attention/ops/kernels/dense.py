@@ -23,6 +23,7 @@ from path_attention.ops.kernels.dense_kernels import (
     dense_backward_queries_kernel,
     dense_forward_kernel,
 )
+from path_attention.ops.kernels.launch import launch_kernel
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 
 # First compute capability whose copy engine reads tensor descriptors.
@@ -161,7 +162,9 @@ def dense_forward(
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None, values.dtype).forward
-    dense_forward_kernel[(table.num_leaves * query_heads,)](
+    launch_kernel(
+        dense_forward_kernel,
+        (table.num_leaves * query_heads,),
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_key_rows=_descriptor(key_rows, dim, launch),
         t_values=_descriptor(values, value_dim, launch),
@@ -200,7 +203,9 @@ def dense_backward_queries(
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None, values.dtype).backward_queries
-    dense_backward_queries_kernel[(table.num_leaves * query_heads,)](
+    launch_kernel(
+        dense_backward_queries_kernel,
+        (table.num_leaves * query_heads,),
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_key_rows=_descriptor(key_rows, dim, launch),
         t_values=_descriptor(values, value_dim, launch),
@@ -244,7 +249,9 @@ def dense_backward_keys(
     query_heads, heads = query_rows.shape[3], key_rows.shape[3]
     dim, value_dim = query_rows.shape[4], values.shape[2]
     launch = launches(dim, value_dim, gate_key is not None, values.dtype).backward_keys
-    dense_backward_keys_kernel[(table.num_leaves * heads,)](
+    launch_kernel(
+        dense_backward_keys_kernel,
+        (table.num_leaves * heads,),
         **_arguments(table, query_rows, key_rows, values, gate_query, gate_key),
         t_query_rows=_descriptor(query_rows, dim, launch),
         t_d_out=_descriptor(d_out, value_dim, launch),

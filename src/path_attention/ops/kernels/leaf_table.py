@@ -17,7 +17,7 @@ sequence's 2 * count nodes (the in-order numbering of a binary tree), where firs
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class LeafTable:
     key_slots: int  # leaves in a level's key buffer
     row_slots: int  # leaves in a buffer of one number a token, where every sequence starts at an even slot
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, object]:
         """What every kernel takes to find a leaf's place: ``place`` of tiles.py."""
         return {

@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
 from path_attention.ops.kernels.leaf_kernels import leaf_backward_kernel, leaf_forward_kernel
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 from path_attention.ops.kernels.transport_kernels import (
@@ -105,7 +105,7 @@ class Inputs:
         return {
             "GROUP": self.group,
             "D": dim,
-            "BLOCK_D": max(MIN_BLOCK, triton.next_power_of_2(dim)),
+            "BLOCK_D": max(MIN_BLOCK, next_power_of_2(dim)),
             "WORK": None if self.work_dtype == torch.float32 else tl.float16,
             # Loops here run a few times over whole tiles: buffering the next one would only take shared memory.
             "num_stages": 1,
@@ -129,7 +129,7 @@ class Inputs:
     def value_options(self) -> dict[str, int]:
         """Compile-time arguments of the kernels that see values."""
         value_dim = self.v.shape[2]
-        return {"DV": value_dim, "BLOCK_DV": max(MIN_BLOCK, triton.next_power_of_2(value_dim))}
+        return {"DV": value_dim, "BLOCK_DV": max(MIN_BLOCK, next_power_of_2(value_dim))}
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.work_dtype, device=self.q.device)
@@ -273,7 +273,9 @@ def _tree(
 ) -> None:
     """All nodes above the leaves, from theirs, and of their rests all or those that a launch begins with."""
     for first_level, levels in _tree_launches(inputs, table):
-        tree_kernel[(_spans(table, first_level + levels) * inputs.heads,)](
+        launch_kernel(
+            tree_kernel,
+            (_spans(table, first_level + levels) * inputs.heads,),
             p_node=nodes,
             p_node_rest=node_rest,
             p_gate_node=gate_nodes,
@@ -332,15 +334,25 @@ def _launch_leaves(
     if inputs.leaves == "hopper":
         from path_attention.ops.kernels.hopper import leaf as hopper_leaf  # only some versions of Triton have Gluon
 
-        hopper_leaf.leaf_forward_kernel[(leaves * heads,)](
-            **arguments, GROUP=inputs.group, D=dim, **hopper_leaf.forward_options(dim)
+        launch_kernel(
+            hopper_leaf.leaf_forward_kernel,
+            (leaves * heads,),
+            **arguments,
+            GROUP=inputs.group,
+            D=dim,
+            **hopper_leaf.forward_options(dim),
         )
     else:
         # A row meets 64 reflections, each of whose roundings is in proportion to 1 / sqrt(D): float16's own bits, and
         # rows shorter than the leaf, want both parts of the factors.
         split = is_half and (inputs.q.dtype == torch.float16 or dim < LEAF)
-        leaf_forward_kernel[(leaves * heads,)](
-            **arguments, SPLIT_ROWS=split, **inputs.value_options, **inputs.options()
+        launch_kernel(
+            leaf_forward_kernel,
+            (leaves * heads,),
+            **arguments,
+            SPLIT_ROWS=split,
+            **inputs.value_options,
+            **inputs.options(),
         )
 
 
@@ -380,7 +392,9 @@ def _levels(
         "ONLY_TOP": only_top,
         **inputs.matrix_options(),
     }
-    query_transport_kernel[(table.num_leaves * query_heads,)](
+    launch_kernel(
+        query_transport_kernel,
+        (table.num_leaves * query_heads,),
         p_q_left=q_left,
         p_query_rows=result.query_rows,
         p_gate_query=result.gate_query,
@@ -388,12 +402,14 @@ def _levels(
         **shared,
         **table.arguments,
     )
-    key_transport_kernel[(key_table.num_leaves * heads,)](
+    launch_kernel(
+        key_transport_kernel,
+        (key_table.num_leaves * heads,),
         p_k_right=k_right,
         p_key_rows=result.key_rows,
         p_gate_key=result.gate_key,
         key_slots=key_table.key_slots,
-        BLOCK_GROUP=triton.next_power_of_2(inputs.group),
+        BLOCK_GROUP=next_power_of_2(inputs.group),
         **shared,
         **key_table.arguments,
     )
@@ -459,7 +475,9 @@ def levels_backward(
     moved = {**shared, "p_factor": dense.factor, "num_levels": table.num_levels, "ONLY_TOP": nodes is not None}
     q_left = _scaled_rows(inputs, table, query_heads)
     query_partials = scaled_matrices(inputs, _partial_tiles(table.query_slots, table.num_levels), query_heads)
-    query_transport_backward_kernel[(table.num_leaves * query_heads,)](
+    launch_kernel(
+        query_transport_backward_kernel,
+        (table.num_leaves * query_heads,),
         p_query_rows=levels.take_queries(),
         p_d_query_rows=dense.take_queries(),
         p_d_q_left=q_left.tiles,
@@ -474,7 +492,9 @@ def levels_backward(
     if table.num_levels == 0:
         return EdgeGradients(q_left, k_right, nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads))
     key_partials = scaled_matrices(inputs, _partial_tiles(key_table.key_slots, table.num_levels), heads)
-    key_transport_backward_kernel[(key_table.num_leaves * heads,)](
+    launch_kernel(
+        key_transport_backward_kernel,
+        (key_table.num_leaves * heads,),
         p_key_rows=levels.take_keys(),
         p_d_key_rows=dense.take_keys(),
         p_d_k_right=k_right.tiles,
@@ -487,7 +507,9 @@ def levels_backward(
     )
     nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
     for level in reversed(range(tree_levels)):
-        tree_backward_kernel[(_spans(table, level + 1) * heads, 2)](
+        launch_kernel(
+            tree_backward_kernel,
+            (_spans(table, level + 1) * heads, 2),
             p_query_partials=query_partials.tiles,
             p_query_partials_power=query_partials.power,
             p_key_partials=key_partials.tiles,
@@ -576,17 +598,30 @@ def leaves_backward(
     if inputs.leaves == "hopper" and inputs.group == 1 and dim == LEAF:
         from path_attention.ops.kernels.hopper import leaf as hopper_leaf
 
-        hopper_leaf.leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
-            **arguments, D=dim, **hopper_leaf.backward_options()
+        launch_kernel(
+            hopper_leaf.leaf_backward_kernel,
+            (table.num_leaves * inputs.heads,),
+            **arguments,
+            D=dim,
+            **hopper_leaf.backward_options(),
         )
     elif inputs.leaves == "hopper":
         from path_attention.ops.kernels.hopper import leaf_group
 
         assert d_out is not None
-        leaf_group.leaf_backward_group_kernel[(table.num_leaves * inputs.heads,)](
-            **arguments, GROUP=inputs.group, D=dim, **leaf_group.backward_options(dim)
+        launch_kernel(
+            leaf_group.leaf_backward_group_kernel,
+            (table.num_leaves * inputs.heads,),
+            **arguments,
+            GROUP=inputs.group,
+            D=dim,
+            **leaf_group.backward_options(dim),
         )
     else:
-        leaf_backward_kernel[(table.num_leaves * inputs.heads,)](
-            **arguments, **inputs.value_options, **inputs.options(wide=True)
+        launch_kernel(
+            leaf_backward_kernel,
+            (table.num_leaves * inputs.heads,),
+            **arguments,
+            **inputs.value_options,
+            **inputs.options(wide=True),
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from path_attention.ops.kernels import dense
+from path_attention.ops.kernels.launch import launch_kernel
 from path_attention.ops.kernels.leaf_table import LEAF
 from path_attention.ops.kernels.pair_kernels import (
     pair_backward_keys_kernel,
@@ -88,7 +89,9 @@ def forward(x: Operands) -> tuple[Tensor, Tensor]:
     out = x.values.new_empty(batch, query_heads, rows, x.values.shape[3])
     log_sum_exp = torch.empty_like(x.gate_query)
     launch = _launches(x).forward
-    pair_forward_kernel[(rows // LEAF, batch * query_heads)](
+    launch_kernel(
+        pair_forward_kernel,
+        (rows // LEAF, batch * query_heads),
         **_arguments(x),
         t_keys=_descriptor(x.keys, launch),
         t_values=_descriptor(x.values, launch),
@@ -117,7 +120,9 @@ def backward(x: Operands, d_out: Tensor, log_sum_exp: Tensor, delta: Tensor) -> 
     launches = _launches(x)
     of_output = {"p_d_out": d_out, "p_log_sum_exp": log_sum_exp, "p_delta": delta}
     launch = launches.backward_queries
-    pair_backward_queries_kernel[(rows // LEAF, batch * query_heads)](
+    launch_kernel(
+        pair_backward_queries_kernel,
+        (rows // LEAF, batch * query_heads),
         **_arguments(x),
         **of_output,
         t_keys=_descriptor(x.keys, launch),
@@ -130,7 +135,9 @@ def backward(x: Operands, d_out: Tensor, log_sum_exp: Tensor, delta: Tensor) -> 
         num_stages=1,
     )
     launch = launches.backward_keys
-    pair_backward_keys_kernel[(x.keys.shape[2] // LEAF, batch * x.keys.shape[1])](
+    launch_kernel(
+        pair_backward_keys_kernel,
+        (x.keys.shape[2] // LEAF, batch * x.keys.shape[1]),
         **_arguments(x),
         **of_output,
         t_queries=_descriptor(x.queries, launch),

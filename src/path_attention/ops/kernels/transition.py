@@ -1,9 +1,9 @@
 """Launcher of the kernel that makes one token's transitions and gates."""
 
 import torch
-import triton
 from torch import Tensor
 
+from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
 from path_attention.ops.kernels.transition_kernels import transition_kernel
 
 
@@ -37,7 +37,9 @@ def step(
 
     w, new_beta, g = like(x), like(beta), None if gate is None else like(gate)
     query_heads = 1 if gate is None else gate.shape[2]
-    transition_kernel[(batch * heads,)](
+    launch_kernel(
+        transition_kernel,
+        (batch * heads,),
         p_x=x.contiguous(),
         p_beta=beta.contiguous(),
         p_gate=None if gate is None else gate.contiguous(),
@@ -52,9 +54,9 @@ def step(
         window=ring.shape[1],
         eps=eps,
         D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         WIDTH=weight.shape[1],
-        BLOCK_GATES=triton.next_power_of_2(query_heads),
+        BLOCK_GATES=next_power_of_2(query_heads),
         num_warps=2,
     )
     return w, new_beta, g

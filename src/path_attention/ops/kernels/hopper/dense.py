@@ -13,6 +13,7 @@ from path_attention.ops.kernels.dense import heads_of_a_section
 from path_attention.ops.kernels.dense_kernels import lowest_level_backward_kernel
 from path_attention.ops.kernels.hopper.dense_backward import dense_backward_kernel
 from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
+from path_attention.ops.kernels.launch import launch_kernel
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
 from path_attention.ops.kernels.merge_kernels import output_rows_kernel, token_rows_kernel
 
@@ -131,7 +132,9 @@ def dense_forward(
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
     options = _OPTIONS[dim]
     turns, groups = _turns(table, query_heads)
-    dense_forward_kernel[(turns * groups,)](
+    launch_kernel(
+        dense_forward_kernel,
+        (turns * groups,),
         t_query_rows=_descriptor(query_rows, LEAF, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
@@ -158,7 +161,9 @@ def _output_rows(
     query_heads = log_sum_exp.shape[1]
     delta_rows = torch.empty(query_heads, table.row_slots, LEAF, dtype=torch.float32, device=delta.device)
     log_sum_exp_rows = torch.empty_like(delta_rows if gate_query is None else gate_query)
-    output_rows_kernel[(table.num_leaves, triton.cdiv(query_heads, HEADS))](
+    launch_kernel(
+        output_rows_kernel,
+        (table.num_leaves, triton.cdiv(query_heads, HEADS)),
         p_log_sum_exp=log_sum_exp,
         p_delta=delta,
         p_factor=factor,
@@ -203,7 +208,9 @@ def dense_backward(
     gate_rows = None if gate is None else torch.empty_like(delta_rows)
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
     options = _OPTIONS[dim]
-    lowest_level_backward_kernel[(table.num_leaves * heads,)](
+    launch_kernel(
+        lowest_level_backward_kernel,
+        (table.num_leaves * heads,),
         p_query_rows=query_rows,
         p_key_rows=key_rows,
         p_values=values,
@@ -228,7 +235,9 @@ def dense_backward(
             d_key_rows, d_values, gate_rows
         )  # fmt: skip
     if gate is not None:
-        token_rows_kernel[(table.num_leaves, triton.cdiv(query_heads, HEADS))](
+        launch_kernel(
+            token_rows_kernel,
+            (table.num_leaves, triton.cdiv(query_heads, HEADS)),
             p_rows=gate_rows,
             p_factor=factor,
             p_out=gate,
@@ -255,7 +264,9 @@ def _upper_levels_backward(
     options = _OPTIONS[dim]
     turns, groups = _turns(table, heads)
     is_float32 = d_key_rows.dtype == torch.float32
-    dense_backward_kernel[(turns * groups,)](
+    launch_kernel(
+        dense_backward_kernel,
+        (turns * groups,),
         t_query_rows=_descriptor(query_rows, options.rows, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),

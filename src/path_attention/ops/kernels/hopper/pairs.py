@@ -18,6 +18,7 @@ from torch import Tensor
 from path_attention.ops.kernels.dense import L2_CACHE
 from path_attention.ops.kernels.hopper.dense import _OPTIONS, PAIR, Options, _descriptor, _number_descriptor
 from path_attention.ops.kernels.hopper.pair_kernels import pair_backward_kernel, pair_forward_kernel
+from path_attention.ops.kernels.launch import launch_kernel
 from path_attention.ops.kernels.leaf_table import LEAF
 from path_attention.ops.kernels.tiles import LOG2_E
 
@@ -97,7 +98,9 @@ def forward(x: Operands, out: Tensor, log_sum_exp: Tensor, first_row: int) -> No
     batch, rows, query_heads, dim = x.queries.shape
     turns, options = triton.cdiv(rows, PAIR), x.options
     gate_query = None if x.gate_query is None else x.numbers(x.gate_query, 0.0)
-    pair_forward_kernel[(turns * batch * query_heads,)](
+    launch_kernel(
+        pair_forward_kernel,
+        (turns * batch * query_heads,),
         t_query_rows=_descriptor(x.queries, LEAF, dim),
         t_key_rows=_descriptor(x.keys, PAIR, dim),
         t_values=_descriptor(x.values, PAIR, dim),
@@ -142,7 +145,9 @@ def backward(
     of_rows = x.numbers(shifted * LOG2_E.value - factor.log2(), float("inf")), x.numbers(delta[:, own], 0.0)
     d_queries = torch.zeros(x.queries.shape, dtype=torch.float32, device=d_out.device)
     gate_row = None if x.gate_query is None else torch.zeros_like(of_rows[0])
-    pair_backward_kernel[(x.tiles * batch * heads,)](
+    launch_kernel(
+        pair_backward_kernel,
+        (x.tiles * batch * heads,),
         t_query_rows=_descriptor(x.queries, options.rows, dim),
         t_key_rows=_descriptor(x.keys, PAIR, dim),
         t_values=_descriptor(x.values, PAIR, dim),
