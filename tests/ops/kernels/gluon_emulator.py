@@ -584,7 +584,10 @@ class Jitted:
     def _argument(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        assert x.is_contiguous()
+        if not x.is_contiguous():  # some heads of a tensor: from the first to the last element there is
+            assert x.stride(-1) == 1
+            extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            x = x.as_strided((extent,), (1,))
         return Pointer(x)
 
 

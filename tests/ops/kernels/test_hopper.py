@@ -139,6 +139,53 @@ def test_heads_of_a_group_differ_in_scale(hopper: dict[str, ModuleType], dim: in
             assert (d_q[:, :, i].double() - expected[:, :, i]).norm() <= 1.7e-3 * expected[:, :, i].norm()
 
 
+# Head dim, query heads a key head, and whether the leaves are those for Hopper.
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "group", "as_bfloat16"), [(64, 1, True), (64, 2, True), (128, 1, True), (64, 2, False)]
+)
+def test_a_part_of_the_heads_is_read_and_written_where_it_is(
+    dim: int,
+    group: int,
+    as_bfloat16: bool,
+    gated: bool,
+    hopper: dict[str, ModuleType],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if as_bfloat16:
+        request.getfixturevalue("as_for_bfloat16")
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(1, 200, *size, generator=generator).half()
+
+    q, k, v, beta = normal(2 * group, dim), normal(2, dim), normal(2, dim), normal(1, 2).sigmoid()
+    w = torch.nn.functional.normalize(normal(1, 2, dim).float(), dim=-1)
+    inputs = (q, k, v, w, beta, -normal(2 * group).abs() if gated else None)
+    d_out = normal(2 * group, dim)
+
+    def passes() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+        found = cuda.forward("hopper", *inputs, None, 0.125)
+        return found, cuda.backward("hopper", d_out, *inputs, *found, None, 0.125)
+
+    forward, backward = passes()
+    monkeypatch.setattr(cuda, "FORWARD_PARTS", 1)
+    monkeypatch.setattr(cuda, "PART", 4 * dim // 64)  # four leaves of one head
+    of_parts, backward_of_parts = passes()
+    for x, y in zip(forward, of_parts, strict=True):
+        assert torch.equal(x, y)
+    # What gradients are multiplied by on their way is one for a part.
+    for x, y in zip(backward, backward_of_parts, strict=True):
+        assert x is None or float((x - y).float().norm() / x.float().norm()) <= 1e-3
+
+    def no_copies(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a copy")
+
+    monkeypatch.setattr(cuda, "_rows", no_copies)
+    passes()
+
+
 @pytest.mark.parametrize("name", ["odd number of leaves", "128, grouped"])
 @pytest.mark.parametrize("gate", [False, True])
 def test_float16_equals_the_definition(hopper: dict[str, ModuleType], name: str, gate: bool) -> None:

@@ -130,19 +130,23 @@ class Part(NamedTuple):
         beta: Tensor,
         g: Tensor | None,
         scale: float,
+        *,
+        in_place: bool = False,
     ) -> Inputs:
-        """The part's arguments as the kernels take them."""
+        """The part's arguments as the kernels take them; ``in_place``: some heads of q, k, v and w where they are."""
         in_pieces = q.dtype == torch.float32 or q.shape[3] > linear.WHOLE_DIM
+        rows = _rows_in_place if in_place else _rows
         return Inputs(
-            q=_rows(q[self.queries]),
-            k=_rows(k[self.keys]),
-            v=_rows(v[self.keys]),
-            w=_rows(_by_head(w)[self.keys]).flatten(2),
+            q=rows(q[self.queries]),
+            k=rows(k[self.keys]),
+            v=rows(v[self.keys]),
+            w=rows(_by_head(w)[self.keys]).flatten(2),
             beta=_by_head(beta)[self.keys].flatten(0, 1).contiguous(),
             g=None if g is None else g[self.queries].flatten(0, 1).contiguous(),
             scale=scale,
             leaves=_leaves_by(siblings_by, q, v, w),
             in_pieces=in_pieces,
+            given_heads=k.shape[2] if in_place else None,
         )
 
 
@@ -150,8 +154,9 @@ class Part(NamedTuple):
 SpansUser = Callable[[Part, Inputs, linear.Spans], None]
 
 
-def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, part: int) -> Iterator[Part]:
-    """The call cut along its sequences, and where one alone is too much along its key heads; ``part`` as PART.
+def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, part: int, *, in_place: bool) -> Iterator[Part]:
+    """The call cut along its sequences, and where one alone is too much along its key heads; ``part`` as PART. Where
+    heads stay in place, along heads alone if that makes fewer parts.
 
     What the stages hold besides inputs and results is by far the most of their memory: it is held for one part.
     """
@@ -163,6 +168,9 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, part: int) -> Iterat
     most = max(1, int(part / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
     sequences = max(1, min(batch, most // (leaves * heads)))
     part_heads = heads if leaves * heads <= most else max(1, most // leaves)
+    some_heads = most // (batch * leaves)
+    if in_place and some_heads and -(-heads // some_heads) < -(-batch // sequences) * -(-heads // part_heads):
+        sequences, part_heads = batch, some_heads
     sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
     table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
     if (sequences, part_heads) == (batch, heads):
@@ -203,13 +211,32 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % DESCRIPTOR_ALIGNMENT else x
 
 
-def _place(result: Tensor, index: _Index, padded: bool) -> Tensor:
+def _rows_in_place(x: Tensor) -> Tensor:
+    """(B, L, heads, dim) -> (B * L, heads, dim), a view of some heads of a contiguous tensor."""
+    return x.view(-1, *x.shape[2:])
+
+
+def _can_stay(siblings_by: Siblings, q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor | None = None) -> bool:
+    """Whether kernels can take some heads of these arguments, and write some of the results, where they are."""
+    # Backward, the kernels of one backend alone are made for that.
+    if siblings_by not in (("triton", "hopper") if d_out is None else ("hopper",)):
+        return False
+    return _leaves_by(siblings_by, q, v, w) != "torch" and all(
+        x.is_contiguous() and x.shape[-1] % COLUMNS == 0 and x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+        for x in (q, k, v, w, d_out)
+        if x is not None
+    )
+
+
+def _place(result: Tensor, index: _Index, padded: bool, *, in_place: bool = False) -> Tensor:
     """Where a kernel writes a part's rows of result (B, L, heads, ...): there, or else rows for :func:`_store`.
 
-    padded: the last dimension is made a multiple of COLUMNS.
+    padded: the last dimension is made a multiple of COLUMNS. in_place: some heads are written where they belong.
     """
     place = result[index]
     missing = -place.shape[-1] % COLUMNS if padded else 0
+    if in_place and not missing:
+        return _rows_in_place(place)
     if place.is_contiguous() and not missing:
         return place.flatten(0, 1)
     rows = place.shape[0] * place.shape[1]
@@ -242,9 +269,10 @@ def forward(
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
-    for part in _parts(q, k, cu_seqlens, FORWARD_PARTS * PART):
-        inputs = part.of(siblings_by, q, k, v, w, beta, g, scale)
-        out = _place(result, part.queries, padded=True)
+    in_place = _can_stay(siblings_by, q, k, v, w)
+    for part in _parts(q, k, cu_seqlens, FORWARD_PARTS * PART, in_place=in_place):
+        inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
+        out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
         use = None if use_spans is None else partial(use_spans, part, inputs)
         levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use)
@@ -273,22 +301,27 @@ def backward(
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, w, beta)]
     d_gate = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
     places = (*results[:3], _by_head(results[3]), _by_head(results[4]))
-    padded = (True, True, True, True, False)
-    for part in _parts(q, k, cu_seqlens, PART):
-        inputs = part.of(siblings_by, q, k, v, w, beta, g, scale)
+    is_wide = (True, True, True, True, False)
+    in_place = _can_stay(siblings_by, q, k, v, w, d_out)
+    rows = _rows_in_place if in_place else _rows
+    for part in _parts(q, k, cu_seqlens, PART, in_place=in_place):
+        inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
         index = (part.queries, *[part.keys] * 4)
-        found = [_place(*x) for x in zip(places, index, padded, strict=True)]
+        found = [
+            _place(x, where, padded=wide, in_place=in_place and wide)
+            for x, where, wide in zip(places, index, is_wide, strict=True)
+        ]
         part_d_gate = _part_backward(
             siblings_by,
             inputs,
             part.table,
-            _rows(d_out[part.queries]),
-            _rows(out[part.queries]),
+            rows(d_out[part.queries]),
+            rows(out[part.queries]),
             log_sum_exp[part.queries].flatten(0, 1).contiguous(),
             linear.Gradients(*found),
         )
-        for x, where, rows in zip(places, index, found, strict=True):
-            _store(x, where, rows)
+        for x, where, gradient in zip(places, index, found, strict=True):
+            _store(x, where, gradient)
         if d_gate is not None and part_d_gate is not None:
             _store(d_gate, part.queries, part_d_gate)
         del inputs, found, part_d_gate
@@ -326,7 +359,8 @@ def _part_backward(
 
 def delta_and_factor(out: Tensor, d_out: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """rowsum(d_out * out) of (T, HQ, DV) in float32, (T, HQ); and what gradients are multiplied by on their way through
-    half precision, (1,), None for float32 inputs. v (tokens, H, DV), not more rows than out has.
+    half precision, (1,), None for float32 inputs. v (tokens, H, DV), not more rows than out has. All may be some heads
+    of tensors that have more of them.
     """
     delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
     largest = None if v.dtype == torch.float32 else torch.zeros(2, dtype=torch.int32, device=out.device)
@@ -340,6 +374,10 @@ def delta_and_factor(out: Tensor, d_out: Tensor, v: Tensor) -> tuple[Tensor, Ten
         p_largest=largest,
         s_rows=delta.numel(),
         s_values=v.shape[0] * v.shape[1],
+        HQ=out.shape[1],
+        H=v.shape[1],
+        out_heads=out.stride(0) // out.shape[2],
+        value_heads=v.stride(0) // v.shape[2],
         DV=out.shape[2],
         BLOCK_DV=next_power_of_2(out.shape[2]),
         BLOCK_ROWS=DELTA_ROWS,

@@ -515,7 +515,7 @@ def fold_spans(
     Args:
         tail: from :func:`fold_tail`, of all sequences and heads.
         spans: what the operator made of the sequences, which it has in equally many leaves each.
-        v: their values (tokens, H, DV), perhaps padded with more columns.
+        v: their values (tokens, H, DV), perhaps padded with more columns, or some heads of a tensor with more of them.
         leaves: of a sequence.
         sequence: the first one, and the first key head, in the state.
     """
@@ -546,6 +546,7 @@ def fold_spans(
         **_fields(state, "keys key_scale values pages scale"),
         p_codes=_codes(state),
         **common,
+        token_heads=v.stride(0) // v.shape[2],
         s_tokens=v.shape[0] // batch,
         s_pages=pages,
         s_slots=state.keys.shape[1],

@@ -157,7 +157,10 @@ def dense_forward(
     out: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """Go on from the leaves' own attention, out (T, HQ, DV) and log_sum_exp (T, HQ) float32, to the whole, in place."""
+    """Go on from the leaves' own attention, out (T, HQ, DV) and log_sum_exp (T, HQ) float32, to the whole, in place.
+
+    values and out may be some heads of tensors that have more of them.
+    """
     if table.num_levels == 0:
         return
     query_heads, dim, value_dim = query_rows.shape[3], query_rows.shape[4], values.shape[2]
@@ -170,6 +173,7 @@ def dense_forward(
         t_values=_descriptor(values, value_dim, launch),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
+        token_heads=values.stride(0) // value_dim,
         LEAVES=launch.leaves,
         KEYS=launch.tile,
         STAGES=launch.num_stages,

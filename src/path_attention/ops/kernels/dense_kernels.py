@@ -172,7 +172,8 @@ def _online_softmax(b_s, b_bias, b_max, b_sum):
 @triton.jit
 def _attend_in_pieces(
     b_bias, b_max, b_sum, b_acc, p_query_rows, p_key_rows, p_values, p_gate_key, i_query, i_key, i_value, s_keys,
-    i_head, H, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr
+    i_head, H, value_stride, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr,
+    PIECE: tl.constexpr
 ):  # fmt: skip
     """_attend of the slot of queries at i_query."""
     for i in range(0, s_keys, KEYS):
@@ -182,7 +183,7 @@ def _attend_in_pieces(
         )  # fmt: skip
         b_s = _scaled(b_s, p_gate_key, i_key + i, KEYS)
         b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
-        b_v = _stream(None, p_values, i_value + i, i_head * DV, H * DV, DV, KEYS)
+        b_v = _stream(None, p_values, i_value + i, i_head * DV, value_stride, DV, KEYS)
         b_acc = _dot(b_p, b_v, b_acc * b_decay[:, None])
     return b_max, b_sum, b_acc
 
@@ -204,6 +205,7 @@ def _attend(
     s_keys,
     i_head,
     H,
+    value_stride,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -219,7 +221,7 @@ def _attend(
         b_s = _scaled(b_s, p_gate_key, i_key, KEYS)
         b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
         b_acc *= b_decay[:, None]
-        b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
+        b_v = _stream(t_values, p_values, i_value, i_head * DV, value_stride, DV, KEYS)
         b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc)
         b_s = b_s_next
         i_key += KEYS
@@ -227,7 +229,7 @@ def _attend(
     b_s = _scaled(b_s, p_gate_key, i_key, KEYS)
     b_p, b_decay, b_max, b_sum = _online_softmax(b_s, b_bias, b_max, b_sum)
     b_acc *= b_decay[:, None]
-    b_v = _stream(t_values, p_values, i_value, i_head * DV, H * DV, DV, KEYS)
+    b_v = _stream(t_values, p_values, i_value, i_head * DV, value_stride, DV, KEYS)
     b_acc = _dot(b_p.to(b_v.dtype), b_v, b_acc)
     return b_max, b_sum, b_acc
 
@@ -253,6 +255,7 @@ def dense_forward_kernel(
     query_slots,
     key_slots,
     H,
+    token_heads,  # key heads of a token in p_values and p_out, of which these H are some
     s_section,  # heads whose keys and values fit the L2 cache
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -274,6 +277,7 @@ def dense_forward_kernel(
     if s_rows == 0 or i_last == 0:
         return
     i_head = i_query_head // GROUP
+    value_stride = token_heads * DV
     p_query_rows += i_query_head * D
     p_out += i_query_head * DV
     if p_gate_query is not None:
@@ -284,7 +288,7 @@ def dense_forward_kernel(
     p_lse = _head_rows(p_log_sum_exp + i_query_head, i_row, HQ, ROWS)
     b_max = tl.load(p_lse, mask=m_row, other=0.0) * LOG2_E
     b_sum = tl.full((ROWS,), 1.0, tl.float32)
-    b_acc = _load(p_out, i_row, m_row, HQ * DV, DV, ROWS).to(tl.float32)
+    b_acc = _load(p_out, i_row, m_row, value_stride * GROUP, DV, ROWS).to(tl.float32)
     if (i_last & 1) == 1 and i_last < s_count:
         i_query = (i_query_base + within(i_last, 0) - (LEAVES - 1)) * LEAF
         i_key = (i_key_base + within(i_last - 1, 0)) * LEAF
@@ -292,14 +296,15 @@ def dense_forward_kernel(
         if PIECE is not None:
             b_max, b_sum, b_acc = _attend_in_pieces(
                 _bias(m_right, p_gate_query, i_query, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
-                p_values, p_gate_key, i_query, i_key, i_row - LEAF, LEAF, i_head, H, GROUP, D, DV, KEYS, PIECE
+                p_values, p_gate_key, i_query, i_key, i_row - LEAF, LEAF, i_head, H, value_stride, GROUP, D, DV, KEYS,
+                PIECE
             )  # fmt: skip
         else:
             b_q = _load(p_query_rows, i_query, m_right, HQ * D, D, ROWS)
             b_bias = _bias(m_right, p_gate_query, i_query, ROWS)
             b_max, b_sum, b_acc = _attend(
                 b_q, b_bias, b_max, b_sum, b_acc, None, None, p_key_rows, p_values, p_gate_key, i_key,
-                i_row + ROWS - 2 * LEAF, LEAF, i_head, H, GROUP, D, DV, LEAF, STAGES
+                i_row + ROWS - 2 * LEAF, LEAF, i_head, H, value_stride, GROUP, D, DV, LEAF, STAGES
             )  # fmt: skip
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
@@ -310,16 +315,17 @@ def dense_forward_kernel(
                 b_max, b_sum, b_acc = _attend_in_pieces(
                     _bias(m_row, p_gate_query, i_query, ROWS), b_max, b_sum, b_acc, p_query_rows, p_key_rows,
                     p_values, p_gate_key, i_query, i_key, i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H,
-                    GROUP, D, DV, KEYS, PIECE
+                    value_stride, GROUP, D, DV, KEYS, PIECE
                 )  # fmt: skip
             else:
                 b_q = _load(p_query_rows, i_query, m_row, HQ * D, D, ROWS)
                 b_bias = _bias(m_row, p_gate_query, i_query, ROWS)
                 b_max, b_sum, b_acc = _attend(
                     b_q, b_bias, b_max, b_sum, b_acc, t_key_rows, t_values, p_key_rows, p_values, p_gate_key, i_key,
-                    i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, GROUP, D, DV, KEYS, STAGES
+                    i_row - (i_index - i_first) * LEAF, LEAF << level, i_head, H, value_stride, GROUP, D, DV, KEYS,
+                    STAGES
                 )  # fmt: skip
-    _store(p_out, b_acc / b_sum[:, None], i_row, m_row, HQ * DV, DV, ROWS)
+    _store(p_out, b_acc / b_sum[:, None], i_row, m_row, value_stride * GROUP, DV, ROWS)
     tl.store(p_lse, (b_max + tl.log2(b_sum)) / LOG2_E, mask=m_row)
 
 
@@ -782,6 +788,7 @@ def lowest_level_backward_kernel(
     key_slots,
     row_slots,
     H,
+    token_heads,  # key heads of a token in p_values and p_d_out, of which these H are some
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -790,6 +797,7 @@ def lowest_level_backward_kernel(
     for no other program has a share in them.
     """
     HQ = H * GROUP
+    value_stride = token_heads * DV
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
     i_row, s_rows, i_index, s_count, i_query_base, i_key_base, i_slot = place(
@@ -805,14 +813,14 @@ def lowest_level_backward_kernel(
         i_key = (i_key_base + i_index // 2) * LEAF
         m_all = o < LEAF
         b_k = _load(p_key_rows + i_head * D, i_key, m_all, H * D, D, LEAF)
-        b_v = _load(p_values + i_head * DV, i_row, m_all, H * DV, DV, LEAF)
+        b_v = _load(p_values + i_head * DV, i_row, m_all, value_stride, DV, LEAF)
         b_d_k = tl.zeros((LEAF, block_of(D)), tl.float32)
         for i_group in range(GROUP):
             i_query_head = i_head * GROUP + i_group
             o_number = gates_of_head(i_query_head, 1, row_slots) + (i_slot + 1) * LEAF + o
             o_lse = o_number
             b_q = _load(p_query_rows + i_query_head * D, i_query, m_all, HQ * D, D, LEAF)
-            b_d_out = _load(p_d_out + i_query_head * DV, i_row + LEAF, o < s_queries, HQ * DV, DV, LEAF)
+            b_d_out = _load(p_d_out + i_query_head * DV, i_row + LEAF, o < s_queries, value_stride * GROUP, DV, LEAF)
             b_s = _dot(b_k, tl.trans(b_q)) * LOG2_E
             if p_gate is not None:
                 o_lse = gates_of_head(i_query_head, num_levels, query_slots) + i_query + o

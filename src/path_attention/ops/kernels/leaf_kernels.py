@@ -152,6 +152,7 @@ def leaf_forward_kernel(
     p_u,  # out (N, H, 64, D) WORK, likewise
     scale,
     H,
+    token_heads,  # key heads of a token in p_q, p_k, p_v, p_w and p_out, of which these H are some
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -175,7 +176,7 @@ def leaf_forward_kernel(
     o = tl.arange(0, ROWS)
     i_tile = i_leaf * H + i_head
     p_w += i_head * D
-    b_w_given = load_rows(p_w, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+    b_w_given = load_rows(p_w, i_row, s_rows, token_heads * D, D, BLOCK_D, ROWS)
     b_w = rounded(b_w_given, WORK)
     b_w_rest = rest(b_w_given, b_w, WORK)
     b_beta = tl.load(p_beta + tl.cast(i_row, tl.int64) * H + o * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
@@ -193,7 +194,7 @@ def leaf_forward_kernel(
     o_chunk = tl.arange(0, CHUNK)
     i_node = (tl.cast(2 * i_leaf, tl.int64) * H + i_head) * D * D
     for i in tl.static_range(0, BLOCK_D, CHUNK):
-        b_w_chunk = load_rows(p_w + i, i_row, s_rows, H * D, D - i, CHUNK, ROWS)
+        b_w_chunk = load_rows(p_w + i, i_row, s_rows, token_heads * D, D - i, CHUNK, ROWS)
         b_w_columns = tl.trans(rounded(b_w_chunk, WORK))
         b_p = dot(b_w_columns, b_u)
         b_p = dot(b_w_columns, b_u_rest, b_p)
@@ -206,7 +207,7 @@ def leaf_forward_kernel(
             store_rows(p_node_rest + i_node, rest(b_p, b_p_rounded, WORK), i, D - i, D, D, BLOCK_D, CHUNK)
     if p_u is not None:
         store_rows(p_u, b_u, i_tile * ROWS, ROWS, D, D, BLOCK_D, ROWS)
-    b_k = rounded(load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS), WORK)
+    b_k = rounded(load_rows(p_k + i_head * D, i_row, s_rows, token_heads * D, D, BLOCK_D, ROWS), WORK)
     b_z = tl.where(o[:, None] < o[None, :], _dot_exact(b_k, tl.trans(b_w), tl.trans(b_w_rest), SPLIT_ROWS), 0.0)
     b_y_whole = _dot_parts(b_z, tl.trans(b_a), tl.trans(b_a_rest), WORK, SPLIT_ROWS)
     b_y = rounded(b_y_whole, WORK)
@@ -216,7 +217,7 @@ def leaf_forward_kernel(
     store_rows(p_k_right + i_head * D, b_k_right, i_leaf * ROWS, ROWS, H * D, D, BLOCK_D, ROWS)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
-        b_q = rounded(load_rows(p_q + i_query_head * D, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS), WORK)
+        b_q = rounded(load_rows(p_q + i_query_head * D, i_row, s_rows, token_heads * GROUP * D, D, BLOCK_D, ROWS), WORK)
         b_x = tl.where(o[:, None] >= o[None, :], _dot_exact(b_q, tl.trans(b_w), tl.trans(b_w_rest), SPLIT_ROWS), 0.0)
         b_q_left = (b_q.to(tl.float32) - _dot_parts(b_x, b_u, b_u_rest, WORK, SPLIT_ROWS)) * scale
         store_rows(p_q_left + i_query_head * D, b_q_left, i_leaf * ROWS, ROWS, HQ * D, D, BLOCK_D, ROWS)
@@ -234,9 +235,9 @@ def leaf_forward_kernel(
             b_max = tl.max(b_logits, axis=1)
             b_weights = tl.exp2(b_logits - b_max[:, None])
             b_sum = tl.sum(b_weights, axis=1)
-            b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+            b_v = load_rows(p_v + i_head * DV, i_row, s_rows, token_heads * DV, DV, BLOCK_DV, ROWS)
             b_out = dot(b_weights.to(b_v.dtype), b_v) / b_sum[:, None]
-            store_rows(p_out + i_query_head * DV, b_out, i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS)
+            store_rows(p_out + i_query_head * DV, b_out, i_row, s_rows, token_heads * GROUP * DV, DV, BLOCK_DV, ROWS)
             tl.store(p_log_sum_exp + o_row, (b_max + tl.log2(b_sum)) / LOG2_E, mask=o < s_rows)
 
 
@@ -275,6 +276,7 @@ def leaf_backward_kernel(
     p_d_gate,  # (T, HQ) float32 or None: row sums less column sums of dS; in, of the other spans; out, of all
     scale,
     H,
+    token_heads,  # key heads of a token, of which these H are some, in p_q, p_k, p_v, p_w, p_d_out and their gradients
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -289,6 +291,10 @@ def leaf_backward_kernel(
     come in, which the group's heads may raise one after another.
     """
     HQ = H * GROUP
+    key_stride = token_heads * D
+    query_stride = key_stride * GROUP
+    value_stride = token_heads * DV
+    out_stride = value_stride * GROUP
     # Products of gradients grow, some 50 times from dS to dT; with this the largest stay far below float16's 65504.
     HEADROOM: tl.constexpr = 0.0625
     i_leaf = tl.program_id(0) // H
@@ -304,8 +310,8 @@ def leaf_backward_kernel(
     causal = o[:, None] >= o[None, :]
     i_tile = i_leaf * H + i_head
     i_node = 2 * i_leaf * H + i_head
-    b_w = rounded(load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS), WORK)
-    b_k, s_k, s_k_inverse = normalised(load_rows(p_k + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS), WORK)
+    b_w = rounded(load_rows(p_w + i_head * D, i_row, s_rows, key_stride, D, BLOCK_D, ROWS), WORK)
+    b_k, s_k, s_k_inverse = normalised(load_rows(p_k + i_head * D, i_row, s_rows, key_stride, D, BLOCK_D, ROWS), WORK)
     b_y = rounded(load_square(p_y, i_tile, ROWS, ROWS).to(tl.float32) * s_k_inverse, WORK)
     b_u = load_rows(p_u, i_tile * ROWS, ROWS, D, D, BLOCK_D, ROWS)
     s_unit = 2.0**-100
@@ -326,7 +332,7 @@ def leaf_backward_kernel(
         i_query_head = i_head * GROUP + i_group
         o_row = tl.cast(i_row, tl.int64) * HQ + o * HQ + i_query_head
         b_q, s_q, s_q_inverse = normalised(
-            load_rows(p_q + i_query_head * D, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS), WORK
+            load_rows(p_q + i_query_head * D, i_row, s_rows, query_stride, D, BLOCK_D, ROWS), WORK
         )
         b_x = rounded(tl.where(causal, dot(b_q, tl.trans(b_w)), 0.0), WORK)
         if p_d_out is not None:
@@ -335,9 +341,9 @@ def leaf_backward_kernel(
                 b_logits += _gates_between(tl.load(p_g + o_row, mask=m_row, other=0.0).to(tl.float32))
             b_shift = tl.load(p_log_sum_exp + o_row, mask=m_row, other=0.0) * LOG2_E
             b_weights = tl.where(causal & m_row[:, None], tl.exp2(b_logits - b_shift[:, None]), 0.0)
-            b_d_out = load_rows(p_d_out + i_query_head * DV, i_row, s_rows, HQ * DV, DV, BLOCK_DV, ROWS)
+            b_d_out = load_rows(p_d_out + i_query_head * DV, i_row, s_rows, out_stride, DV, BLOCK_DV, ROWS)
             b_d_v = dot(tl.trans(b_weights.to(b_d_out.dtype)), b_d_out, b_d_v)
-            b_v = load_rows(p_v + i_head * DV, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+            b_v = load_rows(p_v + i_head * DV, i_row, s_rows, value_stride, DV, BLOCK_DV, ROWS)
             b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
             b_d_s = b_weights * (dot(b_d_out, tl.trans(b_v)) - b_delta[:, None])
             if p_g is not None:
@@ -377,14 +383,14 @@ def leaf_backward_kernel(
             b_d_q = dot(b_d_s, b_k, b_d_q)
         b_d_q = dot(b_d_x, b_w, b_d_q)
         b_d_q *= s_q_inverse / s_gradient
-        store_rows(p_d_q + i_query_head * D, b_d_q, i_row, s_rows, HQ * D, D, BLOCK_D, ROWS)
+        store_rows(p_d_q + i_query_head * D, b_d_q, i_row, s_rows, query_stride, D, BLOCK_D, ROWS)
         b_d_w = dot(tl.trans(b_d_x), b_q, b_d_w)
         if p_d_out is not None:
             b_d_k = dot(tl.trans(b_d_s), b_q, b_d_k)
             b_d_y -= dot(tl.trans(b_d_s), b_x)
         b_d_u -= dot(tl.trans(b_x), b_d_q_left)
     if p_d_out is not None:
-        store_rows(p_d_v + i_head * DV, b_d_v, i_row, s_rows, H * DV, DV, BLOCK_DV, ROWS)
+        store_rows(p_d_v + i_head * DV, b_d_v, i_row, s_rows, value_stride, DV, BLOCK_DV, ROWS)
     s_gradient = 1.0
     if WORK is not None:
         s_gradient = HEADROOM / s_unit
@@ -411,11 +417,11 @@ def leaf_backward_kernel(
     b_e = dot(rounded(b_d_t, WORK), b_w, b_e)
     b_e = dot(tl.trans(rounded(b_f, WORK)), b_k, b_e)
     o_beta = tl.cast(i_row, tl.int64) * H + o * H + i_head
-    b_w_given = load_rows(p_w + i_head * D, i_row, s_rows, H * D, D, BLOCK_D, ROWS).to(tl.float32)
+    b_w_given = load_rows(p_w + i_head * D, i_row, s_rows, key_stride, D, BLOCK_D, ROWS).to(tl.float32)
     tl.store(p_d_beta + o_beta, tl.sum(b_e * b_w_given, axis=1) / s_gradient, mask=m_row)
     b_beta = tl.load(p_beta + o_beta, mask=m_row, other=0.0).to(tl.float32)
     b_d_w += b_beta[:, None] * b_e
     b_d_w = dot(tl.trans(rounded(b_d_t * b_beta[:, None], WORK)), b_w, b_d_w)
-    store_rows(p_d_w + i_head * D, b_d_w / s_gradient, i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+    store_rows(p_d_w + i_head * D, b_d_w / s_gradient, i_row, s_rows, key_stride, D, BLOCK_D, ROWS)
     b_d_k = dot(rounded(b_f * b_beta[None, :], WORK), b_w, b_d_k)
-    store_rows(p_d_k + i_head * D, b_d_k * (s_k_inverse / s_gradient), i_row, s_rows, H * D, D, BLOCK_D, ROWS)
+    store_rows(p_d_k + i_head * D, b_d_k * (s_k_inverse / s_gradient), i_row, s_rows, key_stride, D, BLOCK_D, ROWS)

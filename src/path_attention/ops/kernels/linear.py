@@ -50,7 +50,9 @@ LeavesBy = Literal["triton", "hopper", "torch"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The operator's arguments as rows of tokens, contiguous: T = B * L of them. R reflections a token."""
+    """The operator's arguments as rows of tokens, contiguous but for given_heads: T = B * L of them. R reflections a
+    token.
+    """
 
     q: Tensor  # (T, HQ, D)
     k: Tensor  # (T, H, D)
@@ -63,10 +65,17 @@ class Inputs:
     leaves: LeavesBy = "triton"
     # The tree and the transports read their factors in pieces: what float32 ones ask for on a GPU.
     in_pieces: bool = False
+    # Key heads of a token in the tensors that q, k, v, w and out are some heads of; None: there are no others.
+    given_heads: int | None = None
 
     @property
     def heads(self) -> int:
         return self.k.shape[1]
+
+    @property
+    def token_heads(self) -> int:
+        """Key heads from one token to the next in the rows of q, k, v, w and out."""
+        return self.given_heads or self.heads
 
     @property
     def query_heads(self) -> int:
@@ -328,6 +337,7 @@ def _launch_leaves(
         "p_u": u,
         "scale": inputs.scale,
         "H": heads,
+        "token_heads": inputs.token_heads,
         "SPLIT_W": is_half and inputs.w.dtype == torch.float32,
         **table.arguments,
     }
@@ -592,6 +602,7 @@ def leaves_backward(
         "p_d_gate": d_gate,
         "scale": inputs.scale,
         "H": inputs.heads,
+        "token_heads": inputs.token_heads,
         **table.arguments,
     }
     dim = inputs.q.shape[2]

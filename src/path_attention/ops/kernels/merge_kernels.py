@@ -108,30 +108,43 @@ def _raise_to(p_bits, b_x):
     tl.atomic_max(p_bits, s_largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
+def _load_head_rows(p_x, i_rows, s_rows, s_heads, token_heads, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Rows i_rows of (T, s_heads, DV), counted head by head, in float32; a token has token_heads heads in memory."""
+    o_column = tl.arange(0, BLOCK_DV)
+    i_token = i_rows // s_heads
+    p_rows = p_x + (i_token.to(tl.int64) * token_heads + (i_rows - i_token * s_heads)) * DV
+    mask = (i_rows < s_rows)[:, None] & (o_column < DV)[None, :]
+    return tl.load(p_rows[:, None] + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=(*COUNTS, "HQ", "out_heads", "value_heads"))
 def delta_kernel(
-    p_out,  # (T, HQ, DV)
-    p_d_out,  # (T, HQ, DV)
-    p_v,  # (T, H, DV)
+    p_out,  # (T, HQ, DV), some of out_heads heads of a token
+    p_d_out,  # likewise
+    p_v,  # (T, H, DV), some of value_heads
     p_delta,  # out (T, HQ) float32
     p_largest,  # out (2,) int32, zeros before: bits of the largest |d_out| and |v|; None to leave them out
     s_rows,  # T * HQ
     s_values,  # T * H
+    HQ,
+    H,
+    out_heads,
+    value_heads,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """delta = rowsum(d_out * out)."""
-    i_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    b_out = load_rows(p_out, i_row, s_rows - i_row, DV, DV, BLOCK_DV, BLOCK_ROWS).to(tl.float32)
-    b_d_out = load_rows(p_d_out, i_row, s_rows - i_row, DV, DV, BLOCK_DV, BLOCK_ROWS).to(tl.float32)
+    i_row = tl.program_id(0) * BLOCK_ROWS  # 2^31 rows would not fit the memory of a GPU, and 64 bits divide slowly
     o = tl.arange(0, BLOCK_ROWS)
+    b_out = _load_head_rows(p_out, i_row + o, s_rows, HQ, out_heads, DV, BLOCK_DV)
+    b_d_out = _load_head_rows(p_d_out, i_row + o, s_rows, HQ, out_heads, DV, BLOCK_DV)
     tl.store(p_delta + i_row + o, tl.sum(b_out * b_d_out, axis=1), mask=o < s_rows - i_row)
     if p_largest is not None:
         _raise_to(p_largest, b_d_out)
         if i_row < s_values:
-            b_v = load_rows(p_v, i_row, s_values - i_row, DV, DV, BLOCK_DV, BLOCK_ROWS).to(tl.float32)
-            _raise_to(p_largest + 1, b_v)
+            _raise_to(p_largest + 1, _load_head_rows(p_v, i_row + o, s_values, H, value_heads, DV, BLOCK_DV))
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def pair_forward_kernel(
     p_gate_key += (i_query_head - i_head) * s_keys
     b_max, b_sum, b_acc = _attend(
         b_q, b_bias, b_max, b_sum, b_acc, t_keys, t_values, p_keys, p_values, p_gate_key, i_key, i_key, s_keys,
-        0, 1, 1, D, DV, KEYS, STAGES
+        0, 1, DV, 1, D, DV, KEYS, STAGES
     )  # fmt: skip
     _store(p_out, b_acc / b_sum[:, None], i_row, m_row, DV, DV, LEAF)
     tl.store(_head_rows(p_log_sum_exp, i_row, 1, LEAF), (b_max + tl.log2(b_sum)) / LOG2_E)

@@ -18,6 +18,7 @@ from path_attention.ops.kernels.tiles import ROWS, dot, dot_split, load_rows, lo
 
 # As FREE of fold_kernels.py: numbers that programs only count with.
 FREE = (
+    "token_heads",
     "s_tokens", "s_leaves", "s_due", "s_pages", "s_segments", "s_sequences", "i_first", "i_first_head", "H", "s_heads",
     "s_page_columns", "s_chunk_columns",
 )  # fmt: skip
@@ -70,7 +71,7 @@ def prefill_keys_kernel(
     p_k_right,  # (b s_leaves, 64, H, DIM) float16: of b sequences and H key heads, a part of the operator's call
     p_node,  # (2 b s_leaves, H, DIM, DIM) float16
     p_node_rest,  # likewise
-    p_v,  # (b s_tokens, H, DIM_V)
+    p_v,  # (b s_tokens, H, DIM_V), of rows of token_heads heads
     p_tail,  # (2, s_sequences s_heads, 64, BLOCK_D) float16, of all sequences and heads: p_right of fold_leaf_kernel
     p_tail_unit,  # (s_sequences s_heads, 64) float32
     p_tail_matrix,  # (2, s_sequences s_heads, BLOCK_D, BLOCK_D) float16
@@ -88,6 +89,7 @@ def prefill_keys_kernel(
     i_first,  # the part's first sequence and first key head in the state
     i_first_head,
     H,
+    token_heads,  # key heads of a token in p_v
     s_heads,  # key heads of the state
     s_slots,
     s_page_columns,
@@ -114,7 +116,7 @@ def prefill_keys_kernel(
         b_k = load_rows(p_k_right + i_head * DIM, (i_row + i_leaf) * ROWS, ROWS, H * DIM, DIM, BLOCK_D, ROWS)
         b_k = b_k.to(tl.float32)
         b_v = load_rows(
-            p_v + i_head * DIM_V, i_given * s_tokens + i_leaf * ROWS, ROWS, H * DIM_V, DV, BLOCK_DV, ROWS
+            p_v + i_head * DIM_V, i_given * s_tokens + i_leaf * ROWS, ROWS, token_heads * DIM_V, DV, BLOCK_DV, ROWS
         )  # fmt: skip
         store_rows(p_values, b_v, i_state_head.to(tl.int64) * s_slots + i_page * ROWS, ROWS, DV, DV, BLOCK_DV, ROWS)
         i_at = i_leaf + 1

@@ -20,7 +20,7 @@ ROWS = tl.constexpr(64)  # tokens a leaf: LEAF of leaf_table.py
 COUNTS = (
     "table_leaves", "table_length", "table_queries", "table_keys", "num_leaves", "num_turns", "num_groups",
     "query_slots", "key_slots", "row_slots", "level", "first_level", "s_rows", "s_keys", "s_values",
-    "s_section", "H",
+    "s_section", "H", "token_heads",
 )  # fmt: skip
 # Bits of the exponent of a float32, and the largest power of two whose reciprocal is a normal number.
 EXPONENT = tl.constexpr(0x7F800000)

@@ -146,6 +146,7 @@ def dense_forward(
         num_turns=turns,
         num_groups=groups,
         HQ=query_heads,
+        token_heads=values.stride(0) // dim,
         STAGES=options.stages,
         REGISTERS=options.registers,
         TURNS=options.turns,
@@ -225,6 +226,7 @@ def dense_backward(
         **_arguments(table, query_rows, key_rows),
         row_slots=table.row_slots,
         H=heads,
+        token_heads=values.stride(0) // dim,
         num_warps=options.lowest_warps,
         num_stages=1,
     )

@@ -269,7 +269,7 @@ def _attend_left_spans(
 @gluon.jit
 def _consume(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, C: gl.constexpr, DV: gl.constexpr,
+    i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride, C: gl.constexpr, DV: gl.constexpr,
     STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr
 ):  # fmt: skip
     """Rows of leaf C of the pair: go on from the leaf's own attention over the left leaf, if C is a right one, and
@@ -284,8 +284,8 @@ def _consume(
     p_lse = p_log_sum_exp + gl.cast(o_row, gl.int64) * s_query_heads + i_query_head
     o_out = gl.arange(0, LEAF, gl.SliceLayout(1, M))
     o_column = gl.arange(0, DV, gl.SliceLayout(0, M))
-    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * s_query_heads + i_query_head) * DV
-    p_tile = p_tile + (o_out[:, None] * (s_query_heads * DV) + o_column[None, :])
+    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * out_stride + i_query_head * DV)
+    p_tile = p_tile + (o_out[:, None] * out_stride + o_column[None, :])
     m_out = (C * LEAF + o_out < s_tokens)[:, None]
     b_max = gl.load(p_lse, mask=m_row, other=0.0)
     b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
@@ -364,6 +364,7 @@ def dense_forward_kernel(
     query_slots,
     key_slots,
     HQ,
+    token_heads,  # key heads of a token in t_values and p_out, of which these are some
     s_section,  # heads whose keys and values fit the L2 cache: their programs run side by side
     GROUP: gl.constexpr,
     D: gl.constexpr,
@@ -381,6 +382,7 @@ def dense_forward_kernel(
     if (s_tokens == 0) | (i_index + has_right == 0):
         return
     i_head = i_query_head // GROUP
+    out_stride = token_heads * GROUP * DV
     s_q = gl.allocate_shared_memory(t_query_rows.dtype, [4, LEAF, D], t_query_rows.layout)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
@@ -406,16 +408,16 @@ def dense_forward_kernel(
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 0, DV, STAGES, TURNS,
-                    GATED, False
+                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, out_stride, 0, DV,
+                    STAGES, TURNS, GATED, False
                 ),
             ),
             (
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, 1, DV, STAGES, TURNS,
-                    GATED, False
+                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, out_stride, 1, DV,
+                    STAGES, TURNS, GATED, False
                 ),
             ),
         ],

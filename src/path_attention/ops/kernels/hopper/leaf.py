@@ -201,6 +201,7 @@ def leaf_forward_kernel(
     p_u,
     scale,
     H,
+    token_heads,
     GROUP: gl.constexpr,
     D: gl.constexpr,
     SPLIT_W: gl.constexpr,
@@ -208,6 +209,8 @@ def leaf_forward_kernel(
     """leaf_forward_kernel of leaf_kernels.py, D = DV: its arguments, and what it computes."""
     PARTS: gl.constexpr = D // 64
     HQ = H * GROUP
+    key_stride = token_heads * D
+    query_stride = token_heads * GROUP * D
     i_leaf = gl.program_id(0) // H
     i_head = gl.program_id(0) % H
     i_row, s_rows, _, _ = place_of_leaf(i_leaf, p_table, table_leaves, table_length)
@@ -226,9 +229,9 @@ def leaf_forward_kernel(
     dtype: gl.constexpr = p_w.dtype.element_ty
     s_given = reinterpret(s_us, dtype, [PARTS, LEAF, 64], TILE_FLOAT32 if dtype == gl.float32 else TILE)
     for i in gl.static_range(PARTS):
-        copy_tile(s_given.index(i), p_w + i_head * D + i * 64, i_row, s_rows, H * D)
-        copy_tile(s_k.index(i), p_k + i_head * D + i * 64, i_row, s_rows, H * D)
-        copy_tile(s_q.index(i), p_q + i_head * GROUP * D + i * 64, i_row, s_rows, HQ * D)
+        copy_tile(s_given.index(i), p_w + i_head * D + i * 64, i_row, s_rows, key_stride)
+        copy_tile(s_k.index(i), p_k + i_head * D + i * 64, i_row, s_rows, key_stride)
+        copy_tile(s_q.index(i), p_q + i_head * GROUP * D + i * 64, i_row, s_rows, query_stride)
     async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
@@ -310,7 +313,7 @@ def leaf_forward_kernel(
     if p_out is not None:
         thread_barrier()  # U's rest has been read
         for i in gl.static_range(PARTS):
-            copy_tile(s_us.index(PARTS + i), p_v + i_head * D + i * 64, i_row, s_rows, H * D)
+            copy_tile(s_us.index(PARTS + i), p_v + i_head * D + i * 64, i_row, s_rows, key_stride)
         async_copy.commit_group()
     # Keys.
     b_z = _zeros()
@@ -355,7 +358,7 @@ def leaf_forward_kernel(
         if GROUP > 1 and i_group + 1 < GROUP:
             thread_barrier()  # the products with this head's rows are done
             for i in gl.static_range(PARTS):
-                copy_tile(s_q.index(i), p_q + (i_query_head + 1) * D + i * 64, i_row, s_rows, HQ * D)
+                copy_tile(s_q.index(i), p_q + (i_query_head + 1) * D + i * 64, i_row, s_rows, query_stride)
             async_copy.commit_group()
         if p_out is not None:
             b_s *= scale * LOG2_E
@@ -374,7 +377,7 @@ def leaf_forward_kernel(
             for i in gl.static_range(PARTS):
                 s_v = reinterpret(s_us.index(PARTS + i), p_v.dtype.element_ty, [LEAF, 64], TILE)
                 b_out = warpgroup_mma(b_weights, s_v, _zeros(), use_acc=False) * b_inverse_sum[:, None]
-                store_tile(p_out + i_query_head * D + i * 64, b_out, s_a, i_row, s_rows, HQ * D)
+                store_tile(p_out + i_query_head * D + i * 64, b_out, s_a, i_row, s_rows, query_stride)
             gl.store(p_log_sum_exp + p_row + o_row * HQ, (b_max + gl.log2(b_sum)) / LOG2_E, mask=o_row < s_rows)
 
 
@@ -432,6 +435,7 @@ def leaf_backward_kernel(
     p_d_gate,
     scale,
     H,
+    token_heads,
     D: gl.constexpr,
 ):
     """leaf_backward_kernel of leaf_kernels.py for D = DV = 64 and a query head a key head: its arguments, and what it
@@ -446,7 +450,8 @@ def leaf_backward_kernel(
     if s_rows == 0:
         return
     has_right = i_index + 1 < s_count
-    stride = H * D
+    stride = token_heads * D
+    own_stride = H * D  # of what lies between the kernels
     i_tile = i_leaf * H + i_head
     i_node = 2 * i_leaf * H + i_head
     p_q += i_head * D
@@ -487,9 +492,9 @@ def leaf_backward_kernel(
         copy_tile(s_do, p_d_out, i_row, s_rows, stride)
     copy_tile(s_u, p_u, i_tile * LEAF, LEAF, D)
     copy_tile(s_inverse, p_inverse, i_tile * LEAF, LEAF, 64)
-    copy_tile(s_dq_left, p_d_q_left, i_leaf * LEAF, LEAF, stride)
+    copy_tile(s_dq_left, p_d_q_left, i_leaf * LEAF, LEAF, own_stride)
     s_right_rows = gl.where(has_right, LEAF, 0)  # of the last leaf nobody uses k_right and P: nothing is there
-    copy_tile(s_dk_right, p_d_k_right, i_leaf * LEAF, s_right_rows, stride)
+    copy_tile(s_dk_right, p_d_k_right, i_leaf * LEAF, s_right_rows, own_stride)
     copy_tile(s_dp, p_d_node + gl.cast(i_node, gl.int64) * (D * D), 0, s_right_rows, D)
     async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
@@ -505,8 +510,8 @@ def leaf_backward_kernel(
         b_shift = gl.load(p_log_sum_exp + p_number + o_row * H, mask=m_row, other=0.0) * LOG2_E
         b_delta = gl.load(p_delta + p_number + o_row * H, mask=m_row, other=0.0)
         s_factor = gl.load(p_factor)
-        p_values = p_d_values + gl.cast(i_row, gl.int64) * stride
-        b_dv = gl.load(p_values + (o_row[:, None] * stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
+        p_values = p_d_values + gl.cast(i_row, gl.int64) * own_stride
+        b_dv = gl.load(p_values + (o_row[:, None] * own_stride + o_column[None, :]), mask=m_row[:, None], other=0.0)
         if p_g is not None:
             b_g = gl.load(p_g + p_number + o_row * H, mask=m_row, other=0.0).to(gl.float32)
             b_d_gate = gl.load(p_d_gate + p_number + o_row * H, mask=m_row, other=0.0)

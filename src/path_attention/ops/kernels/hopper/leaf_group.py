@@ -137,6 +137,7 @@ def leaf_backward_group_kernel(
     p_d_gate,
     scale,
     H,
+    token_heads,
     GROUP: gl.constexpr,
     D: gl.constexpr,
 ):
@@ -157,13 +158,15 @@ def leaf_backward_group_kernel(
     i_tile = i_leaf * H + i_head
     i_node = 2 * i_leaf * H + i_head
     i_first = i_head * GROUP  # of the group's query heads
-    key_stride = H * D
-    query_stride = HQ * D
+    key_stride = token_heads * D
+    query_stride = token_heads * GROUP * D
+    own_key_stride = H * D  # of what lies between the kernels
+    own_query_stride = HQ * D
     o_query = gl.cast(i_row, gl.int64) * query_stride + i_first * D
     p_q += o_query
     p_d_out += o_query
     p_d_q += o_query
-    p_d_q_left += gl.cast(i_leaf * LEAF, gl.int64) * query_stride + i_first * D
+    p_d_q_left += gl.cast(i_leaf * LEAF, gl.int64) * own_query_stride + i_first * D
     p_k += i_head * D
     p_v += i_head * D
     p_w += i_head * D
@@ -215,14 +218,15 @@ def leaf_backward_group_kernel(
     async_copy.commit_group()
     async_load_numbers(s_v, p_v + o_leaf + o_keys, mask=m_first)
     async_load_numbers(s_do, p_d_out + o_first, mask=m_first)
-    async_load_numbers(s_next_dq_left, p_d_q_left + o_first)
+    o_left = o_tile_row[:, None] * own_query_stride + o_tile_column[None, :]
+    async_load_numbers(s_next_dq_left, p_d_q_left + o_left)
     async_copy.commit_group()
     o_row = gl.arange(0, LEAF, ROW)
     o_column = gl.arange(0, 64, COLUMN)
     o_wide_row = gl.arange(0, LEAF, gl.SliceLayout(1, WIDE))
     o_wide_column = gl.arange(0, D, gl.SliceLayout(0, WIDE))
-    p_values = p_d_values + o_leaf
-    o_values = o_wide_row[:, None] * key_stride + o_wide_column[None, :]
+    p_values = p_d_values + gl.cast(i_row, gl.int64) * own_key_stride
+    o_values = o_wide_row[:, None] * own_key_stride + o_wide_column[None, :]
     b_dv = gl.load(p_values + o_values, mask=o_wide_row[:, None] < s_rows, other=0.0)
     s_factor = gl.load(p_factor)
     s_dk_power = gl.load(p_d_k_right_power + i_tile, mask=has_right, other=0.0)
@@ -322,8 +326,8 @@ def leaf_backward_group_kernel(
         o_tile_row = _anew(o_tile_row)
         o_tile = o_tile_row[:, None] * query_stride + (o_tile_column[None, :] + i_group * D)
         m_tile = (o_tile_row < s_rows)[:, None]
-        p_edge = p_d_k_right + gl.cast(i_leaf * LEAF, gl.int64) * key_stride
-        o_edge = o_tile_row[:, None] * key_stride + o_tile_column[None, :]
+        p_edge = p_d_k_right + gl.cast(i_leaf * LEAF, gl.int64) * own_key_stride
+        o_edge = o_tile_row[:, None] * own_key_stride + o_tile_column[None, :]
         s_right_rows = gl.where(has_right, D, 0)  # of the last leaf nobody uses k_right and P: nothing is there
         m_edge = (o_tile_row < s_right_rows)[:, None]
         # GROUP > 1 is a constant: Triton 3.6 fails at copies that only turn out never to be made.
@@ -331,7 +335,8 @@ def leaf_backward_group_kernel(
             o_next = o_tile + D
             async_load_numbers(s_next_q, p_q + o_next, mask=m_tile)
             async_load_numbers(s_do, p_d_out + o_next, mask=m_tile)
-            async_load_numbers(s_next_dq_left, p_d_q_left + o_next)
+            o_left = o_tile_row[:, None] * own_query_stride + (o_tile_column[None, :] + i_group * D)
+            async_load_numbers(s_next_dq_left, p_d_q_left + (o_left + D))
             if AHEAD:
                 b_next_shift, b_next_delta, s_next_power = _numbers(
                     p_log_sum_exp, p_delta, p_d_q_left_power, o_number + 1, m_query, i_group + 1

@@ -112,14 +112,16 @@ def pair_forward_kernel(
                 _attend,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, 0, DV, STAGES, TURNS, GATED, True
+                    v_empty, turn, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 0, DV, STAGES,
+                    TURNS, GATED, True
                 ),
             ),
             (
                 _attend,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, 1, DV, STAGES, TURNS, GATED, True
+                    v_empty, turn, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 1, DV, STAGES,
+                    TURNS, GATED, True
                 ),
             ),
         ],
