@@ -178,6 +178,33 @@ def test_fused_kernels_alone(case: dict, backend: str, bounds: str) -> None:
     check(inputs, cu_seqlens, backend)
 
 
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+@pytest.mark.parametrize("case", [x for x in TRITON_ONLY if x["shape"][3] > 1], ids=str)
+def test_parts_of_a_head_or_two(case: dict, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part's heads are read and written where they are, or copied where that cannot be."""
+    from path_attention.ops.engines import cuda
+
+    inputs, cu_seqlens = case_inputs(case)
+    if (reason := unsupported_reason(backend, *inputs, cu_seqlens=cu_seqlens)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(cuda, "PART", -(-case["shape"][1] // 64) * case["shape"][4] // 64 + 2)
+    check(inputs, cu_seqlens, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+@pytest.mark.parametrize("gate", [False, True])
+def test_launches_are_those_of_triton(backend: str, gate: bool) -> None:
+    from path_attention.ops.kernels.launch import launched_by_triton
+
+    inputs = make((1, 700, 4, 2, 64), torch.bfloat16, gate=gate)
+    if (reason := unsupported_reason(backend, *inputs)) is not None:
+        pytest.skip(reason)
+    with launched_by_triton():
+        expected = path_attention(*inputs, backend=backend)
+    for _ in range(2):  # the first looks for what is compiled
+        assert torch.equal(path_attention(*inputs, backend=backend), expected)
+
+
 @pytest.mark.parametrize("beta", ["uniform", "2"])
 @pytest.mark.parametrize("case", [x for x in TRITON_ONLY if x["shape"][4] in (64, 128)], ids=str)
 def test_float16_on_hopper(case: dict, beta: str) -> None:
