@@ -3,18 +3,17 @@ waits.
 
     python benchmarks/cuda_host.py --out results/NAME.json
 
-Medians of REPEATS stretches of CALLS calls each, from the first to the end of the work of the last, so that a call
-counts with its kernels only where these take longer than the host; ``kernels_ms`` says what they take alone. Each with
-our launches and, in turn with them, with Triton's own (``ops/kernels/launch.py``). Beside them torch's attention at the
-same shape.
+Times in the JSON are of stretches of CALLS calls each, from the first to the end of the work of the last, so that
+kernels count only where they take longer than the host; ``kernels_ms`` says what those of one call take alone. Each
+with our launches and, in turn with them, with Triton's own (``ops/kernels/launch.py``). Beside them torch's attention
+at the same shape.
 """
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from path_attention import PathCache, path_attention
-from path_attention.benchmark.measure import environment
+from path_attention.benchmark import results_file
+from path_attention.benchmark.measure import environment, time_interleaved
 from path_attention.benchmark.shapes import Shape, operands
 from path_attention.ops.kernels.launch import launched_by_triton
 
 CALLS, REPEATS = 20, 11
+SECONDS = 20.0  # for all repeats at most
 SHAPES = "1x1024x8x64,1x1024x16/4x64,1x1024x4x128"
 LAUNCHES: dict[str, Callable[[], AbstractContextManager[None]]] = {"ours": nullcontext, "triton": launched_by_triton}
 
@@ -60,13 +61,11 @@ def calls_of(shape: Shape) -> dict[str, Callable[[], object]]:
     }
 
 
-def per_call_ms(function: Callable[[], object]) -> float:
+def stretch(function: Callable[[], object], launches: Callable[[], AbstractContextManager[None]]) -> None:
+    with launches():
+        for _ in range(CALLS):
+            function()
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        function()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / CALLS * 1e3
 
 
 def kernels_ms(function: Callable[[], object]) -> float:
@@ -78,17 +77,12 @@ def kernels_ms(function: Callable[[], object]) -> float:
 
 
 def measure(shape: Shape) -> dict[str, Any]:
+    """Of every call: times of CALLS of them by either way, and what the kernels of one take."""
     found: dict[str, Any] = {}
     for name, function in calls_of(shape).items():
-        times: dict[str, list[float]] = {way: [] for way in LAUNCHES}
-        for repeat in range(-1, REPEATS):
-            for way, context in LAUNCHES.items():
-                with context():
-                    ms = per_call_ms(function)
-                if repeat >= 0:  # the first compiles
-                    times[way].append(ms)
-        found[name] = {way: {"median_ms": statistics.median(x), "min_ms": min(x)} for way, x in times.items()}
-        found[name]["kernels_ms"] = kernels_ms(function)
+        ways = {way: partial(stretch, function, context) for way, context in LAUNCHES.items()}
+        times = {way: asdict(x) for way, x in time_interleaved(ways, REPEATS, SECONDS).items()}
+        found[name] = {**times, "kernels_ms": kernels_ms(function)}
     return found
 
 
@@ -114,11 +108,11 @@ def main() -> None:
         shape = Shape.parse(text)
         row = {"shape": str(shape), "calls": measure(shape)}
         result["rows"].append(row)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        results_file.write(result, arguments.out)
         print(f"{shape}: ms a call with our launches, with Triton's, of the kernels alone")
         for name, x in row["calls"].items():
-            print(f"  {x['ours']['median_ms']:7.3f} {x['triton']['median_ms']:7.3f} {x['kernels_ms']:7.3f}  {name}")
+            ours, triton = (x[way]["median_ms"] / CALLS for way in LAUNCHES)
+            print(f"  {ours:7.3f} {triton:7.3f} {x['kernels_ms']:7.3f}  {name}")
 
 
 if __name__ == "__main__":

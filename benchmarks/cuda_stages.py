@@ -10,7 +10,6 @@ the kernels that are bound by memory and says nothing of those bound by matrix p
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from path_attention import path_attention, unsupported_reason
+from path_attention.benchmark import results_file
 from path_attention.benchmark.measure import environment
 from path_attention.benchmark.shapes import Shape, operands
 from path_attention.ops.engines import cuda
@@ -134,8 +134,7 @@ def main() -> None:
                 continue
             row = {"shape": str(shape), "backend": backend, **measure(shape, backend)}
             result["rows"].append(row)
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            results_file.write(result, arguments.out)
             for direction in ("forward", "backward"):
                 print(f"{shape} {backend} {direction}: {row[direction]['whole_ms']:.3f} ms")
                 for name, x in row[direction]["kernels"].items():

@@ -2,17 +2,16 @@
 
     python -m tests.ops.kernels.ahead_of_time '{"backend": "hopper", "dim": 64}' ...
 
-An argument is a call as run_engine takes it, or what else ``backend`` names; with ``"only": "hopper."`` kernels of
-which the name begins otherwise are left out. The engine runs as it is on tensors that nobody computes, so that
-signatures, constants and launch options are those of real launches. stdout has a JSON list, an object for each compiled
-variant of a kernel.
+An argument is a call as run_engine takes it, or what else ``backend`` names; ``--only hopper.`` leaves out kernels of
+which the name begins otherwise. The engine runs as it is on tensors that nobody computes, so that signatures, constants
+and launch options are those of real launches. stdout has a JSON list, an object for each compiled variant of a kernel.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import re
-import sys
 from typing import Any
 
 import torch
@@ -41,9 +40,9 @@ class Hopper:
         return GPUTarget("cuda", 90, 32)
 
 
-def compile_instead_of_launching(found: list[dict[str, Any]], call: dict[str, Any]) -> None:
-    """Replace launches from here on by compilations, whose results go to ``found``; a variant counts once. Of ``call``,
-    which changes meanwhile, ``only`` says which.
+def compile_instead_of_launching(found: list[dict[str, Any]], only: str) -> None:
+    """Replace launches from here on by compilations, whose results go to ``found``; a variant counts once. Those of
+    kernels whose name does not begin with ``only`` are left out.
     """
     triton.runtime.driver.set_active(Hopper())  # type: ignore[arg-type]
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -53,7 +52,7 @@ def compile_instead_of_launching(found: list[dict[str, Any]], call: dict[str, An
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         module = self.fn.__module__.partition("kernels.")[2]
         name = f"{module}.{self.fn.__name__}"
-        if not name.startswith(call.get("only", "")):
+        if not name.startswith(only):
             return
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
@@ -174,12 +173,13 @@ def run_decode(dim: int, group: int = 1) -> None:
 
 if __name__ == "__main__":
     compiled: list[dict[str, Any]] = []
-    call: dict[str, Any] = {}
-    compile_instead_of_launching(compiled, call)
-    for argument in sys.argv[1:]:
-        call.clear()
-        call |= json.loads(argument)
-        options = {name: x for name, x in call.items() if name != "only"}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("calls", nargs="+")
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    compile_instead_of_launching(compiled, arguments.only)
+    for call in arguments.calls:
+        options = json.loads(call)
         others = {
             "pairs": run_pairs,
             "hopper_pairs": run_hopper_pairs,

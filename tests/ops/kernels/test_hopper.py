@@ -142,7 +142,7 @@ def test_heads_of_a_group_differ_in_scale(hopper: dict[str, ModuleType], dim: in
 # Head dim, query heads a key head, and whether the leaves are those for Hopper.
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("dim", "group", "as_bfloat16"), [(64, 1, True), (64, 2, True), (128, 1, True), (64, 2, False)]
+    ("dim", "group", "as_bfloat16"), [(64, 1, True), (64, 2, True), (128, 1, True), (128, 2, True), (64, 2, False)]
 )
 def test_a_part_of_the_heads_is_read_and_written_where_it_is(
     dim: int,

@@ -16,7 +16,7 @@ from path_attention.ops.engines import dense, siblings
 from path_attention.ops.kernels import linear, torch_leaves
 from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
-from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table, token_heads
 from path_attention.ops.kernels.linear import Inputs
 from path_attention.ops.kernels.merge_kernels import delta_kernel, factor_kernel
 from path_attention.ops.sums import running_sum
@@ -146,7 +146,6 @@ class Part(NamedTuple):
             scale=scale,
             leaves=_leaves_by(siblings_by, q, v, w),
             in_pieces=in_pieces,
-            given_heads=k.shape[2] if in_place else None,
         )
 
 
@@ -235,10 +234,8 @@ def _place(result: Tensor, index: _Index, padded: bool, *, in_place: bool = Fals
     """
     place = result[index]
     missing = -place.shape[-1] % COLUMNS if padded else 0
-    if in_place and not missing:
+    if not missing and (in_place or place.is_contiguous()):
         return _rows_in_place(place)
-    if place.is_contiguous() and not missing:
-        return place.flatten(0, 1)
     rows = place.shape[0] * place.shape[1]
     return place.new_empty(rows, *place.shape[2:-1], place.shape[-1] + missing)
 
@@ -376,8 +373,8 @@ def delta_and_factor(out: Tensor, d_out: Tensor, v: Tensor) -> tuple[Tensor, Ten
         s_values=v.shape[0] * v.shape[1],
         HQ=out.shape[1],
         H=v.shape[1],
-        out_heads=out.stride(0) // out.shape[2],
-        value_heads=v.stride(0) // v.shape[2],
+        out_heads=token_heads(out),
+        value_heads=token_heads(v),
         DV=out.shape[2],
         BLOCK_DV=next_power_of_2(out.shape[2]),
         BLOCK_ROWS=DELTA_ROWS,

@@ -17,6 +17,7 @@ from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
 from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
+from path_attention.ops.kernels.leaf_table import token_heads
 from path_attention.ops.kernels.linear import Spans
 from path_attention.ops.kernels.prefill_kernels import prefill_keys_kernel, prefill_products_kernel
 
@@ -546,7 +547,7 @@ def fold_spans(
         **_fields(state, "keys key_scale values pages scale"),
         p_codes=_codes(state),
         **common,
-        token_heads=v.stride(0) // v.shape[2],
+        token_heads=token_heads(v),
         s_tokens=v.shape[0] // batch,
         s_pages=pages,
         s_slots=state.keys.shape[1],

@@ -24,7 +24,7 @@ from path_attention.ops.kernels.dense_kernels import (
     dense_forward_kernel,
 )
 from path_attention.ops.kernels.launch import launch_kernel
-from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, token_heads
 
 # First compute capability whose copy engine reads tensor descriptors.
 DESCRIPTOR_CAPABILITY = (9, 0)
@@ -173,7 +173,7 @@ def dense_forward(
         t_values=_descriptor(values, value_dim, launch),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
-        token_heads=values.stride(0) // value_dim,
+        token_heads=token_heads(values),
         LEAVES=launch.leaves,
         KEYS=launch.tile,
         STAGES=launch.num_stages,

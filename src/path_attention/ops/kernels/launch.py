@@ -22,7 +22,7 @@ _MISSING = object()  # in the place of an argument that has no default
 
 
 def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is not below a positive number. Triton's takes twenty times as long."""
+    """The smallest power of two that is not below a positive number. Triton's is made for its compiler."""
     return 1 << (number - 1).bit_length()
 
 
@@ -30,10 +30,9 @@ class _Call:
     """Where among a kernel's arguments and options what stands, for all calls with the same types in each place."""
 
     def __init__(self, kernel: "JITFunction[Any]", types: tuple[type, ...]) -> None:
-        self.count = len(kernel.params)
         assert object not in types, f"{kernel.fn.__name__}: an argument is missing"
         # Options, which come behind the arguments, are constants too.
-        self.constants = list(range(self.count, len(types)))
+        self.constants = list(range(len(kernel.params), len(types)))
         self.tensors, self.integers, self.specialised, self.others = ([] for _ in range(4))
         for i, (parameter, kind) in enumerate(zip(kernel.params, types, strict=False)):
             if parameter.is_constexpr:
@@ -108,16 +107,16 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
     if known is None:
         known = _KERNELS[id(kernel)] = _Kernel(kernel)
     # Parameters as the kernel has them, in its order; options come behind them.
-    bound = {**known.defaults, **arguments}
+    bound, count = {**known.defaults, **arguments}, len(known.defaults)
     values = list(bound.values())
-    types = (*map(type, values), *list(bound)[len(known.defaults) :])
+    types = (*map(type, values), *list(bound)[count:])
     call = known.calls.get(types)
     if call is None:
         call = known.calls[types] = _Call(kernel, types[: len(values)])
     key = (triton.runtime.driver.active.get_current_device(), *call.facts(values))
     compiled = call.compiled.get(key)
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*values[: call.count])
+        compiled[(*grid, 1, 1)[:3]](*values[:count])
         return
     compiled = kernel[grid](**arguments)
     if compiled is not None:  # else it was not launched

@@ -168,6 +168,10 @@ def leaf_forward_kernel(
     meets once needs no more than WORK has beside bfloat16's 8 bits; with SPLIT_ROWS it has 22.
     """
     HQ = H * GROUP
+    key_stride = token_heads * D
+    query_stride = key_stride * GROUP
+    value_stride = token_heads * DV
+    out_stride = value_stride * GROUP
     i_leaf = tl.program_id(0) // H
     i_head = tl.program_id(0) % H
     i_row, s_rows, _, _, _, _, _ = place(i_leaf, p_table, table_leaves, table_length, table_queries, table_keys)
@@ -176,7 +180,7 @@ def leaf_forward_kernel(
     o = tl.arange(0, ROWS)
     i_tile = i_leaf * H + i_head
     p_w += i_head * D
-    b_w_given = load_rows(p_w, i_row, s_rows, token_heads * D, D, BLOCK_D, ROWS)
+    b_w_given = load_rows(p_w, i_row, s_rows, key_stride, D, BLOCK_D, ROWS)
     b_w = rounded(b_w_given, WORK)
     b_w_rest = rest(b_w_given, b_w, WORK)
     b_beta = tl.load(p_beta + tl.cast(i_row, tl.int64) * H + o * H + i_head, mask=o < s_rows, other=0.0).to(tl.float32)
@@ -194,7 +198,7 @@ def leaf_forward_kernel(
     o_chunk = tl.arange(0, CHUNK)
     i_node = (tl.cast(2 * i_leaf, tl.int64) * H + i_head) * D * D
     for i in tl.static_range(0, BLOCK_D, CHUNK):
-        b_w_chunk = load_rows(p_w + i, i_row, s_rows, token_heads * D, D - i, CHUNK, ROWS)
+        b_w_chunk = load_rows(p_w + i, i_row, s_rows, key_stride, D - i, CHUNK, ROWS)
         b_w_columns = tl.trans(rounded(b_w_chunk, WORK))
         b_p = dot(b_w_columns, b_u)
         b_p = dot(b_w_columns, b_u_rest, b_p)
@@ -207,7 +211,7 @@ def leaf_forward_kernel(
             store_rows(p_node_rest + i_node, rest(b_p, b_p_rounded, WORK), i, D - i, D, D, BLOCK_D, CHUNK)
     if p_u is not None:
         store_rows(p_u, b_u, i_tile * ROWS, ROWS, D, D, BLOCK_D, ROWS)
-    b_k = rounded(load_rows(p_k + i_head * D, i_row, s_rows, token_heads * D, D, BLOCK_D, ROWS), WORK)
+    b_k = rounded(load_rows(p_k + i_head * D, i_row, s_rows, key_stride, D, BLOCK_D, ROWS), WORK)
     b_z = tl.where(o[:, None] < o[None, :], _dot_exact(b_k, tl.trans(b_w), tl.trans(b_w_rest), SPLIT_ROWS), 0.0)
     b_y_whole = _dot_parts(b_z, tl.trans(b_a), tl.trans(b_a_rest), WORK, SPLIT_ROWS)
     b_y = rounded(b_y_whole, WORK)
@@ -217,7 +221,7 @@ def leaf_forward_kernel(
     store_rows(p_k_right + i_head * D, b_k_right, i_leaf * ROWS, ROWS, H * D, D, BLOCK_D, ROWS)
     for i_group in range(GROUP):
         i_query_head = i_head * GROUP + i_group
-        b_q = rounded(load_rows(p_q + i_query_head * D, i_row, s_rows, token_heads * GROUP * D, D, BLOCK_D, ROWS), WORK)
+        b_q = rounded(load_rows(p_q + i_query_head * D, i_row, s_rows, query_stride, D, BLOCK_D, ROWS), WORK)
         b_x = tl.where(o[:, None] >= o[None, :], _dot_exact(b_q, tl.trans(b_w), tl.trans(b_w_rest), SPLIT_ROWS), 0.0)
         b_q_left = (b_q.to(tl.float32) - _dot_parts(b_x, b_u, b_u_rest, WORK, SPLIT_ROWS)) * scale
         store_rows(p_q_left + i_query_head * D, b_q_left, i_leaf * ROWS, ROWS, HQ * D, D, BLOCK_D, ROWS)
@@ -235,9 +239,9 @@ def leaf_forward_kernel(
             b_max = tl.max(b_logits, axis=1)
             b_weights = tl.exp2(b_logits - b_max[:, None])
             b_sum = tl.sum(b_weights, axis=1)
-            b_v = load_rows(p_v + i_head * DV, i_row, s_rows, token_heads * DV, DV, BLOCK_DV, ROWS)
+            b_v = load_rows(p_v + i_head * DV, i_row, s_rows, value_stride, DV, BLOCK_DV, ROWS)
             b_out = dot(b_weights.to(b_v.dtype), b_v) / b_sum[:, None]
-            store_rows(p_out + i_query_head * DV, b_out, i_row, s_rows, token_heads * GROUP * DV, DV, BLOCK_DV, ROWS)
+            store_rows(p_out + i_query_head * DV, b_out, i_row, s_rows, out_stride, DV, BLOCK_DV, ROWS)
             tl.store(p_log_sum_exp + o_row, (b_max + tl.log2(b_sum)) / LOG2_E, mask=o < s_rows)
 
 

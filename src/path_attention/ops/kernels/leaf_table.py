@@ -70,6 +70,11 @@ class LeafTable:
         return torch.stack([sequence * self.length + index * LEAF, tokens, index, count, *bases], dim=1)
 
 
+def token_heads(rows: Tensor) -> int:
+    """Heads from one token to the next in memory, of rows (T, heads, dim) that may be some heads of a tensor."""
+    return rows.stride(0) // rows.shape[2]
+
+
 def _levels(leaves: int) -> int:
     return max(0, leaves - 1).bit_length()
 

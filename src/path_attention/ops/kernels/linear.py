@@ -15,7 +15,7 @@ from torch import Tensor
 
 from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
 from path_attention.ops.kernels.leaf_kernels import leaf_backward_kernel, leaf_forward_kernel
-from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, token_heads
 from path_attention.ops.kernels.transport_kernels import (
     key_transport_backward_kernel,
     key_transport_kernel,
@@ -50,8 +50,8 @@ LeavesBy = Literal["triton", "hopper", "torch"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The operator's arguments as rows of tokens, contiguous but for given_heads: T = B * L of them. R reflections a
-    token.
+    """The operator's arguments as rows of tokens: T = B * L of them. R reflections a token. Contiguous; or q, k, v and
+    w, and with them out and all gradients, the same heads of contiguous tensors that have more.
     """
 
     q: Tensor  # (T, HQ, D)
@@ -65,17 +65,10 @@ class Inputs:
     leaves: LeavesBy = "triton"
     # The tree and the transports read their factors in pieces: what float32 ones ask for on a GPU.
     in_pieces: bool = False
-    # Key heads of a token in the tensors that q, k, v, w and out are some heads of; None: there are no others.
-    given_heads: int | None = None
 
     @property
     def heads(self) -> int:
         return self.k.shape[1]
-
-    @property
-    def token_heads(self) -> int:
-        """Key heads from one token to the next in the rows of q, k, v, w and out."""
-        return self.given_heads or self.heads
 
     @property
     def query_heads(self) -> int:
@@ -337,7 +330,7 @@ def _launch_leaves(
         "p_u": u,
         "scale": inputs.scale,
         "H": heads,
-        "token_heads": inputs.token_heads,
+        "token_heads": token_heads(inputs.k),
         "SPLIT_W": is_half and inputs.w.dtype == torch.float32,
         **table.arguments,
     }
@@ -602,7 +595,7 @@ def leaves_backward(
         "p_d_gate": d_gate,
         "scale": inputs.scale,
         "H": inputs.heads,
-        "token_heads": inputs.token_heads,
+        "token_heads": token_heads(inputs.k),
         **table.arguments,
     }
     dim = inputs.q.shape[2]

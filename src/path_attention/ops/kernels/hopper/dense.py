@@ -14,7 +14,7 @@ from path_attention.ops.kernels.dense_kernels import lowest_level_backward_kerne
 from path_attention.ops.kernels.hopper.dense_backward import dense_backward_kernel
 from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
 from path_attention.ops.kernels.launch import launch_kernel
-from path_attention.ops.kernels.leaf_table import LEAF, LeafTable
+from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, token_heads
 from path_attention.ops.kernels.merge_kernels import output_rows_kernel, token_rows_kernel
 
 # Keys of a tile, and rows of a program: two leaves.
@@ -146,7 +146,7 @@ def dense_forward(
         num_turns=turns,
         num_groups=groups,
         HQ=query_heads,
-        token_heads=values.stride(0) // dim,
+        token_heads=token_heads(values),
         STAGES=options.stages,
         REGISTERS=options.registers,
         TURNS=options.turns,
@@ -226,7 +226,7 @@ def dense_backward(
         **_arguments(table, query_rows, key_rows),
         row_slots=table.row_slots,
         H=heads,
-        token_heads=values.stride(0) // dim,
+        token_heads=token_heads(values),
         num_warps=options.lowest_warps,
         num_stages=1,
     )
