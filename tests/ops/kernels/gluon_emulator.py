@@ -49,6 +49,8 @@ class Deadlock(AssertionError):
 class Tile(torch.Tensor):
     """A tensor with Triton's reinterpreting ``to``."""
 
+    type = SimpleNamespace(layout=None)  # type: ignore[assignment]
+
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Tile":  # type: ignore[override]
         return self.view(dtype) if bitcast else super().to(dtype)  # type: ignore[return-value]
 
@@ -454,6 +456,12 @@ def warpgroup_mma_wait(num_outstanding: int, deps: Sequence[Any]) -> Any:
     return found[0] if len(found) == 1 else tuple(found)
 
 
+def mma_v2(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> Tile:
+    """The product of a warp, from registers alone."""
+    assert a.dtype == b.dtype == torch.float16, (a.dtype, b.dtype)
+    return _tile(a.as_subclass(torch.Tensor).float() @ b.as_subclass(torch.Tensor).float() + acc)
+
+
 # --- the language ----------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +550,8 @@ class language:
     full = staticmethod(lambda shape, value, dtype, layout: _tile(torch.full(tuple(shape), value, dtype=dtype)))
     cast = staticmethod(lambda x, dtype: x.to(dtype) if isinstance(x, torch.Tensor) else x)
     convert_layout = staticmethod(lambda x, layout: x)
+    expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
+    broadcast = staticmethod(torch.broadcast_tensors)
     maximum = staticmethod(_pairwise(max, torch.maximum))
     minimum = staticmethod(_pairwise(min, torch.minimum))
     max = staticmethod(lambda x, axis: x.amax(axis))
@@ -621,7 +631,7 @@ def _instead_of_gluon() -> dict[str, Any]:
         f"{root}.gluon": gluon,
         f"{root}.gluon.language": language,
         f"{root}.gluon.language._core": _module("_core", builtin=_builtin),
-        f"{root}.gluon.language.nvidia.ampere": _module("ampere", async_copy=async_copy),
+        f"{root}.gluon.language.nvidia.ampere": _module("ampere", async_copy=async_copy, mma_v2=mma_v2),
         f"{root}.gluon.language.nvidia.hopper": _module("hopper", **hopper),
         f"{root}.gluon.nvidia.hopper": _module("hopper", TensorDescriptor=TensorDescriptor),
     }

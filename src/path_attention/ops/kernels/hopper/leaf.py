@@ -10,7 +10,7 @@ columns; backward they take the two warp groups of leaf_group.py, whose register
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from path_attention.ops.kernels import leaf_kernels
@@ -23,6 +23,11 @@ ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC, 2))
 MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 MEMORY_FLOAT32 = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
+# The 16 x 16 blocks on the diagonal of an accumulator as (4, 16, 16), each in the warp that has it, and as operands.
+BLOCKS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
+BLOCKS_LEFT = gl.constexpr(gl.DotOperandLayout(0, BLOCKS, 2))
+BLOCKS_RIGHT = gl.constexpr(gl.DotOperandLayout(1, BLOCKS, 2))
+BLOCK_NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC))  # a number for each row of an accumulator
 COLUMN = gl.constexpr(gl.SliceLayout(0, ACC))
 CLOSED = gl.constexpr(leaf_kernels.CLOSED.value)
@@ -159,14 +164,60 @@ def _gates_between(b_g):
 
 
 @gluon.jit
-def _unit_lower_inverse(b_n, s_n, s_x):
-    """(I + n)^-1 in float32, as _unit_lower_inverse of leaf_kernels.py; s_n holds n, s_x is left with rubbish."""
+def _block_product(b_a, b_b_transposed, b_c):
+    """a b + c of the blocks; registers of b^T are those of b as the second operand."""
+    b_left = gl.convert_layout(b_a.to(gl.float16), BLOCKS_LEFT)
+    b_right = gl.convert_layout(b_b_transposed.to(gl.float16).permute((0, 2, 1)), BLOCKS_RIGHT)
+    return mma_v2(b_left, b_right, b_c)
+
+
+@gluon.jit
+def _inverse_blocks(b_gram, s_beta):
+    """The 16 x 16 blocks on the diagonal of (I + n)^-1 as (64, 64), with zeros beside them; n as for the whole inverse.
+
+    A block is one warp's: its products wait for no other warp, and for no memory. A second operand is what registers
+    have of its transpose, so inverse and transpose go along together; that of n comes from the Gram matrix, which is
+    its own.
+    """
     o_row = gl.arange(0, LEAF, ROW)[:, None]
     o_column = gl.arange(0, 64, COLUMN)[None, :]
-    b_x = gl.where(o_row == o_column, 1.0, 0.0) - gl.where(o_row // 2 == o_column // 2, b_n, 0.0)
-    # A loop that is not unrolled: unrolled, ptxas serialises the products of whole variants of the kernel (C7511), and
-    # spills twice as much.
-    for doubling in range(1, 6):
+    on_diagonal = o_row // 16 == o_column // 16
+    b_picked = gl.where(on_diagonal, b_gram, 0.0).reshape([4, 16, 4, 16])
+    PICKED: gl.constexpr = b_picked.type.layout
+    b_blocks = gl.convert_layout(gl.sum(b_picked, 2), BLOCKS)
+    s_block_beta = reinterpret(s_beta, gl.float32, [4, 16], BLOCK_NUMBERS)
+    b_n = -s_block_beta.load(gl.SliceLayout(2, BLOCKS))[:, :, None] * b_blocks
+    b_n_transposed = -s_block_beta.load(gl.SliceLayout(1, BLOCKS))[:, None, :] * b_blocks
+    o_row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, BLOCKS)))[None, :, None]
+    o_column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, BLOCKS)))[None, None, :]
+    pair = o_row // 2 == o_column // 2
+    b_one = gl.where(o_row == o_column, 1.0, 0.0)
+    b_x = b_one + gl.where(pair & (o_row > o_column), b_n, 0.0)
+    b_x_transposed = b_one + gl.where(pair & (o_row < o_column), b_n_transposed, 0.0)
+    b_zeros = gl.full([4, 16, 16], 0.0, gl.float32, BLOCKS)
+    for doubling in gl.static_range(1, 4):
+        pair = o_row >> doubling + 1 == o_column >> doubling + 1
+        b_below = gl.where(pair & (o_row >> doubling > o_column >> doubling), b_n, 0.0)
+        b_above = gl.where(pair & (o_row >> doubling < o_column >> doubling), b_n_transposed, 0.0)
+        b_t = _block_product(b_x, b_above, b_zeros)
+        b_t_transposed = _block_product(b_x_transposed, b_below, b_zeros)
+        b_joined = _block_product(b_t, b_x_transposed, b_x)
+        b_x_transposed = _block_product(b_t_transposed, b_x, b_x_transposed)
+        b_x = b_joined
+    b_spread = gl.expand_dims(gl.convert_layout(b_x, gl.SliceLayout(2, PICKED)), 2)
+    b_spread, _like = gl.broadcast(b_spread, b_picked)
+    return gl.where(on_diagonal, gl.convert_layout(b_spread.reshape([LEAF, 64]), ACC), 0.0)
+
+
+@gluon.jit
+def _unit_lower_inverse(b_gram, s_beta, s_n, s_x):
+    """(I + n)^-1 in float32, as _unit_lower_inverse of leaf_kernels.py, for the n = strictLower(D gram), D of beta,
+    that s_n holds; s_x is left with rubbish.
+    """
+    o_row = gl.arange(0, LEAF, ROW)[:, None]
+    o_column = gl.arange(0, 64, COLUMN)[None, :]
+    b_x = _inverse_blocks(b_gram, s_beta)
+    for doubling in gl.static_range(4, 6):
         o_row_block = o_row >> doubling
         o_column_block = o_column >> doubling
         pair = (o_row_block > o_column_block) & (o_row_block >> 1 == o_column_block >> 1)
@@ -265,7 +316,7 @@ def leaf_forward_kernel(
             b_gram = warpgroup_mma(s_w_rest.index(i), s_w.index(i).permute((1, 0)), b_gram)
     b_n = gl.where(below, b_beta[:, None] * b_gram, 0.0)
     put(s_n, b_n)
-    b_inverse = _unit_lower_inverse(b_n, s_n, s_a)
+    b_inverse = _unit_lower_inverse(b_gram, s_beta, s_n, s_a)
     s_n_rest = s_us.index(PARTS)  # free until U has a rest
     put(s_n_rest, b_n - b_n.to(gl.float16).to(gl.float32))
     i_tile = i_leaf * H + i_head
