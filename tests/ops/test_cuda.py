@@ -8,6 +8,7 @@ twice in the gradients.
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -189,6 +190,52 @@ def test_parts_of_a_head_or_two(case: dict, backend: str, monkeypatch: pytest.Mo
         pytest.skip(reason)
     monkeypatch.setattr(cuda, "PART", -(-case["shape"][1] // 64) * case["shape"][4] // 64 + 2)
     check(inputs, cu_seqlens, backend)
+
+
+def peak_extra_bytes(function: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 8192, 32, 32, 64), (4, 4096, 24, 24, 64), (2, 8192, 16, 16, 128), (2, 8192, 32, 8, 64), (2, 8192, 32, 8, 128)],
+    ids=str,
+)
+def test_memory_is_what_parts_are_cut_for(shape: tuple[int, ...], gate: bool) -> None:
+    """In three times what softmax attention takes, and at most what part_sizes.py says."""
+    from path_attention.ops.engines import cuda
+    from path_attention.ops.engines.part_sizes import TIMES_SOFTMAX, Shape
+
+    q, k, v, w, beta, g = make(shape, torch.bfloat16, gate=gate)
+    if (reason := unsupported_reason("hopper", q, k, v, w, beta, g)) is not None:
+        pytest.skip(reason)
+    d_out, inputs = torch.randn_like(q), [x for x in (q, k, v, w, beta, g) if x is not None]
+    heads_first = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+
+    def path() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(path_attention(q, k, v, w, beta, g), inputs, d_out)
+
+    def softmax() -> tuple[Tensor, ...]:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *heads_first, is_causal=True, enable_gqa=shape[2] > shape[3]
+            )
+        return torch.autograd.grad(out, heads_first, d_out.transpose(1, 2))
+
+    path(), softmax()  # what is kept from the first call on does not count
+    ours, others = peak_extra_bytes(path), peak_extra_bytes(softmax)
+    assert ours <= TIMES_SOFTMAX * others
+    described = Shape(*shape, w_bytes=w.element_size(), gated=gate)  # type: ignore[call-arg]
+    # Numbers of tokens and matrices, which it leaves out, are a hundredth.
+    assert others == pytest.approx(described.softmax_bytes(), rel=0.01)
+    if described.units * shape[4] // cuda.PART_DIM <= cuda.PART:  # one part: results come after the peak
+        assert ours == pytest.approx(described.out_bytes() + described.buffer_bytes(), rel=0.02)
 
 
 @pytest.mark.parametrize("backend", ["triton", "hopper"])

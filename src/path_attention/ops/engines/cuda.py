@@ -3,7 +3,7 @@
 Same algorithm as ops/dyadic.py, on rows of tokens as they come, (B * L, heads, dim): nothing is packed or transposed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import EllipsisType
 from typing import Literal, NamedTuple
@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from path_attention.ops.engines import dense, siblings
+from path_attention.ops.engines.part_sizes import Limits, Shape, backward_limits, evenly, sizes
 from path_attention.ops.kernels import linear, torch_leaves
 from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
@@ -153,52 +154,58 @@ class Part(NamedTuple):
 SpansUser = Callable[[Part, Inputs, linear.Spans], None]
 
 
-def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, part: int, *, in_place: bool) -> Iterator[Part]:
-    """The call cut along its sequences, and where one alone is too much along its key heads; ``part`` as PART. Where
-    heads stay in place, along heads alone if that makes fewer parts.
+def _most(q: Tensor, part: int) -> int:
+    """Leaves times key heads of a part of these queries; ``part`` as PART."""
+    dim = q.shape[3]
+    # A leaf's rows grow with their width, and float32 ones, which wide rows are between the stages, are twice as large.
+    float32 = q.dtype == torch.float32 or dim > linear.WHOLE_DIM
+    return max(1, int(part / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
+
+
+def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, limits: Limits, *, in_place: bool) -> Iterator[Part]:
+    """The call cut along its sequences, and where one alone is too much along its key heads. Where heads stay in place,
+    along heads alone if that makes fewer parts.
 
     What the stages hold besides inputs and results is by far the most of their memory: it is held for one part.
     """
-    batch, length, heads, dim = k.shape
-    group = q.shape[2] // heads
+    batch, length, heads, _ = k.shape
     leaves = -(-length // LEAF)
-    # A leaf's rows grow with their width, and float32 ones, which wide rows are between the stages, are twice as large.
-    float32 = q.dtype == torch.float32 or dim > linear.WHOLE_DIM
-    most = max(1, int(part / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
-    sequences = max(1, min(batch, most // (leaves * heads)))
-    part_heads = heads if leaves * heads <= most else max(1, most // leaves)
-    some_heads = most // (batch * leaves)
-    if in_place and some_heads and -(-heads // some_heads) < -(-batch // sequences) * -(-heads // part_heads):
-        sequences, part_heads = batch, some_heads
-    sequences, part_heads = _even(batch, sequences), _even(heads, part_heads)
+    sequences, some_heads = sizes(batch, leaves * heads, limits), [heads]
+    if sequences is None:
+        sequences = [1] * batch
+        some_heads = sizes(heads, leaves, Limits(limits.later, limits.later)) or evenly(heads, heads)
+    if in_place and (of_all := sizes(heads, batch * leaves, limits)) and len(of_all) < len(sequences) * len(some_heads):
+        sequences, some_heads = [batch], of_all
     table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
-    if (sequences, part_heads) == (batch, heads):
+    if len(sequences) == len(some_heads) == 1:
         yield Part(..., ..., table or batch_leaf_table(batch, length))
         return
-    for first in range(0, batch, sequences):
-        sequence = slice(first, min(first + sequences, batch))
-        if cu_seqlens is None and (table is None or sequence.stop - first != sequences):
-            table = batch_leaf_table(sequence.stop - first, length)
-        assert table is not None
-        for head in range(0, heads, part_heads):
-            last = min(head + part_heads, heads)
+    group, tables = q.shape[2] // heads, {} if table is None else dict.fromkeys(sequences, table)
+    for sequence in _slices(sequences):
+        number = sequence.stop - sequence.start
+        if number not in tables:
+            tables[number] = batch_leaf_table(number, length)
+        for head in _slices(some_heads):
             yield Part(
-                queries=(sequence, slice(None), slice(head * group, last * group)),
-                keys=(sequence, slice(None), slice(head, last)),
-                table=table,
-                sequence=first,
-                head=head,
+                queries=(sequence, slice(None), slice(head.start * group, head.stop * group)),
+                keys=(sequence, slice(None), head),
+                table=tables[number],
+                sequence=sequence.start,
+                head=head.start,
             )
+
+
+def _slices(lengths: Sequence[int]) -> Iterator[slice]:
+    """One behind the other."""
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length)
+        start += length
 
 
 def _row_dtype(siblings_by: Siblings, inputs: Inputs) -> torch.dtype:
     """Of the rows at the levels' edges: our kernels take them in float16 beside bfloat16 values, torch's want one."""
     return inputs.q.dtype if siblings_by == "sdpa" else inputs.row_dtype
-
-
-def _even(total: int, most: int) -> int:
-    """The size of ceil(total / most) parts that differ as little as may be."""
-    return -(-total // -(-total // most))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -240,6 +247,14 @@ def _place(result: Tensor, index: _Index, padded: bool, *, in_place: bool = Fals
     return place.new_empty(rows, *place.shape[2:-1], place.shape[-1] + missing)
 
 
+class _Place(NamedTuple):
+    """Of a part's gradients in those of the call, and where kernels write them: arguments of :func:`_store`."""
+
+    result: Tensor
+    of_part: _Index
+    rows: Tensor
+
+
 def _store(result: Tensor, index: _Index, rows: Tensor) -> None:
     """Bring a part's rows from where the kernels wrote them to result (B, L, heads, ...), without the padding."""
     place = result[index]
@@ -267,7 +282,8 @@ def forward(
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
     in_place = _can_stay(siblings_by, q, k, v, w)
-    for part in _parts(q, k, cu_seqlens, FORWARD_PARTS * PART, in_place=in_place):
+    most = _most(q, FORWARD_PARTS * PART)
+    for part in _parts(q, k, cu_seqlens, Limits(most, most), in_place=in_place):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
         out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
@@ -295,30 +311,40 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, w, beta and g, in their dtypes."""
-    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, w, beta)]
     d_gate = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    places = (*results[:3], _by_head(results[3]), _by_head(results[4]))
-    is_wide = (True, True, True, True, False)
+    results: list[Tensor] = []
+
+    def places(part: Part) -> list[_Place]:
+        """Where a part's gradients go. There are none before the first part's buffers give way to them."""
+        if not results:
+            results.extend(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, w, beta))
+        d_q, d_k, d_v, d_w, d_beta = results
+        wide = ((d_q, part.queries), (d_k, part.keys), (d_v, part.keys), (_by_head(d_w), part.keys))
+        return [_Place(x, index, _place(x, index, padded=True, in_place=in_place)) for x, index in wide] + [
+            _Place(x := _by_head(d_beta), part.keys, _place(x, part.keys, padded=False))
+        ]
+
     in_place = _can_stay(siblings_by, q, k, v, w, d_out)
     rows = _rows_in_place if in_place else _rows
-    for part in _parts(q, k, cu_seqlens, PART, in_place=in_place):
+    most = _most(q, PART)
+    limits = Limits(most, most)
+    if in_place:
+        batch, length, query_heads, dim = q.shape
+        shape = Shape(batch, length, query_heads, k.shape[2], dim, w.element_size(), gated=g is not None)
+        limits = backward_limits(shape, most)
+    for part in _parts(q, k, cu_seqlens, limits, in_place=in_place):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
-        index = (part.queries, *[part.keys] * 4)
-        found = [
-            _place(x, where, padded=wide, in_place=in_place and wide)
-            for x, where, wide in zip(places, index, is_wide, strict=True)
-        ]
-        part_d_gate = _part_backward(
+        found, part_d_gate = _part_backward(
             siblings_by,
             inputs,
             part.table,
             rows(d_out[part.queries]),
             rows(out[part.queries]),
             log_sum_exp[part.queries].flatten(0, 1).contiguous(),
-            linear.Gradients(*found),
+            partial(places, part),
         )
-        for x, where, gradient in zip(places, index, found, strict=True):
-            _store(x, where, gradient)
+        for x in found:
+            _store(*x)
         if d_gate is not None and part_d_gate is not None:
             _store(d_gate, part.queries, part_d_gate)
         del inputs, found, part_d_gate
@@ -333,9 +359,11 @@ def _part_backward(
     d_out: Tensor,
     out: Tensor,
     log_sum_exp: Tensor,
-    result: linear.Gradients,
-) -> Tensor | None:
-    """Write a part's gradients to result; returns row sums less column sums of dS, (T, HQ), where there are gates."""
+    places: Callable[[], list[_Place]],
+) -> tuple[list[_Place], Tensor | None]:
+    """Write a part's gradients to its places; also returns row sums less column sums of dS, (T, HQ), where there are
+    gates.
+    """
     delta, factor = delta_and_factor(out, d_out, inputs.v)
     levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs))
     if siblings_by == "triton":
@@ -347,11 +375,13 @@ def _part_backward(
         gradients = siblings.sdpa_backward(inputs, table, levels, d_out, out, log_sum_exp)
     edges = linear.levels_backward(inputs, table, levels, leaves, gradients)
     of_dense = (gradients.values, gradients.factor, d_gate := gradients.gate)
+    found = places()
+    result = linear.Gradients(*[x.rows for x in found])
     if inputs.leaves == "torch":
         torch_leaves.backward(inputs, table, edges, *of_dense, log_sum_exp, out, d_out, result)
     else:
         linear.leaves_backward(inputs, table, leaves, edges, *of_dense, log_sum_exp, delta, d_out, result)
-    return d_gate
+    return found, d_gate
 
 
 def delta_and_factor(out: Tensor, d_out: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:

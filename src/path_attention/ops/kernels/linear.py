@@ -476,6 +476,23 @@ def levels_backward(
     tree_levels = table.num_levels - (nodes is not None)
     shared = {"p_node": leaves.nodes, "H": heads, **inputs.matrix_options(wide=True)}
     moved = {**shared, "p_factor": dense.factor, "num_levels": table.num_levels, "ONLY_TOP": nodes is not None}
+    # Keys first: their gradients wait beside the queries', of which there are more.
+    k_right = _scaled_rows(inputs, table, heads)
+    key_partials = scaled_matrices(inputs, _partial_tiles(key_table.key_slots, table.num_levels), heads)
+    if table.num_levels > 0:
+        launch_kernel(
+            key_transport_backward_kernel,
+            (key_table.num_leaves * heads,),
+            p_key_rows=levels.take_keys(),
+            p_d_key_rows=dense.take_keys(),
+            p_d_k_right=k_right.tiles,
+            p_d_k_right_power=k_right.power,
+            p_partials=key_partials.tiles,
+            p_partials_power=key_partials.power,
+            key_slots=key_table.key_slots,
+            **moved,
+            **key_table.arguments,
+        )
     q_left = _scaled_rows(inputs, table, query_heads)
     query_partials = scaled_matrices(inputs, _partial_tiles(table.query_slots, table.num_levels), query_heads)
     launch_kernel(
@@ -491,23 +508,8 @@ def levels_backward(
         **moved,
         **table.arguments,
     )
-    k_right = _scaled_rows(inputs, table, heads)
     if table.num_levels == 0:
         return EdgeGradients(q_left, k_right, nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads))
-    key_partials = scaled_matrices(inputs, _partial_tiles(key_table.key_slots, table.num_levels), heads)
-    launch_kernel(
-        key_transport_backward_kernel,
-        (key_table.num_leaves * heads,),
-        p_key_rows=levels.take_keys(),
-        p_d_key_rows=dense.take_keys(),
-        p_d_k_right=k_right.tiles,
-        p_d_k_right_power=k_right.power,
-        p_partials=key_partials.tiles,
-        p_partials_power=key_partials.power,
-        key_slots=key_table.key_slots,
-        **moved,
-        **key_table.arguments,
-    )
     nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
     for level in reversed(range(tree_levels)):
         launch_kernel(
@@ -541,8 +543,10 @@ def _scaled_rows(inputs: Inputs, table: LeafTable, of_heads: int) -> Scaled:
 
 
 def _partial_tiles(slots: int, levels: int) -> int:
-    """Tiles that partial_tile of tree_kernels.py numbers: one a slot at level 0, one for two slots above."""
-    return slots + max(0, levels - 1) * (slots // 2)
+    """Tiles that partial_tile of tree_kernels.py numbers: one a slot at level 0, one for two slots above; none of the
+    uppermost level, whose rows nothing moves on.
+    """
+    return slots + max(0, levels - 2) * (slots // 2)
 
 
 def leaves_backward(
