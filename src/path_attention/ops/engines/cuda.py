@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from path_attention.ops.engines import dense, siblings
-from path_attention.ops.engines.part_sizes import Limits, Shape, backward_limits, evenly, sizes
+from path_attention.ops.engines.part_sizes import Cut, Limits, Shape, backward_cut, cut
 from path_attention.ops.kernels import linear, torch_leaves
 from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
@@ -162,30 +162,28 @@ def _most(q: Tensor, part: int) -> int:
     return max(1, int(part / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
 
 
-def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, limits: Limits, *, in_place: bool) -> Iterator[Part]:
-    """The call cut along its sequences, and where one alone is too much along its key heads. Where heads stay in place,
-    along heads alone if that makes fewer parts.
+def _plain_cut(q: Tensor, k: Tensor, part: int, *, in_place: bool) -> Cut:
+    """Into parts that are alike; ``part`` as PART."""
+    batch, length, heads, _ = k.shape
+    most = _most(q, part)
+    return cut(batch, -(-length // LEAF), heads, Limits(most, most), in_place=in_place)
 
-    What the stages hold besides inputs and results is by far the most of their memory: it is held for one part.
+
+def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, of: Cut) -> Iterator[Part]:
+    """The call cut like this. What the stages hold besides inputs and results is by far the most of their memory: it is
+    held for one part.
     """
     batch, length, heads, _ = k.shape
-    leaves = -(-length // LEAF)
-    sequences, some_heads = sizes(batch, leaves * heads, limits), [heads]
-    if sequences is None:
-        sequences = [1] * batch
-        some_heads = sizes(heads, leaves, Limits(limits.later, limits.later)) or evenly(heads, heads)
-    if in_place and (of_all := sizes(heads, batch * leaves, limits)) and len(of_all) < len(sequences) * len(some_heads):
-        sequences, some_heads = [batch], of_all
     table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
-    if len(sequences) == len(some_heads) == 1:
+    if of.parts == 1:
         yield Part(..., ..., table or batch_leaf_table(batch, length))
         return
-    group, tables = q.shape[2] // heads, {} if table is None else dict.fromkeys(sequences, table)
-    for sequence in _slices(sequences):
+    group, tables = q.shape[2] // heads, {} if table is None else dict.fromkeys(of.sequences, table)
+    for sequence in _slices(of.sequences):
         number = sequence.stop - sequence.start
         if number not in tables:
             tables[number] = batch_leaf_table(number, length)
-        for head in _slices(some_heads):
+        for head in _slices(of.heads):
             yield Part(
                 queries=(sequence, slice(None), slice(head.start * group, head.stop * group)),
                 keys=(sequence, slice(None), head),
@@ -282,8 +280,7 @@ def forward(
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
     in_place = _can_stay(siblings_by, q, k, v, w)
-    most = _most(q, FORWARD_PARTS * PART)
-    for part in _parts(q, k, cu_seqlens, Limits(most, most), in_place=in_place):
+    for part in _parts(q, k, cu_seqlens, _plain_cut(q, k, FORWARD_PARTS * PART, in_place=in_place)):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
         out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
@@ -326,13 +323,13 @@ def backward(
 
     in_place = _can_stay(siblings_by, q, k, v, w, d_out)
     rows = _rows_in_place if in_place else _rows
-    most = _most(q, PART)
-    limits = Limits(most, most)
     if in_place:
         batch, length, query_heads, dim = q.shape
         shape = Shape(batch, length, query_heads, k.shape[2], dim, w.element_size(), gated=g is not None)
-        limits = backward_limits(shape, most)
-    for part in _parts(q, k, cu_seqlens, limits, in_place=in_place):
+        of = backward_cut(shape, _most(q, PART))
+    else:
+        of = _plain_cut(q, k, PART, in_place=False)
+    for part in _parts(q, k, cu_seqlens, of):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
         found, part_d_gate = _part_backward(
             siblings_by,
@@ -343,11 +340,11 @@ def backward(
             log_sum_exp[part.queries].flatten(0, 1).contiguous(),
             partial(places, part),
         )
-        for x in found:
-            _store(*x)
+        for place in found:
+            _store(*place)
         if d_gate is not None and part_d_gate is not None:
             _store(d_gate, part.queries, part_d_gate)
-        del inputs, found, part_d_gate
+        del inputs, found, place, part_d_gate
     d_q, d_k, d_v, d_w, d_beta = results
     return d_q, d_k, d_v, d_w, d_beta, None if d_gate is None else _gate_gradient(d_gate, cu_seqlens).to(g)
 

@@ -4,12 +4,14 @@ Units are leaves times key heads. What a part's buffers take beside inputs and r
 memory, and follows from its shape alone; test_cuda.py holds this file to what is measured.
 """
 
+import itertools
 from typing import NamedTuple
 
 from path_attention.ops.kernels.leaf_table import LEAF
 
-# Times what softmax attention takes beside its inputs, forward and backward, at most: larger calls are cut further.
-TIMES_SOFTMAX = 3
+# Times what softmax attention takes beside its inputs, forward and backward: what sizes are chosen for, and steps by
+# which they give way where they would ask for a part more. At 2 x 8192 x 16 x 128 a third one takes 8% longer.
+TIMES_SOFTMAX, STEP = 3.0, 0.05
 # The first part may be this much larger than what all are at most, if others are smaller for it.
 FIRST = 1.25
 # Bytes of a float16 and of a float32.
@@ -21,6 +23,17 @@ class Limits(NamedTuple):
 
     first: int
     later: int  # of every other one
+
+
+class Cut(NamedTuple):
+    """A call's parts, each of some sequences and some heads."""
+
+    sequences: list[int]
+    heads: list[int]
+
+    @property
+    def parts(self) -> int:
+        return len(self.sequences) * len(self.heads)
 
 
 class Shape(NamedTuple):
@@ -63,7 +76,8 @@ class Shape(NamedTuple):
     def result_bytes(self) -> int:
         """Ours: these and the gradients."""
         d_query, d_keys = self.query_heads * HALF * self.dim, self.heads * (2 * HALF + self.w_bytes) * self.dim
-        return self.out_bytes() + self.tokens * (d_query + d_keys)
+        numbers = FLOAT * (self.heads + (self.query_heads if self.gated else 0))  # of beta and of gates
+        return self.out_bytes() + self.tokens * (d_query + d_keys + numbers)
 
     def buffer_bytes(self) -> int:
         """All buffers of the whole call where most are alive: when moved rows go back, first the keys'."""
@@ -76,25 +90,50 @@ class Shape(NamedTuple):
         back = HALF * self.dim + shares  # what a head has of them then
         # Gradients of values in float32; P of a leaf and of a parent; T^-1, Y, U.
         all_along = FLOAT * self.dim + 2 * matrix // LEAF + HALF * (2 * LEAF + self.dim)
+        # A part's own log-sum-exp and beta, gates and their gradients, gates of rows.
+        numbers = FLOAT * (self.heads + self.query_heads * (3 if self.gated else 1))
         if self.gated:
             rows_of_queries += FLOAT * levels
         keys_go = self.query_heads * rows_of_queries + self.heads * (rows_of_keys + back)
         queries_go = self.query_heads * (rows_of_queries + back) + self.heads * back
         number = self.batch * self.leaves * LEAF
-        return number * (max(keys_go, queries_go) + self.heads * all_along)
+        return number * (max(keys_go, queries_go) + self.heads * all_along + numbers)
 
 
-def backward_limits(shape: Shape, most: int) -> Limits:
-    """``most`` units at most; and if all are more, so few that the peak is TIMES_SOFTMAX times softmax attention's.
+def backward_cut(shape: Shape, most: int) -> Cut:
+    """Parts of ``most`` units, but of such sizes that the peak is TIMES_SOFTMAX times softmax attention's, or as little
+    above as may be without a further part.
 
     While the first part is at its peak there are no results yet, so that it may be larger than the others.
     """
-    if shape.units <= most:  # more launches would take such a call longer
-        return Limits(most, most)
-    room, buffers = TIMES_SOFTMAX * shape.softmax_bytes(), shape.buffer_bytes()
-    first = shape.units * (room - shape.out_bytes()) // buffers
-    later = shape.units * (room - shape.result_bytes()) // buffers
-    return Limits(min(int(FIRST * most), first), min(most, later))
+    plain = cut(shape.batch, shape.leaves, shape.heads, Limits(most, most), in_place=True)
+    if plain.parts == 1:  # more launches would take such a call longer
+        return plain
+    softmax, buffers = shape.softmax_bytes(), shape.buffer_bytes()
+    for times in itertools.count(TIMES_SOFTMAX, STEP):
+        first, later = (
+            int(shape.units * (times * softmax - x) / buffers) for x in (shape.out_bytes(), shape.result_bytes())
+        )
+        if later >= most:
+            return plain
+        found = cut(shape.batch, shape.leaves, shape.heads, Limits(min(int(FIRST * most), first), later), in_place=True)
+        if found.parts <= plain.parts:
+            return found
+    raise AssertionError("times grows until all fits")
+
+
+def cut(batch: int, leaves: int, heads: int, limits: Limits, *, in_place: bool) -> Cut:
+    """Along sequences, and where one alone is too much along its heads. Where heads stay in place, along heads alone if
+    that makes fewer parts.
+    """
+    if (sequences := sizes(batch, leaves * heads, limits)) is not None:
+        found = Cut(sequences, [heads])
+    else:
+        of_one = sizes(heads, leaves, Limits(limits.later, limits.later)) or evenly(heads, heads)
+        found = Cut([1] * batch, of_one)
+    if in_place and (of_all := sizes(heads, batch * leaves, limits)) and len(of_all) < found.parts:
+        found = Cut([batch], of_all)
+    return found
 
 
 def sizes(count: int, unit: int, limits: Limits) -> list[int] | None:
