@@ -316,9 +316,11 @@ def backward(
         if not results:
             results.extend(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, w, beta))
         d_q, d_k, d_v, d_w, d_beta = results
-        wide = ((d_q, part.queries), (d_k, part.keys), (d_v, part.keys), (_by_head(d_w), part.keys))
-        return [_Place(x, index, _place(x, index, padded=True, in_place=in_place)) for x, index in wide] + [
-            _Place(x := _by_head(d_beta), part.keys, _place(x, part.keys, padded=False))
+        of_rows = ((d_q, part.queries), (d_k, part.keys), (d_v, part.keys), (_by_head(d_w), part.keys))
+        of_numbers = _by_head(d_beta)
+        return [
+            *[_Place(x, index, _place(x, index, padded=True, in_place=in_place)) for x, index in of_rows],
+            _Place(of_numbers, part.keys, _place(of_numbers, part.keys, padded=False)),
         ]
 
     in_place = _can_stay(siblings_by, q, k, v, w, d_out)
