@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from path_attention import path_attention
+from path_attention.benchmark import results_file
+from path_attention.benchmark.cuda_measure import peak_extra_bytes
 from path_attention.benchmark.measure import environment, time_interleaved
 
 # What a first call costs in compiling is not to count, nor a few disturbances.
@@ -94,15 +96,6 @@ def waited(function: Callable[[], object], device: str) -> Callable[[], object]:
     return run
 
 
-def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes beside what was there."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measure(case: Case, backends: list[str], length: int, device: str) -> dict[str, Any]:
     inputs = make(case, length, 1024 // case.dim, device)
     d_out = torch.randn_like(inputs[2])
@@ -117,7 +110,7 @@ def measure(case: Case, backends: list[str], length: int, device: str) -> dict[s
     row["ms"] = {name: x.median_ms for name, x in times.items()}
     row["errors"] = {x: errors(case, x, device, min(length, CHECKED_LENGTH)) for x in backends}
     if device == "cuda":
-        row["peak_bytes"] = {name: peak_memory(x) for name, x in functions.items() if "backward" in name}
+        row["peak_bytes"] = {name: peak_extra_bytes(x) for name, x in functions.items() if "backward" in name}
     return row
 
 
@@ -137,8 +130,7 @@ def main() -> None:
         if (case.name, arguments.length) in done:
             continue
         rows.append(measure(case, backends, arguments.length, arguments.device))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+        results_file.write({**result, "rows": rows}, arguments.out)
         print(json.dumps(rows[-1]), flush=True)
 
 

@@ -8,13 +8,13 @@ twice in the gradients.
 """
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from path_attention import path_attention, unsupported_reason
+from path_attention.benchmark.cuda_measure import peak_extra_bytes
 from path_attention.ops.autograd import _warn_of_slow_engine
 
 # torch refuses its matrix products, which leaves of several reflections and of float32 are made of, under
@@ -190,15 +190,6 @@ def test_parts_of_a_head_or_two(case: dict, backend: str, monkeypatch: pytest.Mo
         pytest.skip(reason)
     monkeypatch.setattr(cuda, "PART", -(-case["shape"][1] // 64) * case["shape"][4] // 64 + 2)
     check(inputs, cu_seqlens, backend)
-
-
-def peak_extra_bytes(function: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 @pytest.mark.parametrize("gate", [False, True])

@@ -174,20 +174,18 @@ def _parts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, of: Cut) -> Iterator
     held for one part.
     """
     batch, length, heads, _ = k.shape
-    table = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
+    packed = None if cu_seqlens is None else packed_leaf_table(cu_seqlens, length, q.device)
     if of.parts == 1:
-        yield Part(..., ..., table or batch_leaf_table(batch, length))
+        yield Part(..., ..., packed or batch_leaf_table(batch, length))
         return
-    group, tables = q.shape[2] // heads, {} if table is None else dict.fromkeys(of.sequences, table)
+    group = q.shape[2] // heads
     for sequence in _slices(of.sequences):
-        number = sequence.stop - sequence.start
-        if number not in tables:
-            tables[number] = batch_leaf_table(number, length)
+        table = packed or batch_leaf_table(sequence.stop - sequence.start, length)
         for head in _slices(of.heads):
             yield Part(
                 queries=(sequence, slice(None), slice(head.start * group, head.stop * group)),
                 keys=(sequence, slice(None), head),
-                table=tables[number],
+                table=table,
                 sequence=sequence.start,
                 head=head.start,
             )

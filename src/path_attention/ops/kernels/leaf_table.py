@@ -75,7 +75,8 @@ def token_heads(rows: Tensor) -> int:
     return rows.stride(0) // rows.shape[2]
 
 
-def _levels(leaves: int) -> int:
+def levels_above(leaves: int) -> int:
+    """Levels of a sequence's tree over so many leaves."""
     return max(0, leaves - 1).bit_length()
 
 
@@ -87,7 +88,7 @@ def _even(x: Tensor) -> Tensor:
 def batch_leaf_table(batch: int, length: int) -> LeafTable:
     """The table of ``batch`` sequences of ``length`` tokens each."""
     leaves = -(-length // LEAF)
-    levels = _levels(leaves)
+    levels = levels_above(leaves)
     # Left siblings at level l come in whole spans: the widest level decides.
     keys = max((-(-(leaves - 2**level) // 2 ** (level + 1)) * 2**level for level in range(levels)), default=0)
     queries, keys = leaves // 2 + leaves // 2 % 2, keys + keys % 2
@@ -139,7 +140,7 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
         queries=1,
         keys=1,
         num_leaves=bound,
-        num_levels=_levels(longest),
+        num_levels=levels_above(longest),
         query_slots=bound // 2 + bound // 2 % 2 + 2 * sequences,
         key_slots=bound + bound % 2 + 2 * sequences,
         row_slots=bound + bound % 2 + 2 * sequences,

@@ -508,8 +508,6 @@ def levels_backward(
         **moved,
         **table.arguments,
     )
-    if table.num_levels == 0:
-        return EdgeGradients(q_left, k_right, nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads))
     nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
     for level in reversed(range(tree_levels)):
         launch_kernel(
