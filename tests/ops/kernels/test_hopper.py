@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: on a GPU, test_cuda.py runs the engine", allow_module_level=True)
 
+from path_attention import path_attention_reference
 from path_attention.ops.engines import cuda, siblings
 from tests.ops.kernels.gluon_emulator import emulated_gluon
 from tests.ops.kernels.test_engine import errors
@@ -106,6 +107,32 @@ def test_gates_equal_the_definition(hopper: dict[str, ModuleType], case: dict) -
     assert hopper["leaf_group"].leaf_backward_group_kernel.launches == by_group
     assert hopper["dense_forward"].dense_forward_kernel.launches == 1
     assert hopper["dense_backward"].dense_backward_kernel.launches == (case["shape"][1] > 128)
+
+
+@pytest.mark.usefixtures("as_for_bfloat16")
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize(("dim", "length"), [(64, 420), (128, 330)])
+def test_first_keys_that_outweigh_a_leafs_own(hopper: dict[str, ModuleType], dim: int, length: int, gate: bool) -> None:
+    """By e^100: sums beside a leaf's own log-sum-exp are no numbers, and programs begin anew; those of the first two
+    pairs do not.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(1, length, *size, generator=generator)
+
+    first = (torch.arange(length) < 128)[:, None, None]
+    q, k, v = normal(1, dim), normal(1, dim) / 8, normal(1, dim)
+    q[..., 0] = 8
+    k[..., 0] = torch.where(first, 6.5, -6.0)[..., 0]
+    w = torch.nn.functional.normalize(normal(1, 1, dim), dim=-1)
+    w[..., 0] = 0  # what decides is not moved
+    beta = 2 * torch.rand(1, length, 1, 1, generator=generator)
+    g = -normal(1).abs() / 100 if gate else None
+    inputs = (q.half(), k.half(), v.half(), w, beta, g)
+    expected = path_attention_reference(*[None if x is None else x.double() for x in inputs], scale=1.0)
+    out, _ = cuda.forward("hopper", *inputs, None, 1.0)
+    assert (out.double() - expected).norm() <= 1.7e-3 * expected.norm()
 
 
 # There is nothing before the first token for its gate to come between: its gradient, the sum of all rows' sums of dS

@@ -3,8 +3,13 @@
 A program has one pair of leaves, 128 rows, and one query head. A producer warp group has the copy engine (TMA) fetch
 the pair's queries at each level and tiles of 128 keys and values; two consumer warp groups, a leaf of 64 rows each,
 compute. From level 1 on both leaves have the same left siblings, complete ones, so no tile needs a mask. Level 0, where
-the right leaf of the pair meets the left one, is a step of its own for the right leaf's group, ahead of the others.
+the right leaf of the pair meets the left one, is a step of its own for the right leaf's group, behind the others.
 Gates come with their rows: a row's is taken off its maximum, a key's is added to its logits.
+
+Weights are taken beside the log-sum-exp that a row has of its own leaf, and not beside the maximum so far: no maximum
+is looked for, and nothing is rescaled. Sums of them only overflow where the logits of other leaves exceed that by more
+than half the exponents of a float32, 69; in float16, which has few of them, by 10. A program in which one does begins
+anew, with the maximum.
 
 Order of work in a consumer, for tile i: the logits Q K_i^T and the product P_{i-1} V_{i-1} are issued together, the
 softmax of tile i runs under the latter. The wait for the next keys stands between softmax and the wait for the product:
@@ -27,6 +32,11 @@ from path_attention.ops.kernels.tiles import COUNTS
 LOG2_E = gl.constexpr(1.4426950408889634)
 LEAF = gl.constexpr(64)
 PAIR = gl.constexpr(128)  # rows of a program, and of a tile of keys
+# Sums of weights are below these, or a program begins anew: all weights are numbers of their type then, and their
+# products with values as far below the largest float32 as bfloat16 values may be.
+LARGEST_SUM = gl.constexpr(2.0**100)
+LARGEST_SUM_FLOAT16 = gl.constexpr(2.0**15)
+VERDICT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -87,33 +97,52 @@ def _advance(i_stage, s_phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _verdict(s_verdict):
+    """Whether one of the consumers, which have both said so, wants to begin anew."""
+    return gl.max(s_verdict.load(gl.BlockedLayout([1], [32], [4], [0])), 0) != 0
+
+
+@gluon.jit
 def _produce(
-    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty,
-    k_full, k_empty, v_full, v_empty, i_row, i_index, has_right, i_query_base, i_key_base, i_query_head, i_head,
-    num_levels, query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
+    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full,
+    q_empty, k_full, k_empty, v_full, v_empty, verdict, i_row, i_index, has_right, i_query_base, i_key_base,
+    i_query_head, i_head, num_levels, query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr
 ):  # fmt: skip
-    """Queries of every level that the pair has a left sibling at, lowest first, and that sibling's keys and values."""
-    i_stage = has_right
-    s_phase = 1
-    i_q = has_right
-    s_q_phase = 1
+    """All tiles once, and once more if a consumer asks for it."""
+    i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
+        t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
+        q_empty, k_full, k_empty, v_full, v_empty, 0, 1, 0, 1, i_row, i_index, has_right, i_query_base, i_key_base,
+        i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES, GATED
+    )  # fmt: skip
+    if i_index > 0:
+        mbarrier.wait(verdict, 0)
+        if _verdict(s_verdict):
+            _produce_tiles(
+                t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
+                q_empty, k_full, k_empty, v_full, v_empty, i_stage, s_phase, i_q, s_q_phase, i_row, i_index, has_right,
+                i_query_base, i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES, GATED
+            )  # fmt: skip
+
+
+@gluon.jit
+def _produce_tiles(
+    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty,
+    k_full, k_empty, v_full, v_empty, i_stage, s_phase, i_q, s_q_phase, i_row, i_index, has_right, i_query_base,
+    i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """Queries of every level that the pair has a left sibling at, level 1 first and level 0 last, and that sibling's
+    keys and values.
+    """
     GATES: gl.constexpr = PAIR * 4 if GATED else 0  # bytes that come with a tile
+    i_stage = gl.to_tensor(i_stage)
+    s_phase = gl.to_tensor(s_phase)
+    i_q = gl.to_tensor(i_q)
+    s_q_phase = gl.to_tensor(s_q_phase)
     i_query_column = i_query_head * D
     i_key_column = i_head * D
     i_value_column = i_head * DV
-    if has_right == 1:
-        # Whole tiles, of which the first leaf's rows count.
-        i_query_row = (i_query_base + i_index // 2) * LEAF
-        i_key_row = (i_key_base + i_index // 2) * LEAF
-        mbarrier.expect(q_full.index(0), LEAF * D * 2 + GATES)
-        async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(0), s_q.index(1))
-        mbarrier.expect(k_full.index(0), PAIR * D * 2 + GATES)
-        async_load(t_key_rows, [i_key_row, i_key_column], k_full.index(0), s_k.index(0))
-        if GATED:
-            async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(0), s_gate_q.index(0))
-            async_load(t_gate_key, [i_query_head, i_key_row], k_full.index(0), s_gate_k.index(0))
-        mbarrier.expect(v_full.index(0), PAIR * DV * 2)
-        async_load(t_values, [i_row, i_value_column], v_full.index(0), s_v.index(0))
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_first = ((i_index >> level) - 1) << level
@@ -141,17 +170,34 @@ def _produce(
                     t_values, [i_value_row + i * PAIR, i_value_column], v_full.index(i_stage), s_v.index(i_stage)
                 )
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+    if has_right == 1:
+        # Whole tiles, of which the first leaf's rows count.
+        i_query_row = (i_query_base + i_index // 2) * LEAF
+        i_key_row = (i_key_base + i_index // 2) * LEAF
+        mbarrier.wait(q_empty.index(i_q), s_q_phase)
+        mbarrier.expect(q_full.index(i_q), LEAF * D * 2 + GATES)
+        async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
+        mbarrier.wait(k_empty.index(i_stage), s_phase)
+        mbarrier.expect(k_full.index(i_stage), PAIR * D * 2 + GATES)
+        async_load(t_key_rows, [i_key_row, i_key_column], k_full.index(i_stage), s_k.index(i_stage))
+        if GATED:
+            async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(i_q))
+            async_load(t_gate_key, [i_query_head, i_key_row], k_full.index(i_stage), s_gate_k.index(i_stage))
+        mbarrier.wait(v_empty.index(i_stage), s_phase)
+        mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
+        async_load(t_values, [i_row, i_value_column], v_full.index(i_stage), s_v.index(i_stage))
+        i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+        i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+    return i_stage, s_phase, i_q, s_q_phase
 
 
 @gluon.jit
-def _gated(
-    b_s, s_gate_q, i_q, FIRST: gl.constexpr, s_gate_k, i_k, KEYS: gl.constexpr, S: gl.constexpr, GATED: gl.constexpr
-):  # fmt: skip
+def _gated(b_s, s_gate_q, FIRST: gl.constexpr, s_gate_k, KEYS: gl.constexpr, S: gl.constexpr, GATED: gl.constexpr):
     """Logits, in layout S, with the gates of KEYS keys, and the gates of rows FIRST .. FIRST + 64."""
     b_bias = gl.full([LEAF], 0.0, gl.float32, gl.SliceLayout(1, S))
     if GATED:
-        b_s += s_gate_k.index(i_k).slice(0, KEYS, 1).load(S)
-        b_bias = gl.max(s_gate_q.index(i_q).slice(FIRST, LEAF, 1).permute((1, 0)).load(S), 1)  # of one column
+        b_s += s_gate_k.slice(0, KEYS, 1).load(S)
+        b_bias = gl.max(s_gate_q.slice(FIRST, LEAF, 1).permute((1, 0)).load(S), 1)  # of one column
     return b_s, b_bias
 
 
@@ -171,59 +217,77 @@ def _softmax(b_s, b_bias, b_max, b_sum, GATED: gl.constexpr):
 
 
 @gluon.jit
+def _weights(b_s, b_bias, b_max, b_sum, GATED: gl.constexpr):
+    """Weights of a tile of logits beside what b_max stays, and the new sum."""
+    b_shift = (b_max - b_bias) * LOG2_E if GATED else b_max * LOG2_E
+    b_p = gl.exp2(b_s * LOG2_E - b_shift[:, None])
+    return b_p, b_sum + gl.sum(b_p, 1)
+
+
+@gluon.jit
+def _in_pairs(b_x, dtype: gl.constexpr):
+    """b_x in half precision, two numbers an instruction and a register: converted one by one, those that wait for the
+    next round of a loop change places in their registers there, an instruction each.
+    """
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [b_x], gl.bfloat16, True, 2)
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [b_x], gl.float16, True, 2)
+
+
+@gluon.jit
 def _attend_left_leaf(
-    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, k_full, v_full, DV: gl.constexpr, GATED: gl.constexpr
+    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, v_full, s_phase, DV: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Level 0: the pair's right leaf goes on over the left one's keys, the first rows of a tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEAF, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     ROW: gl.constexpr = gl.SliceLayout(1, S)
+    OF_TILES: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16]))
     b_zero = gl.full([LEAF, LEAF], 0.0, gl.float32, S)
-    mbarrier.wait(q_full, 0)
-    mbarrier.wait(k_full, 0)
     b_s = warpgroup_mma(s_q, s_k.slice(0, LEAF, 0).permute((1, 0)), b_zero, use_acc=False)
     b_max = gl.convert_layout(b_max, ROW)
     b_sum = gl.convert_layout(b_sum, ROW)
-    b_s, b_bias = _gated(b_s, s_gate_q, 0, 0, s_gate_k, 0, LEAF, S, GATED)
+    b_s, b_bias = _gated(b_s, s_gate_q, 0, s_gate_k, LEAF, S, GATED)
     b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
     b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     b_weights = gl.convert_layout(b_p.to(s_v.dtype), gl.DotOperandLayout(0, O, 2))
-    mbarrier.wait(v_full, 0)
+    mbarrier.wait(v_full, s_phase)
     b_o = warpgroup_mma(b_weights, s_v.slice(0, LEAF, 0), b_o)
-    return b_max, b_sum, b_o
+    return gl.convert_layout(b_max, OF_TILES), gl.convert_layout(b_sum, OF_TILES), b_o
 
 
 @gluon.jit
 def _attend_left_spans(
     b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_first, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    GATED: gl.constexpr, ONE_LEVEL: gl.constexpr
+    i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr
 ):  # fmt: skip
-    """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on, which begin in stage and query buffer i_first."""
+    """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on; FIXED: beside b_max as it is. Also returns the
+    next stage, query buffer and turn, and their phases.
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = s_v.dtype
     b_zero = gl.full([LEAF, PAIR], 0.0, gl.float32, S)
-    i_stage = i_first
-    s_phase = 0
-    i_q = i_first
-    s_q_phase = 0
-    s_turn = 0
     # Bit b of the number of tiles is a level that has 2^b of them, lowest first.
     s_bits = s_tiles & (s_tiles - 1)
     if ONE_LEVEL:  # has all of them
         s_bits *= 0
     s_left = s_tiles - s_bits - 1  # tiles of this level after the current one
-    mbarrier.wait(q_full.index(i_q), 0)
-    mbarrier.wait(k_full.index(i_stage), 0)
+    mbarrier.wait(q_full.index(i_q), s_q_phase)
+    mbarrier.wait(k_full.index(i_stage), s_phase)
     b_s = warpgroup_mma(s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_zero, use_acc=False)
-    b_s, b_bias = _gated(b_s, s_gate_q, i_q, C * LEAF, s_gate_k, i_stage, PAIR, S, GATED)
+    b_s, b_bias = _gated(b_s, s_gate_q.index(i_q), C * LEAF, s_gate_k.index(i_stage), PAIR, S, GATED)
     mbarrier.arrive(k_empty.index(i_stage), count=1)
     mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
-    b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
-    b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
-    b_weights = gl.convert_layout(b_p.to(dtype), P)
+    if FIXED:
+        b_p, b_sum = _weights(b_s, b_bias, b_max, b_sum, GATED)
+    else:
+        b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
+        b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
+    b_weights = gl.convert_layout(_in_pairs(b_p, dtype), P)
     i_v = i_stage
     s_v_phase = s_phase
     i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
@@ -248,10 +312,13 @@ def _attend_left_spans(
             mbarrier.arrive(turn.index(1 - C), count=1)
             s_turn ^= 1
         b_s = warpgroup_mma_wait(1, (t_s,))
-        b_s, b_bias = _gated(b_s, s_gate_q, i_q, C * LEAF, s_gate_k, i_stage, PAIR, S, GATED)
+        b_s, b_bias = _gated(b_s, s_gate_q.index(i_q), C * LEAF, s_gate_k.index(i_stage), PAIR, S, GATED)
         mbarrier.arrive(k_empty.index(i_stage), count=1)
         mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
-        b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
+        if FIXED:
+            b_p, b_sum = _weights(b_s, b_bias, b_max, b_sum, GATED)
+        else:
+            b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
         i_v_done = i_v
         i_v = i_stage
         s_v_phase = s_phase
@@ -259,72 +326,132 @@ def _attend_left_spans(
         mbarrier.wait(k_full.index(i_stage), s_phase, pred=i + 1 < s_tiles)
         b_o, _ = warpgroup_mma_wait(0, (t_o, b_weights))
         mbarrier.arrive(v_empty.index(i_v_done), count=1)
-        b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
-        b_weights = gl.convert_layout(b_p.to(dtype), P)
+        if not FIXED:
+            b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
+        b_weights = gl.convert_layout(_in_pairs(b_p, dtype), P)
     mbarrier.wait(v_full.index(i_v), s_v_phase)
     b_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o)
-    return b_max, b_sum, b_o
+    mbarrier.arrive(v_empty.index(i_v), count=1)
+    i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+    return b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase, s_turn
+
+
+@gluon.jit
+def _attend(
+    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads,
+    out_stride, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
+    ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr
+):  # fmt: skip
+    """What leaf C of the pair has of itself in memory, joined with s_tiles tiles of keys and, if it is a right leaf,
+    the left one's. Nothing is written. Also returns whether sums are too large, which only those that are FIXED can be.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
+    LARGEST: gl.constexpr = LARGEST_SUM_FLOAT16 if s_v.dtype == gl.float16 else LARGEST_SUM
+    p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
+    p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
+    b_max = gl.load(p_lse, mask=m_row, other=0.0)
+    b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
+    b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
+    s_too_large = gl.to_tensor(0.0)
+    i_stage = gl.to_tensor(i_stage)
+    s_phase = gl.to_tensor(s_phase)
+    i_q = gl.to_tensor(i_q)
+    s_q_phase = gl.to_tensor(s_q_phase)
+    s_turn = gl.to_tensor(s_turn)
+    if s_tiles > 0:
+        b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend_left_spans(
+            b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, FIXED
+        )  # fmt: skip
+        if FIXED:
+            s_too_large = gl.max(gl.where(b_sum < LARGEST, 0.0, 1.0), 0)  # or no number at all
+    if not ONE_LEVEL:  # noqa: SIM102
+        if has_right == 1:
+            # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
+            mbarrier.wait(q_full.index(i_q), s_q_phase)
+            mbarrier.wait(k_full.index(i_stage), s_phase)
+            if C == 1:
+                b_max, b_sum, b_o = _attend_left_leaf(
+                    b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_stage),
+                    s_gate_q.index(i_q), s_gate_k.index(i_stage), v_full.index(i_stage), s_phase, DV, GATED
+                )  # fmt: skip
+            else:
+                mbarrier.wait(v_full.index(i_stage), s_phase)
+            mbarrier.arrive(q_empty.index(i_q), count=1)
+            mbarrier.arrive(k_empty.index(i_stage), count=1)
+            mbarrier.arrive(v_empty.index(i_stage), count=1)
+            i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+            i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+    return b_max, b_sum, b_o, s_too_large, i_stage, s_phase, i_q, s_q_phase, s_turn
+
+
+@gluon.jit
+def _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C: gl.constexpr):
+    """Where leaf C's log-sum-exps are, and which there are."""
+    o = gl.arange(0, LEAF, gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])))
+    p = p_log_sum_exp + gl.cast(i_row + C * LEAF + o, gl.int64) * s_query_heads + i_query_head
+    return p, C * LEAF + o < s_tokens
+
+
+@gluon.jit
+def _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C: gl.constexpr, DV: gl.constexpr):
+    """The same of its output, 16 bytes a thread."""
+    M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    o_row = gl.arange(0, LEAF, gl.SliceLayout(1, M))
+    o_column = gl.arange(0, DV, gl.SliceLayout(0, M))
+    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * out_stride + i_query_head * DV)
+    return p_tile + (o_row[:, None] * out_stride + o_column[None, :]), (C * LEAF + o_row < s_tokens)[:, None]
 
 
 @gluon.jit
 def _consume(
-    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride, C: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr
+    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, turn, verdict, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride,
+    C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
+    ONE_LEVEL: gl.constexpr
 ):  # fmt: skip
-    """Rows of leaf C of the pair: go on from the leaf's own attention over the left leaf, if C is a right one, and
-    s_tiles tiles of keys.
+    """Rows of leaf C of the pair: go on from what is in memory, beside its log-sum-exp, over s_tiles tiles of keys and
+    the left leaf, if C is a right one; and again beside the maximum, if either leaf's sums were too large. ONE_LEVEL:
+    beside the maximum at once, for what is in memory need not be of their own leaf.
     """
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
-    # Rows as memory has them: 16 bytes a thread.
-    M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
-    o_row = i_row + C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S))
-    m_row = C * LEAF + gl.arange(0, LEAF, gl.SliceLayout(1, S)) < s_tokens
-    p_lse = p_log_sum_exp + gl.cast(o_row, gl.int64) * s_query_heads + i_query_head
-    o_out = gl.arange(0, LEAF, gl.SliceLayout(1, M))
-    o_column = gl.arange(0, DV, gl.SliceLayout(0, M))
-    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * out_stride + i_query_head * DV)
-    p_tile = p_tile + (o_out[:, None] * out_stride + o_column[None, :])
-    m_out = (C * LEAF + o_out < s_tokens)[:, None]
-    b_max = gl.load(p_lse, mask=m_row, other=0.0)
-    b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
-    b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
-    if C == 1:
-        if has_right == 1:
-            b_low_max, b_low_sum, b_o = _attend_left_leaf(
-                b_max, b_sum, b_o, s_q.index(1), s_k.index(0), s_v.index(0), s_gate_q, s_gate_k, q_full.index(0),
-                k_full.index(0), v_full.index(0), DV, GATED
-            )  # fmt: skip
-            b_max = gl.convert_layout(b_low_max, gl.SliceLayout(1, S))
-            b_sum = gl.convert_layout(b_low_sum, gl.SliceLayout(1, S))
-    else:
-        # Waits for all the same: a barrier that is a phase behind would let the next wait pass.
-        mbarrier.wait(q_full.index(0), 0, pred=has_right == 1)
-        mbarrier.wait(k_full.index(0), 0, pred=has_right == 1)
-        mbarrier.wait(v_full.index(0), 0, pred=has_right == 1)
-    mbarrier.arrive(q_empty.index(0), count=1, pred=has_right == 1)
-    mbarrier.arrive(k_empty.index(0), count=1, pred=has_right == 1)
-    mbarrier.arrive(v_empty.index(0), count=1, pred=has_right == 1)
-    if s_tiles > 0:
-        b_max, b_sum, b_o = _attend_left_spans(
-            b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, has_right, s_tiles, C, DV, STAGES, TURNS, GATED, ONE_LEVEL
-        )  # fmt: skip
+    b_max, b_sum, b_o, s_too_large, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
+        p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        turn, 0, 0, 0, 0, 0, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride, C, DV,
+        STAGES, TURNS, GATED, ONE_LEVEL, not ONE_LEVEL
+    )  # fmt: skip
+    if not ONE_LEVEL:  # noqa: SIM102
+        if s_tiles > 0:
+            s_verdict.slice(C, 1, 0).store(gl.full([1], s_too_large, gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
+            mbarrier.arrive(verdict, count=1)
+            mbarrier.wait(verdict, 0)
+            if _verdict(s_verdict):
+                b_max, b_sum, b_o, _s, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, has_right, s_tiles,
+                    i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, False
+                )  # fmt: skip
+    p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
+    p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
     b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
+    M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     gl.store(p_tile, gl.convert_layout(b_o.to(p_out.dtype.element_ty), M), mask=m_out)
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
 
 
 @gluon.jit
 def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
-    """q_full, q_empty, k_full, k_empty, v_full, v_empty and turn, for two consumers that hold queries: two buffers of
-    these, STAGES of keys and of values.
+    """q_full, q_empty, k_full, k_empty, v_full, v_empty, turn and verdict, for two consumers that hold queries: two
+    buffers of these, STAGES of keys and of values.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    verdict = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    mbarrier.init(verdict.index(0), count=2)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -341,7 +468,7 @@ def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
     fence_async_shared()
     if TURNS:
         mbarrier.arrive(turn.index(0), count=1)
-    return q_full, q_empty, k_full, k_empty, v_full, v_empty, turn
+    return q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict.index(0)
 
 
 @gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
@@ -392,7 +519,8 @@ def dense_forward_kernel(
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, PAIR], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers_of_queries(STAGES, TURNS)
+    s_verdict = gl.allocate_shared_memory(gl.float32, [2], VERDICT)
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
         [
@@ -400,24 +528,25 @@ def dense_forward_kernel(
                 _produce,
                 (
                     t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
-                    q_full, q_empty, k_full, k_empty, v_full, v_empty, i_row, i_index, has_right, i_query_base,
-                    i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES, GATED
+                    s_verdict, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, i_row, i_index, has_right,
+                    i_query_base, i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES,
+                    GATED
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, out_stride, 0, DV,
-                    STAGES, TURNS, GATED, False
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
+                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, has_right, i_index // 2, i_query_head,
+                    HQ, out_stride, 0, DV, STAGES, TURNS, GATED, False
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, has_right, i_index // 2, i_query_head, HQ, out_stride, 1, DV,
-                    STAGES, TURNS, GATED, False
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
+                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, has_right, i_index // 2, i_query_head,
+                    HQ, out_stride, 1, DV, STAGES, TURNS, GATED, False
                 ),
             ),
         ],

@@ -14,7 +14,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from path_attention.ops.kernels.hopper.dense_backward import _step, barriers_of_tiles, buffers_of_queries
-from path_attention.ops.kernels.hopper.dense_forward import LEAF, PAIR, _advance, barriers_of_queries, turn_and_head
+from path_attention.ops.kernels.hopper.dense_forward import (
+    LEAF,
+    PAIR,
+    VERDICT,
+    _advance,
+    barriers_of_queries,
+    turn_and_head,
+)
 from path_attention.ops.kernels.hopper.dense_forward import _consume as _attend
 from path_attention.ops.kernels.hopper.gluon_names import async_load, reinterpret, tma_reduce_add
 from path_attention.ops.kernels.tiles import COUNTS
@@ -96,7 +103,8 @@ def pair_forward_kernel(
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [1, 1, PAIR], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers_of_queries(STAGES, TURNS)
+    s_verdict = gl.allocate_shared_memory(gl.float32, [2], VERDICT)  # nobody reads it
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
         [
@@ -111,17 +119,17 @@ def pair_forward_kernel(
             (
                 _attend,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 0, DV, STAGES,
-                    TURNS, GATED, True
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
+                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 0,
+                    DV, STAGES, TURNS, GATED, True
                 ),
             ),
             (
                 _attend,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 1, DV, STAGES,
-                    TURNS, GATED, True
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
+                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 1,
+                    DV, STAGES, TURNS, GATED, True
                 ),
             ),
         ],
