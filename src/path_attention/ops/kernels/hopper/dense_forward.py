@@ -136,6 +136,7 @@ def _produce_tiles(
     keys and values.
     """
     GATES: gl.constexpr = PAIR * 4 if GATED else 0  # bytes that come with a tile
+    # The first pass gives constants here, which no branch or loop may change.
     i_stage = gl.to_tensor(i_stage)
     s_phase = gl.to_tensor(s_phase)
     i_q = gl.to_tensor(i_q)
@@ -354,6 +355,7 @@ def _attend(
     b_max = gl.load(p_lse, mask=m_row, other=0.0)
     b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
     b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
+    # The first pass gives constants here, which no branch or loop may change.
     s_too_large = gl.to_tensor(0.0)
     i_stage = gl.to_tensor(i_stage)
     s_phase = gl.to_tensor(s_phase)
