@@ -283,7 +283,8 @@ def forward(
         out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
         use = None if use_spans is None else partial(use_spans, part, inputs)
-        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use)
+        unit = siblings.FORWARD_UNITS[siblings_by]
+        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use, unit)
         attend(inputs, part.table, levels, out, log_sum_exp)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)

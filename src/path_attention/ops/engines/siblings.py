@@ -5,6 +5,7 @@
 ``hopper``: the same for Hopper GPUs (kernels/hopper/).
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def triton_backward(
 def hopper_forward(
     inputs: linear.Inputs, table: LeafTable, levels: linear.Levels, out: Tensor, log_sum_exp: Tensor
 ) -> None:
-    """As :func:`triton_forward`, on Hopper GPUs."""
+    """As :func:`triton_forward`, on Hopper GPUs, of query rows and gates times log2(e)."""
     from path_attention.ops.kernels.hopper import dense as hopper_dense  # only some versions of Triton have Gluon
 
     hopper_dense.dense_forward(
@@ -221,3 +222,5 @@ def sdpa_backward(
 
 
 FORWARD = {"triton": triton_forward, "hopper": hopper_forward, "sdpa": sdpa_forward}
+# What query rows and gates are multiplied by for these.
+FORWARD_UNITS = {"triton": 1.0, "hopper": 1 / math.log(2), "sdpa": 1.0}

@@ -166,9 +166,9 @@ class _Rows:
 class Levels(_Rows):
     """Rows at the edges of every level."""
 
-    query_rows: Tensor  # (levels, query_slots, 64, HQ, D), times scale
+    query_rows: Tensor  # (levels, query_slots, 64, HQ, D), times scale and unit
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
-    gate_query: Tensor | None  # (HQ, levels, query_slots, 64) float32
+    gate_query: Tensor | None  # (HQ, levels, query_slots, 64) float32, both times unit
     gate_key: Tensor | None  # (HQ, levels, key_slots, 64) float32
 
 
@@ -196,12 +196,14 @@ def forward(
     log_sum_exp: Tensor,
     row_dtype: torch.dtype,
     use_spans: Callable[[Spans], None] | None = None,
+    unit: float = 1.0,
 ) -> Levels:
     """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ).
 
     Args:
         row_dtype: what the rows at the levels' edges are rounded to.
         use_spans: called with what is not kept, for half-precision inputs.
+        unit: what query rows and gates are multiplied by.
     """
     node_rest = None
     if use_spans is not None:
@@ -210,7 +212,7 @@ def forward(
     if use_spans is not None and node_rest is not None:
         use_spans(Spans(k_right, nodes, node_rest))
         del node_rest  # before the levels' rows ask for memory
-    return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
+    return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype, unit=unit)
 
 
 def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
@@ -370,9 +372,10 @@ def _levels(
     key_table: LeafTable | None = None,
     *,
     only_top: bool = False,
+    unit: float = 1.0,
 ) -> Levels:
     """Rows at every level's edges, or of the uppermost level alone; ``key_table``: where keys stand, for callers to
-    whom that is another place.
+    whom that is another place. Query rows and gates are times ``unit``.
     """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     levels, gated = 1 if only_top else table.num_levels, inputs.g is not None
@@ -393,6 +396,7 @@ def _levels(
         "H": heads,
         "num_levels": table.num_levels,
         "ONLY_TOP": only_top,
+        "UNIT": unit,
         **inputs.matrix_options(),
     }
     launch_kernel(

@@ -97,8 +97,8 @@ def query_transport_kernel(
     table_length,
     table_queries,
     table_keys,
-    p_query_rows,  # out (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D)
-    p_gate_query,  # out (HQ, levels, query_slots, 64) float32 or None: the gates from the edge up to each query
+    p_query_rows,  # out (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D), times UNIT
+    p_gate_query,  # out (HQ, levels, query_slots, 64) float32 or None: gates from the edge up to each query, times UNIT
     H,
     query_slots,
     num_levels,
@@ -108,6 +108,7 @@ def query_transport_kernel(
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
     ONLY_TOP: tl.constexpr = False,  # rows of the uppermost level alone are wanted, and no gates
+    UNIT: tl.constexpr = 1.0,  # of the logits that rows and gates make
 ):
     """Queries of one pair of leaves and one query head at the left edge of each span that has a left sibling."""
     HQ = H * GROUP
@@ -132,9 +133,9 @@ def query_transport_kernel(
     if s_leaves == 2:
         i_slot = (i_base + within(i_index + 1, 0) - 1) * ROWS
         if not ONLY_TOP:
-            store_where(p_query_rows, b_moved, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
+            store_where(p_query_rows, b_moved * UNIT, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
         if p_gate_query is not None:
-            tl.store(p_gate_query + i_slot + o, b_gate, mask=m_right)
+            tl.store(p_gate_query + i_slot + o, b_gate * UNIT, mask=m_right)
         if i_index != 0:
             if PIECE is not None:
                 b_product = _moved_in_pieces(
@@ -153,13 +154,13 @@ def query_transport_kernel(
             if not ONLY_TOP:
                 i_slot = (level * query_slots + i_base + within(i_index, level)) * ROWS
                 store_rows(
-                    p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
+                    p_query_rows, b_moved * UNIT, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
                 )  # zeros for a leaf that is not there
             elif level == num_levels - 1:
                 i_slot = (i_base + within(i_index, level)) * ROWS
-                store_rows(p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR)
+                store_rows(p_query_rows, b_moved * UNIT, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR)
             if p_gate_query is not None:
-                tl.store(p_gate_query + i_slot + o, b_gate)
+                tl.store(p_gate_query + i_slot + o, b_gate * UNIT)
             if (i_index >> (level + 1)) != 0:
                 i_left = ((i_index >> level) - 1) << level
                 i_node = 2 * (i_leaf - i_index) + node(i_left, level)
@@ -187,7 +188,7 @@ def key_transport_kernel(
     table_queries,
     table_keys,
     p_key_rows,  # out (levels, key_slots, 64, H, D), of ONLY_TOP (key_slots, 64, H, D)
-    p_gate_key,  # out (HQ, levels, key_slots, 64) float32 or None: the gates after each key up to the edge
+    p_gate_key,  # out (HQ, levels, key_slots, 64) float32 or None: the gates after each key up to the edge, times UNIT
     H,
     key_slots,
     num_levels,
@@ -198,6 +199,7 @@ def key_transport_kernel(
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
     ONLY_TOP: tl.constexpr = False,
+    UNIT: tl.constexpr = 1.0,
 ):
     """Keys of one pair of leaves and one key head at the right edge of each span that has a right sibling."""
     HQ = H * GROUP
@@ -228,7 +230,7 @@ def key_transport_kernel(
     if not ONLY_TOP:
         store_where(p_key_rows, b_moved, i_slot, m_left, H * D, D, BLOCK_D, PAIR)
     if p_gate_key is not None:
-        tl.store(p_gate_key + i_slot + o_gate_out, b_gate, mask=m_left[:, None] & m_group[None, :])
+        tl.store(p_gate_key + i_slot + o_gate_out, b_gate * UNIT, mask=m_left[:, None] & m_group[None, :])
     if i_index + 2 < s_count:
         if PIECE is not None:
             b_product = _moved_in_pieces(
@@ -252,7 +254,7 @@ def key_transport_kernel(
                 i_slot = (i_base + within(i_index, level)) * ROWS
                 store_rows(p_key_rows, b_moved, i_slot, PAIR, H * D, D, BLOCK_D, PAIR)
             if p_gate_key is not None:
-                tl.store(p_gate_key + i_slot + o_gate_out, b_gate, mask=m_group[None, :])
+                tl.store(p_gate_key + i_slot + o_gate_out, b_gate * UNIT, mask=m_group[None, :])
             if i_right + (1 << level) < s_count:
                 i_node = 2 * (i_leaf - i_index) + node(i_right, level)
                 if PIECE is not None:

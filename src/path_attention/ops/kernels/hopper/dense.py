@@ -126,7 +126,7 @@ def dense_forward(
     out: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """As :func:`path_attention.ops.kernels.dense.dense_forward`."""
+    """As :func:`path_attention.ops.kernels.dense.dense_forward`, of query rows and gates times log2(e)."""
     if table.num_levels == 0:
         return
     query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
@@ -150,9 +150,15 @@ def dense_forward(
         STAGES=options.stages,
         REGISTERS=options.registers,
         TURNS=options.turns,
+        BARE=gate_key is None and _has_exponents(values.dtype),
         s_section=heads_of_a_section(table, query_heads // heads, dim, dim, values.element_size()),
         num_warps=4,
     )
+
+
+def _has_exponents(dtype: torch.dtype) -> bool:
+    """Whether weights beside nothing, of any size, are numbers of it: float16 has five bits of exponent."""
+    return dtype == torch.bfloat16
 
 
 def _output_rows(

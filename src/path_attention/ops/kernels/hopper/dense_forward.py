@@ -4,12 +4,13 @@ A program has one pair of leaves, 128 rows, and one query head. A producer warp 
 the pair's queries at each level and tiles of 128 keys and values; two consumer warp groups, a leaf of 64 rows each,
 compute. From level 1 on both leaves have the same left siblings, complete ones, so no tile needs a mask. Level 0, where
 the right leaf of the pair meets the left one, is a step of its own for the right leaf's group, behind the others.
-Gates come with their rows: a row's is taken off its maximum, a key's is added to its logits.
 
-Weights are taken beside the log-sum-exp that a row has of its own leaf, and not beside the maximum so far: no maximum
-is looked for, and nothing is rescaled. Sums of them only overflow where the logits of other leaves exceed that by more
-than half the exponents of a float32, 69; in float16, which has few of them, by 10. A program in which one does begins
-anew, with the maximum.
+A multiprocessor issues an instruction or feeds its matrix units, hardly both at a time (docs/hopper.md), so the loop
+has as few instructions a logit as may be. Query rows and gates are times log2(e): a weight is exp2 of a logit. Without
+gates and in bfloat16 it is beside nothing, not even a maximum. With gates it is beside the log-sum-exp that the row has
+of its own leaf, of which that, the row's gate and the key's are one number, where the product begins to add up; in
+float16, which has few exponents, beside the same. Nothing is rescaled. Where a log-sum-exp or a sum is too far out for
+that, the program begins anew, with the maximum.
 
 Order of work in a consumer, for tile i: the logits Q K_i^T and the product P_{i-1} V_{i-1} are issued together, the
 softmax of tile i runs under the latter. The wait for the next keys stands between softmax and the wait for the product:
@@ -36,6 +37,9 @@ PAIR = gl.constexpr(128)  # rows of a program, and of a tile of keys
 # products with values as far below the largest float32 as bfloat16 values may be.
 LARGEST_SUM = gl.constexpr(2.0**100)
 LARGEST_SUM_FLOAT16 = gl.constexpr(2.0**15)
+# Beside nothing, the weights of a row's own leaf sum to 2^-64 at least: what float32 rounds to zero is less than 2^-62
+# of them. And to 2^64 at most, 2^36 below LARGEST_SUM.
+LARGEST_LOG = gl.constexpr(64.0)
 VERDICT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -193,36 +197,31 @@ def _produce_tiles(
 
 
 @gluon.jit
-def _gated(b_s, s_gate_q, FIRST: gl.constexpr, s_gate_k, KEYS: gl.constexpr, S: gl.constexpr, GATED: gl.constexpr):
-    """Logits, in layout S, with the gates of KEYS keys, and the gates of rows FIRST .. FIRST + 64."""
+def _bias(s_gate_q, FIRST: gl.constexpr, S: gl.constexpr, GATED: gl.constexpr):
+    """The gates of rows FIRST .. FIRST + 64, of logits in layout S."""
     b_bias = gl.full([LEAF], 0.0, gl.float32, gl.SliceLayout(1, S))
     if GATED:
-        b_s += s_gate_k.slice(0, KEYS, 1).load(S)
         b_bias = gl.max(s_gate_q.slice(FIRST, LEAF, 1).permute((1, 0)).load(S), 1)  # of one column
-    return b_s, b_bias
+    return b_bias
 
 
 @gluon.jit
-def _softmax(b_s, b_bias, b_max, b_sum, GATED: gl.constexpr):
-    """Weights of a tile of logits, what earlier sums are multiplied by, and the new maximum and sum; natural units."""
+def _softmax(b_s, b_bias, s_gate_k, b_max, b_sum, KEYS: gl.constexpr, S: gl.constexpr, UNIT: gl.constexpr,
+             GATED: gl.constexpr):  # fmt: skip
+    """Weights of a tile of logits of KEYS keys, what earlier sums are multiplied by, and the new maximum and sum.
+    UNIT turns logits, gates and maxima to base 2.
+    """
     if GATED:
+        b_s += s_gate_k.slice(0, KEYS, 1).load(S)
         b_new = gl.maximum(b_max, gl.max(b_s, 1) + b_bias)
-        b_shift = (b_new - b_bias) * LOG2_E
-        b_decay = gl.exp2((b_max - b_new) * LOG2_E)
+        b_shift = (b_new - b_bias) * UNIT
+        b_decay = gl.exp2((b_max - b_new) * UNIT)
     else:
         b_new = gl.maximum(b_max, gl.max(b_s, 1))
-        b_shift = b_new * LOG2_E
-        b_decay = gl.exp2(b_max * LOG2_E - b_shift)
-    b_p = gl.exp2(b_s * LOG2_E - b_shift[:, None])
+        b_shift = b_new * UNIT
+        b_decay = gl.exp2(b_max * UNIT - b_shift)
+    b_p = gl.exp2(b_s * UNIT - b_shift[:, None])
     return b_p, b_decay, b_new, b_sum * b_decay + gl.sum(b_p, 1)
-
-
-@gluon.jit
-def _weights(b_s, b_bias, b_max, b_sum, GATED: gl.constexpr):
-    """Weights of a tile of logits beside what b_max stays, and the new sum."""
-    b_shift = (b_max - b_bias) * LOG2_E if GATED else b_max * LOG2_E
-    b_p = gl.exp2(b_s * LOG2_E - b_shift[:, None])
-    return b_p, b_sum + gl.sum(b_p, 1)
 
 
 @gluon.jit
@@ -240,7 +239,7 @@ def _in_pairs(b_x, dtype: gl.constexpr):
 def _attend_left_leaf(
     b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, v_full, s_phase, DV: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """Level 0: the pair's right leaf goes on over the left one's keys, the first rows of a tile."""
+    """Level 0: the pair's right leaf goes on over the left one's keys, the first rows of a tile. All in base 2."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEAF, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -249,8 +248,8 @@ def _attend_left_leaf(
     b_s = warpgroup_mma(s_q, s_k.slice(0, LEAF, 0).permute((1, 0)), b_zero, use_acc=False)
     b_max = gl.convert_layout(b_max, ROW)
     b_sum = gl.convert_layout(b_sum, ROW)
-    b_s, b_bias = _gated(b_s, s_gate_q, 0, s_gate_k, LEAF, S, GATED)
-    b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
+    b_bias = _bias(s_gate_q, 0, S, GATED)
+    b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, s_gate_k, b_max, b_sum, LEAF, S, 1.0, GATED)
     b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     b_weights = gl.convert_layout(b_p.to(s_v.dtype), gl.DotOperandLayout(0, O, 2))
     mbarrier.wait(v_full, s_phase)
@@ -259,18 +258,28 @@ def _attend_left_leaf(
 
 
 @gluon.jit
+def _addend(b_zero, b_max, b_bias, s_gate_k, S: gl.constexpr, GATED: gl.constexpr):
+    """What logits are added to, for weights beside b_max: a row's gate and a key's."""
+    if GATED:
+        return s_gate_k.slice(0, PAIR, 1).load(S) - (b_max - b_bias)[:, None]
+    else:
+        return b_zero
+
+
+@gluon.jit
 def _attend_left_spans(
     b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
     i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr
+    TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
-    """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on; FIXED: beside b_max as it is. Also returns the
-    next stage, query buffer and turn, and their phases.
+    """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on; FIXED: beside b_max as it is, or BARE: beside
+    nothing, a maximum of zero. Also returns the next stage, query buffer and turn, and their phases.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = s_v.dtype
+    UNIT: gl.constexpr = LOG2_E if ONE_LEVEL else 1.0  # pair_kernels.py has natural logarithms
     b_zero = gl.full([LEAF, PAIR], 0.0, gl.float32, S)
     # Bit b of the number of tiles is a level that has 2^b of them, lowest first.
     s_bits = s_tiles & (s_tiles - 1)
@@ -279,15 +288,22 @@ def _attend_left_spans(
     s_left = s_tiles - s_bits - 1  # tiles of this level after the current one
     mbarrier.wait(q_full.index(i_q), s_q_phase)
     mbarrier.wait(k_full.index(i_stage), s_phase)
-    b_s = warpgroup_mma(s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_zero, use_acc=False)
-    b_s, b_bias = _gated(b_s, s_gate_q.index(i_q), C * LEAF, s_gate_k.index(i_stage), PAIR, S, GATED)
+    b_bias = _bias(s_gate_q.index(i_q), C * LEAF, S, GATED)
+    b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, FIXED and GATED)
+    b_s = warpgroup_mma(s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED)
+    if BARE:
+        b_own = gl.exp2(b_max)
+        b_max = b_max * 0.0
+        b_sum = b_own
+        b_o = b_o * gl.convert_layout(b_own, gl.SliceLayout(1, O))[:, None]
+    if FIXED:
+        b_p = gl.exp2(b_s if BARE or GATED else b_s - b_max[:, None])
+        b_sum += gl.sum(b_p, 1)
+    else:
+        b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, s_gate_k.index(i_stage), b_max, b_sum, PAIR, S, UNIT, GATED)
+        b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     mbarrier.arrive(k_empty.index(i_stage), count=1)
     mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
-    if FIXED:
-        b_p, b_sum = _weights(b_s, b_bias, b_max, b_sum, GATED)
-    else:
-        b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
-        b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     b_weights = gl.convert_layout(_in_pairs(b_p, dtype), P)
     i_v = i_stage
     s_v_phase = s_phase
@@ -302,10 +318,12 @@ def _attend_left_spans(
             i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
         s_left -= 1
         mbarrier.wait(q_full.index(i_q), s_q_phase, pred=is_new)
+        b_bias = _bias(s_gate_q.index(i_q), C * LEAF, S, GATED)
+        b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, FIXED and GATED)
         if TURNS:
             mbarrier.wait(turn.index(C), s_turn)
         t_s = warpgroup_mma(
-            s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_zero, use_acc=False, is_async=True
+            s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED, is_async=True
         )
         mbarrier.wait(v_full.index(i_v), s_v_phase)
         t_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o, is_async=True)
@@ -313,13 +331,17 @@ def _attend_left_spans(
             mbarrier.arrive(turn.index(1 - C), count=1)
             s_turn ^= 1
         b_s = warpgroup_mma_wait(1, (t_s,))
-        b_s, b_bias = _gated(b_s, s_gate_q.index(i_q), C * LEAF, s_gate_k.index(i_stage), PAIR, S, GATED)
-        mbarrier.arrive(k_empty.index(i_stage), count=1)
-        mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
         if FIXED:
-            b_p, b_sum = _weights(b_s, b_bias, b_max, b_sum, GATED)
+            mbarrier.arrive(k_empty.index(i_stage), count=1)
+            mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
+            b_p = gl.exp2(b_s if BARE or GATED else b_s - b_max[:, None])
+            b_sum += gl.sum(b_p, 1)
         else:
-            b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, b_max, b_sum, GATED)
+            b_p, b_decay, b_max, b_sum = _softmax(
+                b_s, b_bias, s_gate_k.index(i_stage), b_max, b_sum, PAIR, S, UNIT, GATED
+            )
+            mbarrier.arrive(k_empty.index(i_stage), count=1)
+            mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
         i_v_done = i_v
         i_v = i_stage
         s_v_phase = s_phase
@@ -342,10 +364,11 @@ def _attend(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
     i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads,
     out_stride, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
-    ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr
+    ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
     """What leaf C of the pair has of itself in memory, joined with s_tiles tiles of keys and, if it is a right leaf,
-    the left one's. Nothing is written. Also returns whether sums are too large, which only those that are FIXED can be.
+    the left one's. Nothing is written. Also returns whether numbers are too far out, as only those that are FIXED can
+    be. The maximum is of base 2, but with ONE_LEVEL of base e.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
@@ -353,10 +376,13 @@ def _attend(
     p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
     p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
     b_max = gl.load(p_lse, mask=m_row, other=0.0)
+    if not ONE_LEVEL:
+        b_max = b_max * LOG2_E
+    b_own = b_max
     b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
     b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
     # The first pass gives constants here, which no branch or loop may change.
-    s_too_large = gl.to_tensor(0.0)
+    s_too_far = gl.to_tensor(0.0)
     i_stage = gl.to_tensor(i_stage)
     s_phase = gl.to_tensor(s_phase)
     i_q = gl.to_tensor(i_q)
@@ -365,10 +391,14 @@ def _attend(
     if s_tiles > 0:
         b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend_left_spans(
             b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, FIXED
+            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, FIXED,
+            BARE
         )  # fmt: skip
         if FIXED:
-            s_too_large = gl.max(gl.where(b_sum < LARGEST, 0.0, 1.0), 0)  # or no number at all
+            m_good = b_sum < LARGEST
+            if BARE:
+                m_good = m_good & (gl.abs(b_own) < LARGEST_LOG)
+            s_too_far = gl.max(gl.where(m_good, 0.0, 1.0), 0)  # or no number at all
     if not ONE_LEVEL:  # noqa: SIM102
         if has_right == 1:
             # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
@@ -386,7 +416,7 @@ def _attend(
             mbarrier.arrive(v_empty.index(i_stage), count=1)
             i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
             i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
-    return b_max, b_sum, b_o, s_too_large, i_stage, s_phase, i_q, s_q_phase, s_turn
+    return b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn
 
 
 @gluon.jit
@@ -412,34 +442,36 @@ def _consume(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, turn, verdict, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride,
     C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
-    ONE_LEVEL: gl.constexpr
+    ONE_LEVEL: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
-    """Rows of leaf C of the pair: go on from what is in memory, beside its log-sum-exp, over s_tiles tiles of keys and
-    the left leaf, if C is a right one; and again beside the maximum, if either leaf's sums were too large. ONE_LEVEL:
-    beside the maximum at once, for what is in memory need not be of their own leaf.
+    """Rows of leaf C of the pair: go on from what is in memory over s_tiles tiles of keys and the left leaf, if C is a
+    right one; and again beside the maximum, if either leaf's numbers were too far out. ONE_LEVEL: beside the maximum
+    at once, for what is in memory need not be of their own leaf. BARE: in the first pass beside nothing.
     """
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
-    b_max, b_sum, b_o, s_too_large, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
+    b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
         p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
         turn, 0, 0, 0, 0, 0, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride, C, DV,
-        STAGES, TURNS, GATED, ONE_LEVEL, not ONE_LEVEL
+        STAGES, TURNS, GATED, ONE_LEVEL, not ONE_LEVEL, BARE
     )  # fmt: skip
     if not ONE_LEVEL:  # noqa: SIM102
         if s_tiles > 0:
-            s_verdict.slice(C, 1, 0).store(gl.full([1], s_too_large, gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
+            s_verdict.slice(C, 1, 0).store(gl.full([1], s_too_far, gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
             mbarrier.arrive(verdict, count=1)
             mbarrier.wait(verdict, 0)
             if _verdict(s_verdict):
                 b_max, b_sum, b_o, _s, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, has_right, s_tiles,
-                    i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, False
+                    i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, False, False
                 )  # fmt: skip
     p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
     p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
     b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
     M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     gl.store(p_tile, gl.convert_layout(b_o.to(p_out.dtype.element_ty), M), mask=m_out)
+    if not ONE_LEVEL:
+        b_max = b_max / LOG2_E
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
 
 
@@ -475,10 +507,10 @@ def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
 def dense_forward_kernel(
-    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf
+    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf; times log2(e)
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
-    t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a pair; None without gates
+    t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a pair, times log2(e), or None
     t_gate_key,  # descriptor of (HQ, levels * key_slots * 64), likewise
     p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
@@ -501,6 +533,7 @@ def dense_forward_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     TURNS: gl.constexpr,
+    BARE: gl.constexpr,  # weights are beside nothing, if they can be
 ):
     """All levels of one pair of leaves and one query head."""
     i_turn, i_sequence, i_query_head = turn_and_head(num_turns, num_groups, HQ, s_section)
@@ -540,7 +573,7 @@ def dense_forward_kernel(
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
                     k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, has_right, i_index // 2, i_query_head,
-                    HQ, out_stride, 0, DV, STAGES, TURNS, GATED, False
+                    HQ, out_stride, 0, DV, STAGES, TURNS, GATED, False, BARE
                 ),
             ),
             (
@@ -548,7 +581,7 @@ def dense_forward_kernel(
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
                     k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, has_right, i_index // 2, i_query_head,
-                    HQ, out_stride, 1, DV, STAGES, TURNS, GATED, False
+                    HQ, out_stride, 1, DV, STAGES, TURNS, GATED, False, BARE
                 ),
             ),
         ],

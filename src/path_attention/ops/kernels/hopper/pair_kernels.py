@@ -121,7 +121,7 @@ def pair_forward_kernel(
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
                     k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 0,
-                    DV, STAGES, TURNS, GATED, True
+                    DV, STAGES, TURNS, GATED, True, False
                 ),
             ),
             (
@@ -129,7 +129,7 @@ def pair_forward_kernel(
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
                     k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 1,
-                    DV, STAGES, TURNS, GATED, True
+                    DV, STAGES, TURNS, GATED, True, False
                 ),
             ),
         ],
