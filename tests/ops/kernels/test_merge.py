@@ -52,28 +52,28 @@ def tables(case: str) -> tuple[int, LeafTable]:
 
 @pytest.mark.parametrize("case", ["batch", "packed"])
 def test_places_without_a_token_have_no_weight(case: str) -> None:
-    """A weight is exp2(s - log_sum_exp) whatever s is, so 0 by infinity; and dS = weight * (... - delta) is then 0
-    where delta is finite: one that nobody wrote would make NaN of it.
+    """A weight is exp2(s + number) whatever s is, so 0 by -infinity; and dS = weight * (... + delta's) is then 0 where
+    that is finite: one that nobody wrote would make NaN of it.
     """
     tokens, table = tables(case)
     torch.manual_seed(0)
     log_sum_exp, delta = (torch.randn(tokens, HEADS, device=DEVICE) for _ in range(2))
     log_sum_exp_rows, delta_rows = rows(table, log_sum_exp, delta)
-    expected = [torch.full((HEADS, table.row_slots, LEAF), x) for x in (math.inf, 0.0)]
+    expected = [torch.full((HEADS, table.row_slots, LEAF), x) for x in (-math.inf, 0.0)]
     pairs = torch.zeros(table.row_slots, dtype=torch.bool)  # that have a leaf: the others nobody reads
     for start, length, index, _, _, _, base in table.written_out().tolist():
         place = (slice(None), base + index, slice(0, length))
         if length:
-            expected[0][place] = log_sum_exp[start : start + length].T.cpu() / math.log(2) - math.log2(FACTOR)
-            expected[1][place] = delta[start : start + length].T.cpu()
+            expected[0][place] = math.log2(FACTOR) - log_sum_exp[start : start + length].T.cpu() / math.log(2)
+            expected[1][place] = -delta[start : start + length].T.cpu()
             pairs[base + index - index % 2 :][:2] = True
     torch.testing.assert_close(log_sum_exp_rows[:, pairs], expected[0][:, pairs])
     assert torch.equal(delta_rows[:, pairs], expected[1][:, pairs])
 
 
 @pytest.mark.parametrize("case", ["batch", "packed"])
-def test_gates_are_taken_off_at_every_level(case: str) -> None:
-    """Of a leaf that has a left sibling there, and infinity beside it where its pair has no other."""
+def test_gates_are_added_at_every_level(case: str) -> None:
+    """Of a leaf that has a left sibling there, and -infinity beside it where its pair has no other."""
     tokens, table = tables(case)
     torch.manual_seed(0)
     log_sum_exp = torch.randn(tokens, HEADS, device=DEVICE)
@@ -81,14 +81,14 @@ def test_gates_are_taken_off_at_every_level(case: str) -> None:
     found, _ = rows(table, log_sum_exp, log_sum_exp, gate)
     expected = torch.full_like(gate.cpu(), math.nan)
     for start, length, index, count, base, _, _ in table.written_out().tolist():
-        own = torch.full((HEADS, LEAF), math.inf)
-        own[:, :length] = log_sum_exp[start : start + length].T.cpu() / math.log(2) - math.log2(FACTOR)
+        own = torch.full((HEADS, LEAF), -math.inf)
+        own[:, :length] = math.log2(FACTOR) - log_sum_exp[start : start + length].T.cpu() / math.log(2)
         for level in range(table.num_levels if length else 0):
             if (index >> level) & 1:
                 slot = base + ((index >> (level + 1)) << level | index & ((1 << level) - 1))
-                expected[:, level, slot] = own - gate[:, level, slot].cpu() / math.log(2)
+                expected[:, level, slot] = own + gate[:, level, slot].cpu()
                 if index % 2 == 0 and index + 1 == count:
-                    expected[:, level, slot + 1] = math.inf
+                    expected[:, level, slot + 1] = -math.inf
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
@@ -108,4 +108,4 @@ def test_rows_come_back_to_their_tokens(case: str) -> None:
         row_slots=table.row_slots,
         BLOCK_HEADS=BLOCK_HEADS,
     )
-    assert torch.equal(found, numbers / FACTOR)
+    assert torch.equal(found, -numbers / FACTOR)

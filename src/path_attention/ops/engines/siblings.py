@@ -86,7 +86,7 @@ def hopper_backward(
     delta: Tensor,
     factor: Tensor,
 ) -> linear.DenseGradients:
-    """As :func:`triton_backward`, on Hopper GPUs."""
+    """As :func:`triton_backward`, on Hopper GPUs, of query rows and gates times log2(e)."""
     from path_attention.ops.kernels.hopper import dense as hopper_dense
 
     result = linear.DenseGradients(
@@ -222,5 +222,5 @@ def sdpa_backward(
 
 
 FORWARD = {"triton": triton_forward, "hopper": hopper_forward, "sdpa": sdpa_forward}
-# What query rows and gates are multiplied by for these.
-FORWARD_UNITS = {"triton": 1.0, "hopper": 1 / math.log(2), "sdpa": 1.0}
+# What query rows and gates are multiplied by, in both passes: those of our kernels for Hopper make logits in base 2.
+UNITS = {"triton": 1.0, "hopper": 1 / math.log(2), "sdpa": 1.0}

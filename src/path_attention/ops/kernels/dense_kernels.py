@@ -767,19 +767,19 @@ def dense_backward_keys_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def lowest_level_backward_kernel(
-    p_query_rows,
+    p_query_rows,  # times log2(e)
     p_key_rows,
     p_values,
-    p_gate_key,
+    p_gate_key,  # base 2
     p_d_out,  # (T, HQ, DV)
-    p_log_sum_exp_rows,  # float32: output_rows_kernel
+    p_log_sum_exp_rows,  # float32, as output_rows_kernel writes both
     p_delta_rows,  # (HQ, row_slots, 64) float32
     p_table,
     table_leaves,
     table_length,
     table_queries,
     table_keys,
-    p_d_query_rows,  # out, like p_query_rows: level 0 of it
+    p_d_query_rows,  # out, like p_query_rows, of rows without log2(e): level 0 of it
     p_d_key_rows,  # out, like p_key_rows, likewise
     p_d_values,  # out (T, H, DV) float32: of level 0, zeros for leaves that are no keys there
     p_gate,  # out (HQ, row_slots, 64) float32: row sums less column sums of dS at level 0; None without gates
@@ -821,23 +821,21 @@ def lowest_level_backward_kernel(
             o_lse = o_number
             b_q = _load(p_query_rows + i_query_head * D, i_query, m_all, HQ * D, D, LEAF)
             b_d_out = _load(p_d_out + i_query_head * DV, i_row + LEAF, o < s_queries, value_stride * GROUP, DV, LEAF)
-            b_s = _dot(b_k, tl.trans(b_q)) * LOG2_E
+            b_s = _dot(b_k, tl.trans(b_q))
             if p_gate is not None:
                 o_lse = gates_of_head(i_query_head, num_levels, query_slots) + i_query + o
-                b_s += _bias(m_all, p_gate_key + gates_of_head(i_query_head, num_levels, key_slots), i_key, LEAF)[
-                    :, None
-                ]
-            b_p = tl.exp2(b_s - tl.load(p_log_sum_exp_rows + o_lse)[None, :])
+                b_s += tl.load(p_gate_key + gates_of_head(i_query_head, num_levels, key_slots) + i_key + o)[:, None]
+            b_p = tl.exp2(b_s + tl.load(p_log_sum_exp_rows + o_lse)[None, :])
             b_d_p = _dot(b_v, tl.trans(b_d_out))
             b_d_v = _dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v)
-            b_d_s = b_p * (b_d_p - tl.load(p_delta_rows + o_number)[None, :])
+            b_d_s = b_p * (b_d_p + tl.load(p_delta_rows + o_number)[None, :])
             if p_gate is not None:
                 tl.store(p_gate + o_number, tl.sum(b_d_s, axis=0))
                 tl.store(p_gate + o_number - LEAF, -tl.sum(b_d_s, axis=1))
             b_d_s = b_d_s.to(b_q.dtype)
             b_d_k = _dot(b_d_s, b_q, b_d_k)
             _store(p_d_query_rows + i_query_head * D, _dot(tl.trans(b_d_s), b_k), i_query, m_all, HQ * D, D, LEAF)
-        _store(p_d_key_rows + i_head * D, b_d_k, i_key, m_all, H * D, D, LEAF)
+        _store(p_d_key_rows + i_head * D, b_d_k * (1 / LOG2_E), i_key, m_all, H * D, D, LEAF)
     elif i_index % 2 == 0:
         if p_gate is not None:
             for i_group in range(GROUP):

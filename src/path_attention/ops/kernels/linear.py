@@ -170,6 +170,7 @@ class Levels(_Rows):
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
     gate_query: Tensor | None  # (HQ, levels, query_slots, 64) float32, both times unit
     gate_key: Tensor | None  # (HQ, levels, key_slots, 64) float32
+    unit: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def forward(
     return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype, unit=unit)
 
 
-def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
+def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype, unit: float = 1.0) -> tuple[Levels, Leaves]:
     """The forward linear stages again, for the backward pass: no attention, but all that it needs of the leaves."""
     factors = None
     if inputs.leaves != "torch":
@@ -223,7 +224,7 @@ def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple
         inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
         factors = inverse, y, inputs.empty(leaves, heads, LEAF, inputs.q.shape[2])
     nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, factors)
-    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
+    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype, unit=unit)
     return levels, Leaves(nodes, factors)
 
 
@@ -386,6 +387,7 @@ def _levels(
         key_rows=inputs.empty(*keys, heads, dim, dtype=row_dtype),
         gate_query=inputs.empty(query_heads, *queries, dtype=torch.float32) if gated else None,
         gate_key=inputs.empty(query_heads, *keys, dtype=torch.float32) if gated else None,
+        unit=unit,
     )
     if levels == 0:
         return result
@@ -427,7 +429,7 @@ def _levels(
 class DenseGradients(_Rows):
     """What the backward of the dense attention between siblings hands to the linear stages."""
 
-    query_rows: Tensor  # (levels, query_slots, 64, HQ, D)
+    query_rows: Tensor  # (levels, query_slots, 64, HQ, D), of rows without the unit
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
     values: Tensor  # (T, H, DV)
     gate: Tensor | None  # (T, HQ) float32: row sums less column sums of dS
@@ -509,6 +511,7 @@ def levels_backward(
         p_partials=query_partials.tiles,
         p_partials_power=query_partials.power,
         query_slots=table.query_slots,
+        UNIT=levels.unit,
         **moved,
         **table.arguments,
     )

@@ -176,9 +176,9 @@ def output_rows_kernel(
     p_log_sum_exp,  # (T, HQ) float32
     p_delta,  # (T, HQ) float32
     p_factor,  # (1,) float32
-    p_gate_query,  # (HQ, levels, query_slots, 64) float32 or None
+    p_gate_query,  # (HQ, levels, query_slots, 64) float32, base 2, or None
     p_log_sum_exp_rows,  # out (HQ, row_slots, 64) float32, with gates (HQ, levels, query_slots, 64): see below
-    p_delta_rows,  # out (HQ, row_slots, 64) float32; 0 where no token is
+    p_delta_rows,  # out (HQ, row_slots, 64) float32: -delta; 0 where no token is
     p_table,
     table_leaves,
     table_length,
@@ -192,8 +192,9 @@ def output_rows_kernel(
 ):
     """One leaf's numbers for each head side by side, and those of a slot that no leaf of its sequence stands at.
 
-    The log-sum-exp is in base 2, less log2 of the factor, and infinity where no token is; with gates it is wanted at
-    each level that the leaf has a left sibling at, less the row's gate there.
+    Of the log-sum-exp, -x in base 2, plus log2 of the factor, and -infinity where no token is; with gates it is wanted
+    at each level that the leaf has a left sibling at, plus the row's gate there. What logits and their gradients are
+    added to: products begin with it.
     """
     i_leaf = tl.program_id(0)
     i_row, s_rows, i_index, s_count, i_base, _, i_slot = place(
@@ -205,13 +206,13 @@ def output_rows_kernel(
     m_head = (o_head < HQ)[None, :]
     m_given = (o < s_rows)[:, None] & m_head
     b_log_sum_exp = tl.load(p_log_sum_exp + o_given, mask=m_given, other=float("inf"))
-    b_log_sum_exp = b_log_sum_exp * LOG2_E - tl.log2(tl.load(p_factor))
-    b_delta = tl.load(p_delta + o_given, mask=m_given, other=0.0)
+    b_log_sum_exp = tl.log2(tl.load(p_factor)) - b_log_sum_exp * LOG2_E
+    b_delta = -tl.load(p_delta + o_given, mask=m_given, other=0.0)
     o_rows = _by_head(i_slot, o_head, row_slots)
     if s_rows == 0:
         return
     tl.store(p_delta_rows + o_rows, b_delta, mask=m_head)
-    b_none = tl.full((ROWS, BLOCK_HEADS), float("inf"), tl.float32)
+    b_none = tl.full((ROWS, BLOCK_HEADS), float("-inf"), tl.float32)
     is_alone = (i_index % 2 == 0) & (i_index + 1 == s_count)
     if is_alone:
         tl.store(p_delta_rows + o_rows + ROWS, tl.zeros((ROWS, BLOCK_HEADS), tl.float32), mask=m_head)
@@ -225,7 +226,7 @@ def output_rows_kernel(
             if ((i_index >> level) & 1) == 1:
                 i_query = (level * query_slots + i_base + within(i_index, level)) * ROWS
                 b_gate = tl.load(p_gate_query + i_query + o_gates, mask=m_head, other=0.0)
-                tl.store(p_log_sum_exp_rows + i_query + o_gates, b_log_sum_exp - b_gate * LOG2_E, mask=m_head)
+                tl.store(p_log_sum_exp_rows + i_query + o_gates, b_log_sum_exp + b_gate, mask=m_head)
                 if is_alone:
                     tl.store(p_log_sum_exp_rows + i_query + ROWS + o_gates, b_none, mask=m_head)
 

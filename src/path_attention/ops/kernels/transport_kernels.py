@@ -287,15 +287,15 @@ def _store_pair(
 @triton.jit
 def _moved_back(
     b_d, b_x, b_p, p_partials, p_partials_power, i_tile, OF_QUERIES: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, WORK: tl.constexpr
+    BLOCK_D: tl.constexpr, WORK: tl.constexpr, UNIT: tl.constexpr = 1.0
 ):  # fmt: skip
     """dx = dx' P^T, of keys dx' P, for the gradients dx' of rows x that P has moved, and x^T dx', of keys dx'^T x, to
-    the tile i_tile.
+    the tile i_tile; of rows b_x = UNIT x.
     """
     b_x = rounded(b_x, WORK)
     b_half, s_power, _inverse = normalised(b_d, WORK)
     if OF_QUERIES:
-        b_partial = dot(tl.trans(b_x), b_half) * s_power
+        b_partial = dot(tl.trans(b_x), b_half) * (s_power * (1 / UNIT))
     else:
         b_partial = dot(tl.trans(b_half), b_x) * s_power
     store_square_scaled(p_partials, p_partials_power, b_partial, i_tile, D, BLOCK_D, WORK)
@@ -312,8 +312,8 @@ def query_transport_backward_kernel(
     table_length,
     table_queries,
     table_keys,
-    p_query_rows,  # (levels, query_slots, 64, HQ, D)
-    p_d_query_rows,  # (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D): from the attention
+    p_query_rows,  # (levels, query_slots, 64, HQ, D), times UNIT, which without PIECE alone may be another than 1
+    p_d_query_rows,  # (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D): of rows without UNIT
     p_factor,  # what those were multiplied by, or None
     p_d_q_left,  # out (N, 64, HQ, D) WORK, to be multiplied by its power
     p_d_q_left_power,  # out (N, HQ) float32
@@ -328,6 +328,7 @@ def query_transport_backward_kernel(
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
     ONLY_TOP: tl.constexpr = False,  # rows of lower levels have no gradients but those of the uppermost one
+    UNIT: tl.constexpr = 1.0,
 ):
     """Gradients of one pair's moved queries back at its leaves' left edges: x' = x P_left gives dx = dx' P_left^T and
     dP_left = x^T dx'.
@@ -370,7 +371,7 @@ def query_transport_backward_kernel(
                 else:
                     b_x = load_where(p_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
-                    b_d = _moved_back(b_d, b_x, b_p, p_partials, p_partials_power, i_tile, True, D, BLOCK_D, WORK)
+                    b_d = _moved_back(b_d, b_x, b_p, p_partials, p_partials_power, i_tile, True, D, BLOCK_D, WORK, UNIT)
             if not ONLY_TOP:
                 if PIECE is not None:
                     b_row = load_where(p_d_query_rows, i_slot * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR)
@@ -400,7 +401,9 @@ def query_transport_backward_kernel(
             else:
                 b_x = load_where(p_query_rows, (i_slot - 1) * ROWS, m_right, HQ * D, D, BLOCK_D, PAIR)
                 b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
-                b_product = _moved_back(b_d, b_x, b_p, p_partials, p_partials_power, i_tile, True, D, BLOCK_D, WORK)
+                b_product = _moved_back(
+                    b_d, b_x, b_p, p_partials, p_partials_power, i_tile, True, D, BLOCK_D, WORK, UNIT
+                )
                 b_d = tl.where(m_right[:, None], b_product, b_d)
         if not ONLY_TOP:
             if PIECE is not None:

@@ -3,9 +3,12 @@
 A program has one pair of leaves as 128 keys of one key head, two consumer warp groups of 64 keys each, and goes through
 the right siblings' queries in tiles of ROWS:
 
-    S^T = K Q^T      P = exp2(S - log_sum_exp)      dV += P^T dO      dP^T = V dO^T      dS = P (dP - delta)
+    S^T = K Q^T - log_sum_exp      P = exp2(S)      dV += P^T dO      dP^T = V dO^T - delta      dS = P dP
 
     dK_l += dS^T Q      dQ_l += dS K_l
+
+The rows' numbers are what the products begin with, so that nothing is subtracted afterwards. Query rows are times
+log2(e), which dK_l loses again; dQ_l is of rows without it.
 
 dV stays in registers over all levels and query heads, dK over one level, whose keys a second buffer lets the producer
 fetch ahead; a tile's share of dQ is added to float32 memory by the copy engine. All gradients carry the power of two
@@ -95,7 +98,7 @@ def _produce(
             for _ in range(s_tiles * GROUP):
                 i_number = (i_row_base + i_first) * LEAF + i_tile * ROWS
                 mbarrier.wait(q_empty.index(i_stage), s_phase)
-                mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 4)
+                mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 8)
                 async_load(
                     t_query_rows,
                     [i_query_row + i_tile * ROWS, i_query_head * D],
@@ -104,12 +107,12 @@ def _produce(
                 )
                 i_lse = i_query_row + i_tile * ROWS if GATED else i_number
                 async_load(t_log_sum_exp, [i_query_head, i_lse], q_full.index(i_stage), s_lse.index(i_stage))
+                async_load(t_delta, [i_query_head, i_number], q_full.index(i_stage), s_delta.index(i_stage))
                 mbarrier.wait(do_empty.index(i_stage), s_phase)
-                mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2 + ROWS * 4)
+                mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2)
                 async_load(
                     t_d_out, [i_out_row + i_tile * ROWS, i_query_head * DV], do_full.index(i_stage), s_do.index(i_stage)
                 )
-                async_load(t_delta, [i_query_head, i_number], do_full.index(i_stage), s_delta.index(i_stage))
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
                 i_tile += 1
                 is_last = i_tile == s_tiles  # of a query head
@@ -124,28 +127,30 @@ EIGHT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
 @gluon.jit
 def _weigh(
     b_dv, b_column, b_k, b_v, s_q, s_do, s_lse, s_delta, s_ds, do_full, p_gate_key, s_phase, COLUMNS: gl.constexpr,
-    D: gl.constexpr, DV: gl.constexpr, GATED: gl.constexpr
+    D: gl.constexpr, DV: gl.constexpr, UNIT: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """dS of 64 keys and COLUMNS queries, to shared memory and as an operand. dV is still under way."""
+    """dS of 64 keys and COLUMNS queries, to shared memory and as an operand. dV is still under way. UNIT turns logits,
+    gates and s_lse to base 2.
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     b_zero = gl.full([LEAF, COLUMNS], 0.0, gl.float32, S)
     if GATED:
         b_gate = gl.load(p_gate_key + gl.arange(0, LEAF, gl.SliceLayout(1, S)))
-    t_s = warpgroup_mma(b_k, s_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    mbarrier.wait(do_full, s_phase)
-    t_dp = warpgroup_mma(b_v, s_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    b_lse = s_lse.load(S)
-    b_s = warpgroup_mma_wait(1, (t_s,))
+    b_lse, _ = gl.broadcast(s_lse.load(S), b_zero)
     if GATED:
-        b_s += b_gate[:, None]
-    b_p = gl.exp2(b_s * LOG2_E - b_lse)
+        b_lse = b_lse + b_gate[:, None]
+    b_delta, _ = gl.broadcast(s_delta.load(S), b_zero)
+    mbarrier.wait(do_full, s_phase)
+    t_s = warpgroup_mma(b_k, s_q.permute((1, 0)), b_lse, is_async=True)
+    t_dp = warpgroup_mma(b_v, s_do.permute((1, 0)), b_delta, is_async=True)
+    b_s = warpgroup_mma_wait(1, (t_s,))
+    b_p = gl.exp2(b_s * UNIT)
     b_weights = gl.convert_layout(b_p.to(s_do.dtype), gl.DotOperandLayout(0, V, 2))
     t_dv = warpgroup_mma(b_weights, s_do, b_dv, is_async=True)
     b_dp = warpgroup_mma_wait(1, (t_dp,))
-    b_delta = s_delta.load(S)
-    b_ds = (b_p * (b_dp - b_delta)).to(s_q.dtype)
+    b_ds = (b_p * b_dp).to(s_q.dtype)
     if GATED:
         # Of what the other sums are of, rounded: a gate's gradient is the sum of all differences from its token on, and
         # half of every rounding would add up along the sequence.
@@ -158,7 +163,8 @@ def _weigh(
 def _step(
     b_dk, b_dv, b_column, b_k, b_v, s_k, s_q, s_do, s_lse, s_delta, s_ds, s_dq, s_ones, q_full, q_empty, do_full,
     do_empty, ds_full, t_d_query_rows, i_d_row, i_d_column, p_gate_key, p_gate, s_phase, s_ds_phase, C: gl.constexpr,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GATED: gl.constexpr
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, UNIT: gl.constexpr,
+    GATED: gl.constexpr
 ):  # fmt: skip
     """One tile of queries. The products are issued ahead of the arithmetic that does not need them.
 
@@ -173,7 +179,7 @@ def _step(
         t_dv, b_weights, b_ds_operand, b_column = _weigh(
             b_dv, b_column, b_k, b_v, s_part, s_do.slice(i * COLUMNS, COLUMNS, 0),
             s_lse.slice(i * COLUMNS, COLUMNS, 1), s_delta.slice(i * COLUMNS, COLUMNS, 1),
-            s_own_ds.slice(i * COLUMNS, COLUMNS, 1), do_full, p_gate_key, s_phase, COLUMNS, D, DV, GATED
+            s_own_ds.slice(i * COLUMNS, COLUMNS, 1), do_full, p_gate_key, s_phase, COLUMNS, D, DV, UNIT, GATED
         )  # fmt: skip
         if i < ROWS // COLUMNS - 1:  # the last part's products go on below
             t_dk = warpgroup_mma(b_ds_operand, s_part, b_dk, is_async=True)
@@ -269,7 +275,7 @@ def _consume(
                     s_lse.index(i_stage), s_delta.index(i_stage), s_ds.index(s_steps & 1), s_dq.index(C), s_ones,
                     q_full.index(i_stage), q_empty.index(i_stage), do_full.index(i_stage), do_empty.index(i_stage),
                     ds_full, t_d_query_rows, i_d_row, i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase,
-                    s_steps & 1, C, ROWS, COLUMNS, D, DV, GATED
+                    s_steps & 1, C, ROWS, COLUMNS, D, DV, 1.0, GATED
                 )  # fmt: skip
                 i_tile_row += ROWS
                 is_last = i_tile_row == s_tiles * ROWS  # of a query head
@@ -284,6 +290,7 @@ def _consume(
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
             mbarrier.arrive(k_empty.index(i_k), count=1)
             i_k, s_k_phase = _advance(i_k, s_k_phase, 2)
+            b_dk = b_dk * (1 / LOG2_E)
             if p_d_key_rows is None:
                 tma.store_wait(0)
                 s_dk = reinterpret(s_dq.index(C), t_d_key_rows.dtype, [128 // D, LEAF, D], t_d_key_rows.layout).index(0)
@@ -345,7 +352,7 @@ def barriers_of_tiles(STAGES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dense_backward_kernel(
-    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of ROWS
+    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of ROWS, times log2(e)
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
     t_d_out,  # descriptor of (T, HQ * DV) in tiles of ROWS
@@ -355,7 +362,7 @@ def dense_backward_kernel(
     t_d_key_rows,  # descriptor of out (levels * key_slots * 64, H * D) in tiles of a leaf, in half precision; or None
     t_d_values,  # descriptor of (T, H * DV) float32 in tiles of a leaf: added to
     p_d_key_rows,  # out (levels, key_slots, 64, H, D) float32 or None: a tile has no room for its rows
-    p_gate_key,  # (HQ, levels, key_slots, 64) float32; None without gates
+    p_gate_key,  # (HQ, levels, key_slots, 64) float32, base 2; None without gates
     p_gate,  # (HQ, row_slots, 64) float32 or None: row sums less column sums of dS are added to it
     p_table,
     table_leaves,

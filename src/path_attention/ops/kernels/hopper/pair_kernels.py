@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from path_attention.ops.kernels.hopper.dense_backward import _step, barriers_of_tiles, buffers_of_queries
 from path_attention.ops.kernels.hopper.dense_forward import (
     LEAF,
+    LOG2_E,
     PAIR,
     VERDICT,
     _advance,
@@ -155,15 +156,15 @@ def _fetch_queries(
     i_tile_row = 0
     for _ in range(s_tiles * GROUP):
         mbarrier.wait(q_empty.index(i_stage), s_phase)
-        mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 4)
+        mbarrier.expect(q_full.index(i_stage), ROWS * D * 2 + ROWS * 8)
         async_load(
             t_query_rows, [i_query_row + i_tile_row, i_query_head * D], q_full.index(i_stage), s_q.index(i_stage)
         )
         async_load(t_log_sum_exp, [i_query_head, i_number + i_tile_row], q_full.index(i_stage), s_lse.index(i_stage))
+        async_load(t_delta, [i_query_head, i_number + i_tile_row], q_full.index(i_stage), s_delta.index(i_stage))
         mbarrier.wait(do_empty.index(i_stage), s_phase)
-        mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2 + ROWS * 4)
+        mbarrier.expect(do_full.index(i_stage), ROWS * DV * 2)
         async_load(t_d_out, [i_out_row + i_tile_row, i_query_head * DV], do_full.index(i_stage), s_do.index(i_stage))
-        async_load(t_delta, [i_query_head, i_number + i_tile_row], do_full.index(i_stage), s_delta.index(i_stage))
         i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
         i_tile_row += ROWS
         is_last = i_tile_row == s_tiles * ROWS  # of a query head
@@ -228,7 +229,7 @@ def _consume(
             b_dk, b_dv, b_column, b_k, b_v, s_k, s_q.index(i_stage), s_do.index(i_stage), s_lse.index(i_stage),
             s_delta.index(i_stage), s_ds.index(i & 1), s_dq.index(C), s_ones, q_full.index(i_stage),
             q_empty.index(i_stage), do_full.index(i_stage), do_empty.index(i_stage), ds_full, t_d_query_rows, i_d_row,
-            i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase, i & 1, C, ROWS, COLUMNS, D, DV, GATED
+            i_d_column, p_gates_of_keys, p_gate_of_tile, s_phase, i & 1, C, ROWS, COLUMNS, D, DV, LOG2_E, GATED
         )  # fmt: skip
         i_tile_row += ROWS
         is_last = i_tile_row == s_tiles * ROWS  # of a query head
@@ -255,8 +256,8 @@ def pair_backward_kernel(
     t_key_rows,  # descriptor of (batch * s_keys, H * D) in tiles of a pair
     t_values,  # descriptor of (batch * s_keys, H * DV) in tiles of a pair
     t_d_out,  # descriptor of (batch * s_out, HQ * DV) in tiles of ROWS
-    t_log_sum_exp,  # descriptor of (HQ, batch * s_padded), base 2, of the whole attention, less log2 of the factor and
-    t_delta,  # the row's gate; infinity in what is padding. Of delta alike; both float32 in tiles of ROWS
+    t_log_sum_exp,  # descriptor of (HQ, batch * s_padded): -x of the whole attention, plus log of the factor and the
+    t_delta,  # row's gate; -infinity in what is padding. Of -delta alike; both float32 in tiles of ROWS
     t_d_query_rows,  # descriptor of float32 zeros like the query rows in tiles of 64 x 64: times the factor
     t_d_key_rows,  # descriptor of (batch * s_keys, H * D) float32 in tiles of a leaf: added to, without the factor
     t_d_values,  # descriptor of (batch * s_keys, H * DV), likewise

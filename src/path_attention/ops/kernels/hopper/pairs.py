@@ -20,7 +20,6 @@ from path_attention.ops.kernels.hopper.dense import _OPTIONS, PAIR, Options, _de
 from path_attention.ops.kernels.hopper.pair_kernels import pair_backward_kernel, pair_forward_kernel
 from path_attention.ops.kernels.launch import launch_kernel
 from path_attention.ops.kernels.leaf_table import LEAF
-from path_attention.ops.kernels.tiles import LOG2_E
 
 # Rows of numbers in float32 that descriptors take begin at 16 bytes.
 NUMBERS = 4
@@ -141,8 +140,8 @@ def backward(
     batch, rows, _, dim = x.queries.shape
     heads, options = x.keys.shape[2], x.options
     own = slice(first_row, first_row + rows)
-    shifted = log_sum_exp[:, own] if x.gate_query is None else log_sum_exp[:, own] - x.gate_query
-    of_rows = x.numbers(shifted * LOG2_E.value - factor.log2(), float("inf")), x.numbers(delta[:, own], 0.0)
+    shifted = -log_sum_exp[:, own] if x.gate_query is None else x.gate_query - log_sum_exp[:, own]
+    of_rows = x.numbers(shifted + factor.log(), float("-inf")), x.numbers(-delta[:, own], 0.0)
     d_queries = torch.zeros(x.queries.shape, dtype=torch.float32, device=d_out.device)
     gate_row = None if x.gate_query is None else torch.zeros_like(of_rows[0])
     launch_kernel(
