@@ -147,6 +147,7 @@ class Part(NamedTuple):
             scale=scale,
             leaves=_leaves_by(siblings_by, q, v, w),
             in_pieces=in_pieces,
+            unit=siblings.UNITS[siblings_by],
         )
 
 
@@ -283,8 +284,7 @@ def forward(
         out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
         use = None if use_spans is None else partial(use_spans, part, inputs)
-        unit = siblings.UNITS[siblings_by]
-        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use, unit)
+        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use)
         attend(inputs, part.table, levels, out, log_sum_exp)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)
@@ -363,7 +363,7 @@ def _part_backward(
     gates.
     """
     delta, factor = delta_and_factor(out, d_out, inputs.v)
-    levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs), siblings.UNITS[siblings_by])
+    levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs))
     if siblings_by == "triton":
         gradients = siblings.triton_backward(inputs, table, levels, d_out, log_sum_exp, delta, factor)
     elif siblings_by == "hopper":

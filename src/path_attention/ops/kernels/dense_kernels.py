@@ -825,10 +825,13 @@ def lowest_level_backward_kernel(
             if p_gate is not None:
                 o_lse = gates_of_head(i_query_head, num_levels, query_slots) + i_query + o
                 b_s += tl.load(p_gate_key + gates_of_head(i_query_head, num_levels, key_slots) + i_key + o)[:, None]
-            b_p = tl.exp2(b_s + tl.load(p_log_sum_exp_rows + o_lse)[None, :])
+            # Subtracted, for Triton makes a sum the number that the product begins with, and ptxas more fences of that.
+            b_log_sum_exp = -tl.load(p_log_sum_exp_rows + o_lse)
+            b_delta = -tl.load(p_delta_rows + o_number)
+            b_p = tl.exp2(b_s - b_log_sum_exp[None, :])
             b_d_p = _dot(b_v, tl.trans(b_d_out))
             b_d_v = _dot(b_p.to(b_d_out.dtype), b_d_out, b_d_v)
-            b_d_s = b_p * (b_d_p + tl.load(p_delta_rows + o_number)[None, :])
+            b_d_s = b_p * (b_d_p - b_delta[None, :])
             if p_gate is not None:
                 tl.store(p_gate + o_number, tl.sum(b_d_s, axis=0))
                 tl.store(p_gate + o_number - LEAF, -tl.sum(b_d_s, axis=1))

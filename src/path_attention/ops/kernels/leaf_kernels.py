@@ -140,7 +140,7 @@ def leaf_forward_kernel(
     table_length,
     table_queries,
     table_keys,
-    p_q_left,  # out (N, 64, HQ, D) WORK, times scale
+    p_q_left,  # out (N, 64, HQ, D) WORK, times row_scale
     p_k_right,  # out (N, 64, H, D) WORK
     p_node,  # out (2 N, H, D, D) WORK, leaf nodes: P rounded
     p_node_rest,  # out, likewise: what rounding left of P
@@ -151,6 +151,7 @@ def leaf_forward_kernel(
     p_y,  # out (N, H, 64, 64) WORK, likewise
     p_u,  # out (N, H, 64, D) WORK, likewise
     scale,
+    row_scale,  # scale, and the unit of queries at edges
     H,
     token_heads,  # key heads of a token in p_q, p_k, p_v, p_w and p_out, of which these H are some
     GROUP: tl.constexpr,
@@ -223,7 +224,7 @@ def leaf_forward_kernel(
         i_query_head = i_head * GROUP + i_group
         b_q = rounded(load_rows(p_q + i_query_head * D, i_row, s_rows, query_stride, D, BLOCK_D, ROWS), WORK)
         b_x = tl.where(o[:, None] >= o[None, :], _dot_exact(b_q, tl.trans(b_w), tl.trans(b_w_rest), SPLIT_ROWS), 0.0)
-        b_q_left = (b_q.to(tl.float32) - _dot_parts(b_x, b_u, b_u_rest, WORK, SPLIT_ROWS)) * scale
+        b_q_left = (b_q.to(tl.float32) - _dot_parts(b_x, b_u, b_u_rest, WORK, SPLIT_ROWS)) * row_scale
         store_rows(p_q_left + i_query_head * D, b_q_left, i_leaf * ROWS, ROWS, HQ * D, D, BLOCK_D, ROWS)
         o_row = tl.cast(i_row, tl.int64) * HQ + o * HQ + i_query_head
         if p_g is not None:

@@ -65,6 +65,8 @@ class Inputs:
     leaves: LeavesBy = "triton"
     # The tree and the transports read their factors in pieces: what float32 ones ask for on a GPU.
     in_pieces: bool = False
+    # What queries at edges and gates are multiplied by: log2(e) makes logits in base 2 of them.
+    unit: float = 1.0
 
     @property
     def heads(self) -> int:
@@ -170,7 +172,6 @@ class Levels(_Rows):
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
     gate_query: Tensor | None  # (HQ, levels, query_slots, 64) float32, both times unit
     gate_key: Tensor | None  # (HQ, levels, key_slots, 64) float32
-    unit: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,12 @@ def forward(
     log_sum_exp: Tensor,
     row_dtype: torch.dtype,
     use_spans: Callable[[Spans], None] | None = None,
-    unit: float = 1.0,
 ) -> Levels:
     """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ).
 
     Args:
         row_dtype: what the rows at the levels' edges are rounded to.
         use_spans: called with what is not kept, for half-precision inputs.
-        unit: what query rows and gates are multiplied by.
     """
     node_rest = None
     if use_spans is not None:
@@ -213,10 +212,10 @@ def forward(
     if use_spans is not None and node_rest is not None:
         use_spans(Spans(k_right, nodes, node_rest))
         del node_rest  # before the levels' rows ask for memory
-    return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype, unit=unit)
+    return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
 
 
-def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype, unit: float = 1.0) -> tuple[Levels, Leaves]:
+def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
     """The forward linear stages again, for the backward pass: no attention, but all that it needs of the leaves."""
     factors = None
     if inputs.leaves != "torch":
@@ -224,7 +223,7 @@ def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype, unit: fl
         inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
         factors = inverse, y, inputs.empty(leaves, heads, LEAF, inputs.q.shape[2])
     nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, factors)
-    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype, unit=unit)
+    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
     return levels, Leaves(nodes, factors)
 
 
@@ -332,6 +331,7 @@ def _launch_leaves(
         "p_y": y,
         "p_u": u,
         "scale": inputs.scale,
+        "row_scale": inputs.scale * inputs.unit,
         "H": heads,
         "token_heads": token_heads(inputs.k),
         "SPLIT_W": is_half and inputs.w.dtype == torch.float32,
@@ -373,10 +373,9 @@ def _levels(
     key_table: LeafTable | None = None,
     *,
     only_top: bool = False,
-    unit: float = 1.0,
 ) -> Levels:
     """Rows at every level's edges, or of the uppermost level alone; ``key_table``: where keys stand, for callers to
-    whom that is another place. Query rows and gates are times ``unit``.
+    whom that is another place.
     """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     levels, gated = 1 if only_top else table.num_levels, inputs.g is not None
@@ -387,7 +386,6 @@ def _levels(
         key_rows=inputs.empty(*keys, heads, dim, dtype=row_dtype),
         gate_query=inputs.empty(query_heads, *queries, dtype=torch.float32) if gated else None,
         gate_key=inputs.empty(query_heads, *keys, dtype=torch.float32) if gated else None,
-        unit=unit,
     )
     if levels == 0:
         return result
@@ -398,7 +396,7 @@ def _levels(
         "H": heads,
         "num_levels": table.num_levels,
         "ONLY_TOP": only_top,
-        "UNIT": unit,
+        "UNIT": inputs.unit,
         **inputs.matrix_options(),
     }
     launch_kernel(
@@ -511,7 +509,7 @@ def levels_backward(
         p_partials=query_partials.tiles,
         p_partials_power=query_partials.power,
         query_slots=table.query_slots,
-        UNIT=levels.unit,
+        UNIT=inputs.unit,
         **moved,
         **table.arguments,
     )

@@ -129,7 +129,7 @@ def forward(
             part, part_log_sum_exp, *rest = leaf_forward(leaf, masks)
             edges = tuple(rest)
             attended.append((_to_queries(part, heads).to(out.dtype), _to_queries(part_log_sum_exp, heads).squeeze(-1)))
-        q_left[leaves] = _to_queries(edges[0], heads).to(q_left.dtype)
+        q_left[leaves] = (_to_queries(edges[0], heads) * inputs.unit).to(q_left.dtype)
         k_right[leaves] = _to_keys(edges[1], heads).to(k_right.dtype)
         at = slice(2 * leaves.start, 2 * leaves.stop, 2)
         product = edges[2].unflatten(0, (-1, heads))

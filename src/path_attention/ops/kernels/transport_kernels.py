@@ -97,7 +97,7 @@ def query_transport_kernel(
     table_length,
     table_queries,
     table_keys,
-    p_query_rows,  # out (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D), times UNIT
+    p_query_rows,  # out (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D)
     p_gate_query,  # out (HQ, levels, query_slots, 64) float32 or None: gates from the edge up to each query, times UNIT
     H,
     query_slots,
@@ -108,7 +108,7 @@ def query_transport_kernel(
     WORK: tl.constexpr,
     PIECE: tl.constexpr = None,
     ONLY_TOP: tl.constexpr = False,  # rows of the uppermost level alone are wanted, and no gates
-    UNIT: tl.constexpr = 1.0,  # of the logits that rows and gates make
+    UNIT: tl.constexpr = 1.0,  # of the gates; rows come with it
 ):
     """Queries of one pair of leaves and one query head at the left edge of each span that has a left sibling."""
     HQ = H * GROUP
@@ -133,7 +133,7 @@ def query_transport_kernel(
     if s_leaves == 2:
         i_slot = (i_base + within(i_index + 1, 0) - 1) * ROWS
         if not ONLY_TOP:
-            store_where(p_query_rows, b_moved * UNIT, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
+            store_where(p_query_rows, b_moved, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
         if p_gate_query is not None:
             tl.store(p_gate_query + i_slot + o, b_gate * UNIT, mask=m_right)
         if i_index != 0:
@@ -154,11 +154,11 @@ def query_transport_kernel(
             if not ONLY_TOP:
                 i_slot = (level * query_slots + i_base + within(i_index, level)) * ROWS
                 store_rows(
-                    p_query_rows, b_moved * UNIT, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
+                    p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
                 )  # zeros for a leaf that is not there
             elif level == num_levels - 1:
                 i_slot = (i_base + within(i_index, level)) * ROWS
-                store_rows(p_query_rows, b_moved * UNIT, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR)
+                store_rows(p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR)
             if p_gate_query is not None:
                 tl.store(p_gate_query + i_slot + o, b_gate * UNIT)
             if (i_index >> (level + 1)) != 0:

@@ -251,6 +251,7 @@ def leaf_forward_kernel(
     p_y,
     p_u,
     scale,
+    row_scale,
     H,
     token_heads,
     GROUP: gl.constexpr,
@@ -394,7 +395,7 @@ def leaf_forward_kernel(
         b_x_operand = _operand(gl.where(o_row[:, None] >= o_column[None, :], -b_x, 0.0))
         for i in gl.static_range(PARTS):
             b_q_left = warpgroup_mma(b_x_operand, s_us.index(i), s_q.index(i).load(ACC).to(gl.float32))
-            store_tile(p_q_left + i_query_head * D + i * 64, b_q_left * scale, s_a, i_leaf * LEAF, LEAF, HQ * D)
+            store_tile(p_q_left + i_query_head * D + i * 64, b_q_left * row_scale, s_a, i_leaf * LEAF, LEAF, HQ * D)
         p_row = gl.cast(i_row, gl.int64) * HQ + i_query_head
         if p_g is not None:
             b_g = gl.load(p_g + p_row + o_row * HQ, mask=o_row < s_rows, other=0.0).to(gl.float32)
