@@ -821,11 +821,13 @@ def lowest_level_backward_kernel(
             o_lse = o_number
             b_q = _load(p_query_rows + i_query_head * D, i_query, m_all, HQ * D, D, LEAF)
             b_d_out = _load(p_d_out + i_query_head * DV, i_row + LEAF, o < s_queries, value_stride * GROUP, DV, LEAF)
+            # What is subtracted from products here would, added to them, be what Triton has them begin with, and ptxas
+            # more fences for.
             b_s = _dot(b_k, tl.trans(b_q))
             if p_gate is not None:
                 o_lse = gates_of_head(i_query_head, num_levels, query_slots) + i_query + o
-                b_s += tl.load(p_gate_key + gates_of_head(i_query_head, num_levels, key_slots) + i_key + o)[:, None]
-            # Subtracted, for Triton makes a sum the number that the product begins with, and ptxas more fences of that.
+                b_gate = -tl.load(p_gate_key + gates_of_head(i_query_head, num_levels, key_slots) + i_key + o)
+                b_s -= b_gate[:, None]
             b_log_sum_exp = -tl.load(p_log_sum_exp_rows + o_lse)
             b_delta = -tl.load(p_delta_rows + o_number)
             b_p = tl.exp2(b_s - b_log_sum_exp[None, :])
