@@ -65,8 +65,8 @@ def _tile(x: Any, dtype: torch.dtype | None = None) -> Tile:
 class _Program:
     """What the partitions of one program share."""
 
-    def __init__(self, index: tuple[int, int, int], warps: int = 4) -> None:
-        self.index = index
+    def __init__(self, index: tuple[int, int, int], number: tuple[int, int, int] = (1, 1, 1), warps: int = 4) -> None:
+        self.index, self.number = index, number
         self.warps = warps
         self.lock = threading.Lock()
         self.failed = False
@@ -229,11 +229,14 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.tensor.view(-1)[offset[meant]] = value[meant].to(pointer.tensor.dtype)
 
 
-def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str | None = None) -> None:
+def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str | None = None) -> torch.Tensor:
+    """What was there before: of all elements, but only one program runs at a time."""
     offset, meant = pointer.places(mask)
     value = torch.as_tensor(value).as_subclass(torch.Tensor).expand(offset.shape)
     with _here.program.lock:
+        before = pointer.tensor.view(-1)[offset].clone()
         pointer.tensor.view(-1).index_add_(0, offset[meant], value[meant].to(pointer.tensor.dtype))
+    return before
 
 
 class Shared:
@@ -297,7 +300,8 @@ class Shared:
 def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared | _Barriers:
     if layout is _BARRIER_LAYOUT:
         return _Barriers(shape[0])
-    return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
+    unwritten = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+    return Shared(torch.full(tuple(shape), unwritten, dtype=dtype))
 
 
 def fence_async_shared() -> None:
@@ -497,7 +501,7 @@ def _inline_asm_elementwise(
 ) -> Any:
     if asm.startswith("cvt.rn."):  # two numbers of a thread into one register
         return args[0].to(dtype)
-    assert asm == "mov.b32 $0, $1;", f"no machine here for {asm}"
+    assert asm == "mov.b32 $0, $1;" or asm.startswith("shfl.sync.idx.b32"), f"no machine here for {asm}"
     return args[0]
 
 
@@ -548,6 +552,7 @@ class language:
     atomic_add = staticmethod(_atomic_add)
     static_range = range
     program_id = staticmethod(lambda axis: _here.program.index[axis])
+    num_programs = staticmethod(lambda axis: _here.program.number[axis])
     arange = staticmethod(lambda start, end, layout: _tile(torch.arange(start, end)))
     full = staticmethod(lambda shape, value, dtype, layout: _tile(torch.full(tuple(shape), value, dtype=dtype)))
     cast = staticmethod(lambda x, dtype: x.to(dtype) if isinstance(x, torch.Tensor) else x)
@@ -587,7 +592,7 @@ class Jitted:
         x, y, z = (*grid, 1, 1)[:3]
         for index in range(x * y * z):
             place = index % x, index // x % y, index // (x * y)
-            _here.enter(_Program(place, given.get("num_warps", 4)), "program")
+            _here.enter(_Program(place, (x, y, z), given.get("num_warps", 4)), "program")
             self.function(**arguments)
             assert not _here.products, "the program ends with a product in flight"
             assert not any(_here.copies), "the program ends with a copy in flight"

@@ -79,6 +79,14 @@ def _descriptor(x: Tensor, rows: int, columns: int, swizzled: bool = True) -> Te
     return TensorDescriptor.from_tensor(matrix, [rows, columns], _layout(rows, columns, x.dtype, swizzled))
 
 
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of which each runs a program of either kernel, one at a time; off the GPU there are two."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _turns(table: LeafTable, heads: int) -> tuple[int, int]:
     """Turns (pairs of a sequence, or leaves of a table), and heads of all sequences that take them."""
     if table.columns is not None:
@@ -134,7 +142,7 @@ def dense_forward(
     turns, groups = _turns(table, query_heads)
     launch_kernel(
         dense_forward_kernel,
-        (turns * groups,),
+        (min(turns * groups, _multiprocessors(out.device)),),
         t_query_rows=_descriptor(query_rows, LEAF, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
@@ -142,6 +150,7 @@ def dense_forward(
         t_gate_key=None if gate_key is None else _number_descriptor(gate_key, PAIR),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
+        p_next=torch.zeros(1, dtype=torch.int32, device=out.device),
         **_arguments(table, query_rows, key_rows),
         num_turns=turns,
         num_groups=groups,

@@ -387,7 +387,7 @@ def dense_backward_kernel(
     REGISTERS: gl.constexpr,
 ):
     """Levels from 1 on of one pair of leaves as keys, and one key head with its query heads."""
-    i_turn, i_sequence, i_head = turn_and_head(num_turns, num_groups, H, s_section)
+    i_turn, i_sequence, i_head = turn_and_head(gl.program_id(0), num_turns, num_groups, H, s_section)
     i_row, i_index, s_count, i_query_base, i_key_base, i_row_base = place_of_keys(
         i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
     )

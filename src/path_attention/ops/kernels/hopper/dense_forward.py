@@ -40,7 +40,7 @@ LARGEST_SUM_FLOAT16 = gl.constexpr(2.0**15)
 # Beside nothing, the weights of a row's own leaf sum to 2^-64 at least: what float32 rounds to zero is less than 2^-62
 # of them. And to 2^64 at most, 2^36 below LARGEST_SUM.
 LARGEST_LOG = gl.constexpr(64.0)
-VERDICT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -56,12 +56,11 @@ def gates_of_head(i_query_head, num_levels, slots):
 
 
 @gluon.jit
-def turn_and_head(num_turns, num_groups, s_each, s_section):
-    """This program's turn, sequence and head, one of s_each of the sequence.
+def turn_and_head(i, num_turns, num_groups, s_each, s_section):
+    """Turn, sequence and head of piece i of the work; the head is one of s_each of the sequence.
 
-    Programs go in sections of s_section of the num_groups heads of all sequences, and turn by turn within a section.
+    Pieces go in sections of s_section of the num_groups heads of all sequences, and turn by turn within a section.
     """
-    i = gl.program_id(0)
     i_section = i // (s_section * num_turns)
     s_heads = gl.minimum(s_section, num_groups - i_section * s_section)
     i -= i_section * s_section * num_turns
@@ -100,33 +99,102 @@ def _advance(i_stage, s_phase, STAGES: gl.constexpr):
     return gl.where(is_round, 0, i_stage), gl.where(is_round, s_phase ^ 1, s_phase)
 
 
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of a number that all threads have
+
+
+@gluon.jit
+def uniform(b_x):
+    """The number b_x of all threads, int32, as one of the warp: what is computed from it needs no register a thread,
+    and ptxas knows that all threads go the same way.
+    """
+    b_x = gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [b_x], gl.int32, True, 1)
+    return gl.max(b_x, 0)
+
+
 @gluon.jit
 def _verdict(s_verdict):
     """Whether one of the consumers, which have both said so, wants to begin anew."""
-    return gl.max(s_verdict.load(gl.BlockedLayout([1], [32], [4], [0])), 0) != 0
+    return uniform(s_verdict.load(ONE)) != 0
+
+
+@gluon.jit
+def hand_on(s_piece, piece_full, piece_empty, i_piece, s_phase):
+    """The producer tells both consumers which piece of the work comes next, or that none does."""
+    mbarrier.wait(piece_empty, s_phase)
+    s_piece.store(gl.full([1], i_piece, gl.int32, ONE))
+    mbarrier.arrive(piece_full, count=1)
+
+
+@gluon.jit
+def next_piece(s_piece, piece_full, piece_empty, s_phase):
+    """What the producer tells a consumer."""
+    mbarrier.wait(piece_full, s_phase)
+    i_piece = uniform(s_piece.load(ONE))
+    mbarrier.arrive(piece_empty, count=1)
+    return i_piece
+
+
+@gluon.jit
+def _place(
+    i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section,
+    PACKED: gl.constexpr
+):  # fmt: skip
+    """Query head, first row, index, first query and key slots of a piece; whether it has a right leaf; its tokens, 0 if
+    nothing lies to the left of it.
+    """
+    i_turn, i_sequence, i_query_head = turn_and_head(i_piece, num_turns, num_groups, HQ, s_section)
+    i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
+        i_turn, i_sequence, p_table if PACKED else None, table_leaves, table_length, table_queries, table_keys
+    )
+    has_right = gl.where(s_tokens > LEAF, 1, 0)
+    s_tokens = gl.where(i_index + has_right == 0, 0, s_tokens)
+    return i_query_head, i_row, i_index, i_query_base, i_key_base, has_right, s_tokens
 
 
 @gluon.jit
 def _produce(
-    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, verdict, i_row, i_index, has_right, i_query_base, i_key_base,
-    i_query_head, i_head, num_levels, query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    GATED: gl.constexpr
+    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full, piece_empty, p_next, p_table, table_leaves,
+    table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels, query_slots, key_slots,
+    GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+    PACKED: gl.constexpr
 ):  # fmt: skip
-    """All tiles once, and once more if a consumer asks for it."""
-    i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
-        t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
-        q_empty, k_full, k_empty, v_full, v_empty, 0, 1, 0, 1, i_row, i_index, has_right, i_query_base, i_key_base,
-        i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES, GATED
-    )  # fmt: skip
-    if i_index > 0:
-        mbarrier.wait(verdict, 0)
-        if _verdict(s_verdict):
-            _produce_tiles(
+    """Tiles of one piece after another, and once more if a consumer asks for it."""
+    i_stage = gl.to_tensor(0)
+    s_phase = gl.to_tensor(1)
+    i_q = gl.to_tensor(0)
+    s_q_phase = gl.to_tensor(1)
+    s_verdict_phase = gl.to_tensor(0)
+    s_piece_phase = gl.to_tensor(1)
+    s_pieces = num_turns * num_groups
+    i_piece = gl.program_id(0)
+    while i_piece < s_pieces:
+        i_query_head, i_row, i_index, i_query_base, i_key_base, has_right, s_tokens = _place(
+            i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ,
+            s_section, PACKED
+        )  # fmt: skip
+        i_head = i_query_head // GROUP
+        if s_tokens > 0:
+            hand_on(s_piece, piece_full, piece_empty, i_piece, s_piece_phase)
+            s_piece_phase ^= 1
+            i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
                 t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
                 q_empty, k_full, k_empty, v_full, v_empty, i_stage, s_phase, i_q, s_q_phase, i_row, i_index, has_right,
                 i_query_base, i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES, GATED
             )  # fmt: skip
+        # Asked for while the consumers still have tiles.
+        i_piece = gl.num_programs(0) + gl.atomic_add(p_next, 1, sem="relaxed")
+        if (s_tokens > 0) & (i_index > 0):
+            mbarrier.wait(verdict, s_verdict_phase)
+            if _verdict(s_verdict.index(s_verdict_phase)):
+                i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
+                    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, i_stage, s_phase, i_q, s_q_phase, i_row, i_index,
+                    has_right, i_query_base, i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D,
+                    DV, STAGES, GATED
+                )  # fmt: skip
+            s_verdict_phase ^= 1
+    hand_on(s_piece, piece_full, piece_empty, s_pieces, s_piece_phase)
 
 
 @gluon.jit
@@ -140,11 +208,6 @@ def _produce_tiles(
     keys and values.
     """
     GATES: gl.constexpr = PAIR * 4 if GATED else 0  # bytes that come with a tile
-    # The first pass gives constants here, which no branch or loop may change.
-    i_stage = gl.to_tensor(i_stage)
-    s_phase = gl.to_tensor(s_phase)
-    i_q = gl.to_tensor(i_q)
-    s_q_phase = gl.to_tensor(s_q_phase)
     i_query_column = i_query_head * D
     i_key_column = i_head * D
     i_value_column = i_head * DV
@@ -268,12 +331,13 @@ def _addend(b_zero, b_max, b_bias, s_gate_k, S: gl.constexpr, GATED: gl.constexp
 
 @gluon.jit
 def _attend_left_spans(
-    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
     i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
-    """Leaf C goes on over s_tiles > 0 tiles of keys from level 1 on; FIXED: beside b_max as it is, or BARE: beside
-    nothing, a maximum of zero. Also returns the next stage, query buffer and turn, and their phases.
+    """Leaf C goes on from its own output b_own, as it was loaded, over s_tiles > 0 tiles of keys from level 1 on;
+    FIXED: beside b_max as it is, or BARE: beside nothing, a maximum of zero. Also returns the next stage, query buffer
+    and turn, and their phases.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
@@ -291,16 +355,19 @@ def _attend_left_spans(
     b_bias = _bias(s_gate_q.index(i_q), C * LEAF, S, GATED)
     b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, FIXED and GATED)
     b_s = warpgroup_mma(s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED)
+    b_decay = b_sum
     if BARE:
-        b_own = gl.exp2(b_max)
+        b_decay = gl.exp2(b_max)
         b_max = b_max * 0.0
-        b_sum = b_own
-        b_o = b_o * gl.convert_layout(b_own, gl.SliceLayout(1, O))[:, None]
+        b_sum = b_decay
     if FIXED:
         b_p = gl.exp2(b_s if BARE or GATED else b_s - b_max[:, None])
-        b_sum += gl.sum(b_p, 1)
+        b_sum = b_sum + gl.sum(b_p, 1)
     else:
         b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, s_gate_k.index(i_stage), b_max, b_sum, PAIR, S, UNIT, GATED)
+    # Behind the first tile, under which it comes.
+    b_o = gl.convert_layout(b_own, O).to(gl.float32)
+    if BARE or not FIXED:
         b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     mbarrier.arrive(k_empty.index(i_stage), count=1)
     mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
@@ -362,13 +429,13 @@ def _attend_left_spans(
 @gluon.jit
 def _attend(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads,
-    out_stride, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
+    i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_query_head, s_query_heads, out_stride,
+    C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
     ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
-    """What leaf C of the pair has of itself in memory, joined with s_tiles tiles of keys and, if it is a right leaf,
-    the left one's. Nothing is written. Also returns whether numbers are too far out, as only those that are FIXED can
-    be. The maximum is of base 2, but with ONE_LEVEL of base e.
+    """What leaf C of the pair has of itself in memory, joined with s_tiles tiles of keys. Nothing is written. Also
+    returns whether numbers are too far out, as only those that are FIXED can be. The maximum is of base 2, but with
+    ONE_LEVEL of base e.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
@@ -376,46 +443,25 @@ def _attend(
     p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
     p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
     b_max = gl.load(p_lse, mask=m_row, other=0.0)
+    b_own = gl.load(p_tile, mask=m_out, other=0.0)
     if not ONE_LEVEL:
         b_max = b_max * LOG2_E
-    b_own = b_max
+    b_own_max = b_max
     b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
-    b_o = gl.convert_layout(gl.load(p_tile, mask=m_out, other=0.0).to(gl.float32), O)
-    # The first pass gives constants here, which no branch or loop may change.
-    s_too_far = gl.to_tensor(0.0)
-    i_stage = gl.to_tensor(i_stage)
-    s_phase = gl.to_tensor(s_phase)
-    i_q = gl.to_tensor(i_q)
-    s_q_phase = gl.to_tensor(s_q_phase)
-    s_turn = gl.to_tensor(s_turn)
+    s_too_far = gl.to_tensor(0)
     if s_tiles > 0:
         b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend_left_spans(
-            b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             turn, i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, FIXED,
             BARE
         )  # fmt: skip
         if FIXED:
             m_good = b_sum < LARGEST
             if BARE:
-                m_good = m_good & (gl.abs(b_own) < LARGEST_LOG)
-            s_too_far = gl.max(gl.where(m_good, 0.0, 1.0), 0)  # or no number at all
-    if not ONE_LEVEL:  # noqa: SIM102
-        if has_right == 1:
-            # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
-            mbarrier.wait(q_full.index(i_q), s_q_phase)
-            mbarrier.wait(k_full.index(i_stage), s_phase)
-            if C == 1:
-                b_max, b_sum, b_o = _attend_left_leaf(
-                    b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_stage),
-                    s_gate_q.index(i_q), s_gate_k.index(i_stage), v_full.index(i_stage), s_phase, DV, GATED
-                )  # fmt: skip
-            else:
-                mbarrier.wait(v_full.index(i_stage), s_phase)
-            mbarrier.arrive(q_empty.index(i_q), count=1)
-            mbarrier.arrive(k_empty.index(i_stage), count=1)
-            mbarrier.arrive(v_empty.index(i_stage), count=1)
-            i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
-            i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+                m_good = m_good & (gl.abs(b_own_max) < LARGEST_LOG)
+            s_too_far = gl.max(gl.where(m_good, 0, 1), 0)  # or no number at all
+    else:
+        b_o = gl.convert_layout(b_own, O).to(gl.float32)
     return b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn
 
 
@@ -438,33 +484,64 @@ def _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C: gl.constexpr, 
 
 
 @gluon.jit
-def _consume(
+def join(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, turn, verdict, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride,
-    C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
-    ONE_LEVEL: gl.constexpr, BARE: gl.constexpr
+    v_empty, turn, verdict, i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase, i_row, s_tokens, has_right,
+    s_tiles, i_query_head, s_query_heads, out_stride, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
     """Rows of leaf C of the pair: go on from what is in memory over s_tiles tiles of keys and the left leaf, if C is a
-    right one; and again beside the maximum, if either leaf's numbers were too far out. ONE_LEVEL: beside the maximum
-    at once, for what is in memory need not be of their own leaf. BARE: in the first pass beside nothing.
+    right one. Tiles once more beside the maximum, if either leaf's numbers were too far out. ONE_LEVEL: beside the
+    maximum at once, for what is in memory need not be of their own leaf. BARE: in the first pass beside nothing.
     """
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
+    # Constants at first, which no branch or loop may change.
+    i_stage = gl.to_tensor(i_stage)
+    s_phase = gl.to_tensor(s_phase)
+    i_q = gl.to_tensor(i_q)
+    s_q_phase = gl.to_tensor(s_q_phase)
+    s_turn = gl.to_tensor(s_turn)
+    s_verdict_phase = gl.to_tensor(s_verdict_phase)
     b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
         p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        turn, 0, 0, 0, 0, 0, i_row, s_tokens, has_right, s_tiles, i_query_head, s_query_heads, out_stride, C, DV,
-        STAGES, TURNS, GATED, ONE_LEVEL, not ONE_LEVEL, BARE
+        turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_query_head, s_query_heads,
+        out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, not ONE_LEVEL, BARE
     )  # fmt: skip
-    if not ONE_LEVEL:  # noqa: SIM102
+    if not ONE_LEVEL:
         if s_tiles > 0:
-            s_verdict.slice(C, 1, 0).store(gl.full([1], s_too_far, gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
+            # Two pairs of them: the other consumer may still read those of the piece before.
+            s_verdicts = s_verdict.index(s_verdict_phase)
+            s_verdicts.slice(C, 1, 0).store(gl.full([1], s_too_far, gl.int32, ONE))
             mbarrier.arrive(verdict, count=1)
-            mbarrier.wait(verdict, 0)
-            if _verdict(s_verdict):
+            mbarrier.wait(verdict, s_verdict_phase)
+            s_verdict_phase ^= 1
+            if _verdict(s_verdicts):
+                if has_right == 1:  # level 0 was next, and comes again behind all tiles
+                    mbarrier.wait(q_full.index(i_q), s_q_phase)
+                    mbarrier.wait(k_full.index(i_stage), s_phase)
+                    mbarrier.wait(v_full.index(i_stage), s_phase)
+                    i_stage, s_phase, i_q, s_q_phase = _release(
+                        q_empty, k_empty, v_empty, i_stage, s_phase, i_q, s_q_phase, STAGES
+                    )
                 b_max, b_sum, b_o, _s, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, has_right, s_tiles,
-                    i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, False, False
+                    v_empty, turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_query_head,
+                    s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, False, False
                 )  # fmt: skip
+        if has_right == 1:
+            # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
+            mbarrier.wait(q_full.index(i_q), s_q_phase)
+            mbarrier.wait(k_full.index(i_stage), s_phase)
+            if C == 1:
+                b_max, b_sum, b_o = _attend_left_leaf(
+                    b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_stage),
+                    s_gate_q.index(i_q), s_gate_k.index(i_stage), v_full.index(i_stage), s_phase, DV, GATED
+                )  # fmt: skip
+            else:
+                mbarrier.wait(v_full.index(i_stage), s_phase)
+            i_stage, s_phase, i_q, s_q_phase = _release(
+                q_empty, k_empty, v_empty, i_stage, s_phase, i_q, s_q_phase, STAGES
+            )
     p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
     p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
     b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
@@ -473,6 +550,48 @@ def _consume(
     if not ONE_LEVEL:
         b_max = b_max / LOG2_E
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
+    return i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase
+
+
+@gluon.jit
+def _release(q_empty, k_empty, v_empty, i_stage, s_phase, i_q, s_q_phase, STAGES: gl.constexpr):
+    """Queries, keys and values may be overwritten. The next stage and query buffer, and their phases."""
+    mbarrier.arrive(q_empty.index(i_q), count=1)
+    mbarrier.arrive(k_empty.index(i_stage), count=1)
+    mbarrier.arrive(v_empty.index(i_stage), count=1)
+    i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+    i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+    return i_stage, s_phase, i_q, s_q_phase
+
+
+@gluon.jit
+def _consume(
+    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, turn, verdict, piece_full, piece_empty, p_table, table_leaves, table_length, table_queries,
+    table_keys, num_turns, num_groups, HQ, s_section, out_stride, C: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, BARE: gl.constexpr, PACKED: gl.constexpr
+):  # fmt: skip
+    """Leaf C of one pair after another."""
+    i_stage = gl.to_tensor(0)
+    s_phase = gl.to_tensor(0)
+    i_q = gl.to_tensor(0)
+    s_q_phase = gl.to_tensor(0)
+    s_turn = gl.to_tensor(0)
+    s_verdict_phase = gl.to_tensor(0)
+    s_piece_phase = gl.to_tensor(0)
+    i_piece = next_piece(s_piece, piece_full, piece_empty, s_piece_phase)
+    while i_piece < num_turns * num_groups:
+        i_query_head, i_row, i_index, _q, _k, has_right, s_tokens = _place(
+            i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ,
+            s_section, PACKED
+        )  # fmt: skip
+        i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase = join(
+            p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full, k_empty,
+            v_full, v_empty, turn, verdict, i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase, i_row, s_tokens,
+            has_right, i_index // 2, i_query_head, HQ, out_stride, C, DV, STAGES, TURNS, GATED, False, BARE
+        )  # fmt: skip
+        s_piece_phase ^= 1
+        i_piece = next_piece(s_piece, piece_full, piece_empty, s_piece_phase)
 
 
 @gluon.jit
@@ -505,6 +624,18 @@ def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
     return q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict.index(0)
 
 
+@gluon.jit
+def channel_of_pieces():
+    """s_piece, piece_full, piece_empty: by which a producer tells two consumers what comes next."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    s_piece = gl.allocate_shared_memory(gl.int32, [1], NUMBERS)
+    piece_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    piece_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    mbarrier.init(piece_full, count=1)
+    mbarrier.init(piece_empty, count=2)
+    return s_piece, piece_full, piece_empty
+
+
 @gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
 def dense_forward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf; times log2(e)
@@ -514,6 +645,7 @@ def dense_forward_kernel(
     t_gate_key,  # descriptor of (HQ, levels * key_slots * 64), likewise
     p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
+    p_next,  # (1,) int32, 0: the next piece of the work, less the number of programs
     p_table,
     table_leaves,
     table_length,
@@ -535,15 +667,7 @@ def dense_forward_kernel(
     TURNS: gl.constexpr,
     BARE: gl.constexpr,  # weights are beside nothing, if they can be
 ):
-    """All levels of one pair of leaves and one query head."""
-    i_turn, i_sequence, i_query_head = turn_and_head(num_turns, num_groups, HQ, s_section)
-    i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
-        i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
-    )
-    has_right = gl.where(s_tokens > LEAF, 1, 0)  # a right leaf
-    if (s_tokens == 0) | (i_index + has_right == 0):
-        return
-    i_head = i_query_head // GROUP
+    """All levels of one pair of leaves and one query head, and then of another: whoever is done takes the next."""
     out_stride = token_heads * GROUP * DV
     s_q = gl.allocate_shared_memory(t_query_rows.dtype, [4, LEAF, D], t_query_rows.layout)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
@@ -551,10 +675,15 @@ def dense_forward_kernel(
     GATED: gl.constexpr = t_gate_key is not None
     s_gate_q = s_q  # stand-ins that nobody reads: a partition takes no variable that is None
     s_gate_k = s_k
+    PACKED: gl.constexpr = p_table is not None
+    p_leaves = p_next
+    if PACKED:
+        p_leaves = p_table
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, PAIR], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
-    s_verdict = gl.allocate_shared_memory(gl.float32, [2], VERDICT)
+    s_verdict = gl.allocate_shared_memory(gl.int32, [2, 2], NUMBERS)
+    s_piece, piece_full, piece_empty = channel_of_pieces()
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
@@ -563,25 +692,28 @@ def dense_forward_kernel(
                 _produce,
                 (
                     t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
-                    s_verdict, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, i_row, i_index, has_right,
-                    i_query_base, i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES,
-                    GATED
+                    s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full,
+                    piece_empty, p_next, p_leaves, table_leaves, table_length, table_queries, table_keys, num_turns,
+                    num_groups, HQ, s_section, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES,
+                    GATED, PACKED
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
-                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, has_right, i_index // 2, i_query_head,
-                    HQ, out_stride, 0, DV, STAGES, TURNS, GATED, False, BARE
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
+                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_leaves, table_leaves,
+                    table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, out_stride, 0, DV,
+                    STAGES, TURNS, GATED, BARE, PACKED
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
-                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, has_right, i_index // 2, i_query_head,
-                    HQ, out_stride, 1, DV, STAGES, TURNS, GATED, False, BARE
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
+                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_leaves, table_leaves,
+                    table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, out_stride, 1, DV,
+                    STAGES, TURNS, GATED, BARE, PACKED
                 ),
             ),
         ],

@@ -17,13 +17,13 @@ from path_attention.ops.kernels.hopper.dense_backward import _step, barriers_of_
 from path_attention.ops.kernels.hopper.dense_forward import (
     LEAF,
     LOG2_E,
+    NUMBERS,
     PAIR,
-    VERDICT,
     _advance,
     barriers_of_queries,
+    join,
     turn_and_head,
 )
-from path_attention.ops.kernels.hopper.dense_forward import _consume as _attend
 from path_attention.ops.kernels.hopper.gluon_names import async_load, reinterpret, tma_reduce_add
 from path_attention.ops.kernels.tiles import COUNTS
 
@@ -87,7 +87,7 @@ def pair_forward_kernel(
     TURNS: gl.constexpr,
 ):
     """128 queries of one head."""
-    i_turn, i_sequence, i_query_head = turn_and_head(num_turns, num_groups, HQ, s_section)
+    i_turn, i_sequence, i_query_head = turn_and_head(gl.program_id(0), num_turns, num_groups, HQ, s_section)
     i_head = i_query_head // GROUP
     i_first = i_turn * PAIR
     s_tokens = gl.minimum(PAIR, s_rows - i_first)
@@ -104,7 +104,7 @@ def pair_forward_kernel(
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [1, 1, PAIR], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
-    s_verdict = gl.allocate_shared_memory(gl.float32, [2], VERDICT)  # nobody reads it
+    s_verdict = gl.allocate_shared_memory(gl.int32, [2, 2], NUMBERS)  # nobody reads it
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
@@ -118,19 +118,19 @@ def pair_forward_kernel(
                 ),
             ),
             (
-                _attend,
+                join,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
-                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 0,
-                    DV, STAGES, TURNS, GATED, True, False
+                    k_empty, v_full, v_empty, turn, verdict, 0, 0, 0, 0, 0, 0, i_row, s_tokens, 0, s_tiles,
+                    i_query_head, HQ, HQ * DV, 0, DV, STAGES, TURNS, GATED, True, False
                 ),
             ),
             (
-                _attend,
+                join,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
-                    k_empty, v_full, v_empty, turn, verdict, i_row, s_tokens, 0, s_tiles, i_query_head, HQ, HQ * DV, 1,
-                    DV, STAGES, TURNS, GATED, True, False
+                    k_empty, v_full, v_empty, turn, verdict, 0, 0, 0, 0, 0, 0, i_row, s_tokens, 0, s_tiles,
+                    i_query_head, HQ, HQ * DV, 1, DV, STAGES, TURNS, GATED, True, False
                 ),
             ),
         ],
@@ -286,7 +286,7 @@ def pair_backward_kernel(
     REGISTERS: gl.constexpr,
 ):
     """128 keys of one key head, and all queries of its group."""
-    i_turn, i_sequence, i_head = turn_and_head(num_turns, num_groups, H, s_section)
+    i_turn, i_sequence, i_head = turn_and_head(gl.program_id(0), num_turns, num_groups, H, s_section)
     i_key_row = i_sequence * s_keys + i_first_key + i_turn * PAIR
     i_query_row = i_sequence * s_rows
     i_out_row = i_sequence * s_out + i_first_row
