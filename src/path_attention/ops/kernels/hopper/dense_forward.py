@@ -136,15 +136,14 @@ def next_piece(s_piece, piece_full, piece_empty, s_phase):
 
 @gluon.jit
 def _place(
-    i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section,
-    PACKED: gl.constexpr
+    i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section
 ):  # fmt: skip
     """Query head, first row, index, first query and key slots of a piece; whether it has a right leaf; its tokens, 0 if
     nothing lies to the left of it.
     """
     i_turn, i_sequence, i_query_head = turn_and_head(i_piece, num_turns, num_groups, HQ, s_section)
     i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
-        i_turn, i_sequence, p_table if PACKED else None, table_leaves, table_length, table_queries, table_keys
+        i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
     )
     has_right = gl.where(s_tokens > LEAF, 1, 0)
     s_tokens = gl.where(i_index + has_right == 0, 0, s_tokens)
@@ -156,8 +155,7 @@ def _produce(
     t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full, piece_empty, p_next, p_table, table_leaves,
     table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels, query_slots, key_slots,
-    GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
-    PACKED: gl.constexpr
+    GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Tiles of one piece after another, and once more if a consumer asks for it."""
     i_stage = gl.to_tensor(0)
@@ -171,7 +169,7 @@ def _produce(
     while i_piece < s_pieces:
         i_query_head, i_row, i_index, i_query_base, i_key_base, has_right, s_tokens = _place(
             i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ,
-            s_section, PACKED
+            s_section
         )  # fmt: skip
         i_head = i_query_head // GROUP
         if s_tokens > 0:
@@ -569,7 +567,7 @@ def _consume(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty, k_full, k_empty,
     v_full, v_empty, turn, verdict, piece_full, piece_empty, p_table, table_leaves, table_length, table_queries,
     table_keys, num_turns, num_groups, HQ, s_section, out_stride, C: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, BARE: gl.constexpr, PACKED: gl.constexpr
+    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
     """Leaf C of one pair after another."""
     i_stage = gl.to_tensor(0)
@@ -583,7 +581,7 @@ def _consume(
     while i_piece < num_turns * num_groups:
         i_query_head, i_row, i_index, _q, _k, has_right, s_tokens = _place(
             i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ,
-            s_section, PACKED
+            s_section
         )  # fmt: skip
         i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase = join(
             p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full, k_empty,
@@ -675,10 +673,6 @@ def dense_forward_kernel(
     GATED: gl.constexpr = t_gate_key is not None
     s_gate_q = s_q  # stand-ins that nobody reads: a partition takes no variable that is None
     s_gate_k = s_k
-    PACKED: gl.constexpr = p_table is not None
-    p_leaves = p_next
-    if PACKED:
-        p_leaves = p_table
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, PAIR], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
@@ -693,27 +687,27 @@ def dense_forward_kernel(
                 (
                     t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
                     s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full,
-                    piece_empty, p_next, p_leaves, table_leaves, table_length, table_queries, table_keys, num_turns,
+                    piece_empty, p_next, p_table, table_leaves, table_length, table_queries, table_keys, num_turns,
                     num_groups, HQ, s_section, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES,
-                    GATED, PACKED
+                    GATED
                 ),
             ),
             (
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_leaves, table_leaves,
+                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_table, table_leaves,
                     table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, out_stride, 0, DV,
-                    STAGES, TURNS, GATED, BARE, PACKED
+                    STAGES, TURNS, GATED, BARE
                 ),
             ),
             (
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_leaves, table_leaves,
+                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_table, table_leaves,
                     table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, out_stride, 1, DV,
-                    STAGES, TURNS, GATED, BARE, PACKED
+                    STAGES, TURNS, GATED, BARE
                 ),
             ),
         ],
