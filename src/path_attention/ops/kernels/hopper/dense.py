@@ -146,7 +146,7 @@ def dense_forward(
         t_query_rows=_descriptor(query_rows, LEAF, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
-        t_gate_query=None if gate_query is None else _number_descriptor(gate_query, PAIR),
+        t_gate_query=None if gate_query is None else _number_descriptor(gate_query, LEAF),
         t_gate_key=None if gate_key is None else _number_descriptor(gate_key, PAIR),
         p_out=out,
         p_log_sum_exp=log_sum_exp,

@@ -103,7 +103,7 @@ ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of a number that al
 
 
 @gluon.jit
-def uniform(b_x):
+def _uniform(b_x):
     """The number b_x of all threads, int32, as one of the warp: what is computed from it needs no register a thread,
     and ptxas knows that all threads go the same way.
     """
@@ -114,40 +114,30 @@ def uniform(b_x):
 @gluon.jit
 def _verdict(s_verdict):
     """Whether one of the consumers, which have both said so, wants to begin anew."""
-    return uniform(s_verdict.load(ONE)) != 0
+    return _uniform(s_verdict.load(ONE)) != 0
 
 
 @gluon.jit
-def hand_on(s_piece, piece_full, piece_empty, i_piece, s_phase):
-    """The producer tells both consumers which piece of the work comes next, or that none does."""
+def _hand_on(s_piece, piece_full, piece_empty, s_phase, s_tokens, i_row, i_index, i_query_head):
+    """The producer tells both consumers which piece of the work comes next; without tokens none does."""
     mbarrier.wait(piece_empty, s_phase)
-    s_piece.store(gl.full([1], i_piece, gl.int32, ONE))
+    s_piece.slice(0, 1, 0).store(gl.full([1], s_tokens, gl.int32, ONE))
+    s_piece.slice(1, 1, 0).store(gl.full([1], i_row, gl.int32, ONE))
+    s_piece.slice(2, 1, 0).store(gl.full([1], i_index, gl.int32, ONE))
+    s_piece.slice(3, 1, 0).store(gl.full([1], i_query_head, gl.int32, ONE))
     mbarrier.arrive(piece_full, count=1)
 
 
 @gluon.jit
-def next_piece(s_piece, piece_full, piece_empty, s_phase):
-    """What the producer tells a consumer."""
+def _next_piece(s_piece, piece_full, piece_empty, s_phase):
+    """What the producer tells a consumer, in its order."""
     mbarrier.wait(piece_full, s_phase)
-    i_piece = uniform(s_piece.load(ONE))
+    s_tokens = _uniform(s_piece.slice(0, 1, 0).load(ONE))
+    i_row = _uniform(s_piece.slice(1, 1, 0).load(ONE))
+    i_index = _uniform(s_piece.slice(2, 1, 0).load(ONE))
+    i_query_head = _uniform(s_piece.slice(3, 1, 0).load(ONE))
     mbarrier.arrive(piece_empty, count=1)
-    return i_piece
-
-
-@gluon.jit
-def _place(
-    i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section
-):  # fmt: skip
-    """Query head, first row, index, first query and key slots of a piece; whether it has a right leaf; its tokens, 0 if
-    nothing lies to the left of it.
-    """
-    i_turn, i_sequence, i_query_head = turn_and_head(i_piece, num_turns, num_groups, HQ, s_section)
-    i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
-        i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
-    )
-    has_right = gl.where(s_tokens > LEAF, 1, 0)
-    s_tokens = gl.where(i_index + has_right == 0, 0, s_tokens)
-    return i_query_head, i_row, i_index, i_query_base, i_key_base, has_right, s_tokens
+    return s_tokens, i_row, i_index, i_query_head
 
 
 @gluon.jit
@@ -167,13 +157,15 @@ def _produce(
     s_pieces = num_turns * num_groups
     i_piece = gl.program_id(0)
     while i_piece < s_pieces:
-        i_query_head, i_row, i_index, i_query_base, i_key_base, has_right, s_tokens = _place(
-            i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ,
-            s_section
-        )  # fmt: skip
+        i_turn, i_sequence, i_query_head = turn_and_head(i_piece, num_turns, num_groups, HQ, s_section)
+        i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
+            i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
+        )
+        has_right = gl.where(s_tokens > LEAF, 1, 0)
         i_head = i_query_head // GROUP
-        if s_tokens > 0:
-            hand_on(s_piece, piece_full, piece_empty, i_piece, s_piece_phase)
+        is_any = (s_tokens > 0) & (i_index + has_right > 0)  # else nothing lies to the left of it
+        if is_any:
+            _hand_on(s_piece, piece_full, piece_empty, s_piece_phase, s_tokens, i_row, i_index, i_query_head)
             s_piece_phase ^= 1
             i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
                 t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
@@ -182,7 +174,7 @@ def _produce(
             )  # fmt: skip
         # Asked for while the consumers still have tiles.
         i_piece = gl.num_programs(0) + gl.atomic_add(p_next, 1, sem="relaxed")
-        if (s_tokens > 0) & (i_index > 0):
+        if is_any & (i_index > 0):
             mbarrier.wait(verdict, s_verdict_phase)
             if _verdict(s_verdict.index(s_verdict_phase)):
                 i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
@@ -192,7 +184,7 @@ def _produce(
                     DV, STAGES, GATED
                 )  # fmt: skip
             s_verdict_phase ^= 1
-    hand_on(s_piece, piece_full, piece_empty, s_pieces, s_piece_phase)
+    _hand_on(s_piece, piece_full, piece_empty, s_piece_phase, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -218,7 +210,10 @@ def _produce_tiles(
             async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q))
             async_load(t_query_rows, [i_query_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
             if GATED:
-                async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(i_q))
+                async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(2 * i_q))
+                async_load(
+                    t_gate_query, [i_query_head, i_query_row + LEAF], q_full.index(i_q), s_gate_q.index(2 * i_q + 1)
+                )
             i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
             i_key_row = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
             i_value_row = i_row - (i_index - i_first) * LEAF
@@ -241,13 +236,13 @@ def _produce_tiles(
         i_query_row = (i_query_base + i_index // 2) * LEAF
         i_key_row = (i_key_base + i_index // 2) * LEAF
         mbarrier.wait(q_empty.index(i_q), s_q_phase)
-        mbarrier.expect(q_full.index(i_q), LEAF * D * 2 + GATES)
+        mbarrier.expect(q_full.index(i_q), LEAF * D * 2 + GATES // 2)
         async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
         mbarrier.wait(k_empty.index(i_stage), s_phase)
         mbarrier.expect(k_full.index(i_stage), PAIR * D * 2 + GATES)
         async_load(t_key_rows, [i_key_row, i_key_column], k_full.index(i_stage), s_k.index(i_stage))
         if GATED:
-            async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(i_q))
+            async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(2 * i_q + 1))
             async_load(t_gate_key, [i_query_head, i_key_row], k_full.index(i_stage), s_gate_k.index(i_stage))
         mbarrier.wait(v_empty.index(i_stage), s_phase)
         mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
@@ -258,11 +253,11 @@ def _produce_tiles(
 
 
 @gluon.jit
-def _bias(s_gate_q, FIRST: gl.constexpr, S: gl.constexpr, GATED: gl.constexpr):
-    """The gates of rows FIRST .. FIRST + 64, of logits in layout S."""
+def _bias(s_gate_q, S: gl.constexpr, GATED: gl.constexpr):
+    """The gates of a leaf's rows, of logits in layout S."""
     b_bias = gl.full([LEAF], 0.0, gl.float32, gl.SliceLayout(1, S))
     if GATED:
-        b_bias = gl.max(s_gate_q.slice(FIRST, LEAF, 1).permute((1, 0)).load(S), 1)  # of one column
+        b_bias = gl.max(s_gate_q.permute((1, 0)).load(S), 1)  # of one column
     return b_bias
 
 
@@ -309,7 +304,7 @@ def _attend_left_leaf(
     b_s = warpgroup_mma(s_q, s_k.slice(0, LEAF, 0).permute((1, 0)), b_zero, use_acc=False)
     b_max = gl.convert_layout(b_max, ROW)
     b_sum = gl.convert_layout(b_sum, ROW)
-    b_bias = _bias(s_gate_q, 0, S, GATED)
+    b_bias = _bias(s_gate_q, S, GATED)
     b_p, b_decay, b_max, b_sum = _softmax(b_s, b_bias, s_gate_k, b_max, b_sum, LEAF, S, 1.0, GATED)
     b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     b_weights = gl.convert_layout(b_p.to(s_v.dtype), gl.DotOperandLayout(0, O, 2))
@@ -330,10 +325,10 @@ def _addend(b_zero, b_max, b_bias, s_gate_k, S: gl.constexpr, GATED: gl.constexp
 @gluon.jit
 def _attend_left_spans(
     b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, i_side, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
-    """Leaf C goes on from its own output b_own, as it was loaded, over s_tiles > 0 tiles of keys from level 1 on;
+    """Leaf i_side goes on from its own output b_own, as it was loaded, over s_tiles > 0 tiles of keys from level 1 on;
     FIXED: beside b_max as it is, or BARE: beside nothing, a maximum of zero. Also returns the next stage, query buffer
     and turn, and their phases.
     """
@@ -350,9 +345,11 @@ def _attend_left_spans(
     s_left = s_tiles - s_bits - 1  # tiles of this level after the current one
     mbarrier.wait(q_full.index(i_q), s_q_phase)
     mbarrier.wait(k_full.index(i_stage), s_phase)
-    b_bias = _bias(s_gate_q.index(i_q), C * LEAF, S, GATED)
+    b_bias = _bias(s_gate_q.index(2 * i_q + i_side), S, GATED)
     b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, FIXED and GATED)
-    b_s = warpgroup_mma(s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED)
+    b_s = warpgroup_mma(
+        s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED
+    )
     b_decay = b_sum
     if BARE:
         b_decay = gl.exp2(b_max)
@@ -383,13 +380,14 @@ def _attend_left_spans(
             i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
         s_left -= 1
         mbarrier.wait(q_full.index(i_q), s_q_phase, pred=is_new)
-        b_bias = _bias(s_gate_q.index(i_q), C * LEAF, S, GATED)
+        b_bias = _bias(s_gate_q.index(2 * i_q + i_side), S, GATED)
         b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, FIXED and GATED)
         if TURNS:
             mbarrier.wait(turn.index(C), s_turn)
         t_s = warpgroup_mma(
-            s_q.index(2 * i_q + C), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED, is_async=True
-        )
+            s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED,
+            is_async=True
+        )  # fmt: skip
         mbarrier.wait(v_full.index(i_v), s_v_phase)
         t_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o, is_async=True)
         if TURNS:
@@ -427,19 +425,19 @@ def _attend_left_spans(
 @gluon.jit
 def _attend(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_query_head, s_query_heads, out_stride,
+    i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads, out_stride,
     C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
     ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
-    """What leaf C of the pair has of itself in memory, joined with s_tiles tiles of keys. Nothing is written. Also
+    """What leaf i_side of the pair has of itself in memory, joined with s_tiles tiles of keys. Nothing is written. Also
     returns whether numbers are too far out, as only those that are FIXED can be. The maximum is of base 2, but with
     ONE_LEVEL of base e.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     LARGEST: gl.constexpr = LARGEST_SUM_FLOAT16 if s_v.dtype == gl.float16 else LARGEST_SUM
-    p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
-    p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
+    p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_side, i_query_head, s_query_heads)
+    p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_side, i_query_head, out_stride, DV)
     b_max = gl.load(p_lse, mask=m_row, other=0.0)
     b_own = gl.load(p_tile, mask=m_out, other=0.0)
     if not ONE_LEVEL:
@@ -450,8 +448,8 @@ def _attend(
     if s_tiles > 0:
         b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend_left_spans(
             b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, FIXED,
-            BARE
+            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, i_side, C, DV, STAGES, TURNS, GATED, ONE_LEVEL,
+            FIXED, BARE
         )  # fmt: skip
         if FIXED:
             m_good = b_sum < LARGEST
@@ -464,112 +462,92 @@ def _attend(
 
 
 @gluon.jit
-def _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C: gl.constexpr):
-    """Where leaf C's log-sum-exps are, and which there are."""
-    o = gl.arange(0, LEAF, gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])))
-    p = p_log_sum_exp + gl.cast(i_row + C * LEAF + o, gl.int64) * s_query_heads + i_query_head
-    return p, C * LEAF + o < s_tokens
+def _attend_lowest(
+    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, i_stage,
+    s_phase, i_q, s_q_phase, i_side, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """Level 0, if this is the right leaf. Also returns the next stage and query buffer, and their phases."""
+    # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
+    mbarrier.wait(q_full.index(i_q), s_q_phase)
+    mbarrier.wait(k_full.index(i_stage), s_phase)
+    if i_side == 1:
+        b_max, b_sum, b_o = _attend_left_leaf(
+            b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_stage),
+            s_gate_q.index(2 * i_q + 1), s_gate_k.index(i_stage), v_full.index(i_stage), s_phase, DV, GATED
+        )  # fmt: skip
+    else:
+        mbarrier.wait(v_full.index(i_stage), s_phase)
+    mbarrier.arrive(q_empty.index(i_q), count=1)
+    mbarrier.arrive(k_empty.index(i_stage), count=1)
+    mbarrier.arrive(v_empty.index(i_stage), count=1)
+    i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+    i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+    return b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase
 
 
 @gluon.jit
-def _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C: gl.constexpr, DV: gl.constexpr):
+def _numbers_of(p_log_sum_exp, i_row, s_tokens, i_side, i_query_head, s_query_heads):
+    """Where the log-sum-exps of leaf i_side of the pair are, and which there are."""
+    o = gl.arange(0, LEAF, gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])))
+    p = p_log_sum_exp + gl.cast(i_row + i_side * LEAF + o, gl.int64) * s_query_heads + i_query_head
+    return p, i_side * LEAF + o < s_tokens
+
+
+@gluon.jit
+def _rows_of(p_out, i_row, s_tokens, i_side, i_query_head, out_stride, DV: gl.constexpr):
     """The same of its output, 16 bytes a thread."""
     M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     o_row = gl.arange(0, LEAF, gl.SliceLayout(1, M))
     o_column = gl.arange(0, DV, gl.SliceLayout(0, M))
-    p_tile = p_out + (gl.cast(i_row + C * LEAF, gl.int64) * out_stride + i_query_head * DV)
-    return p_tile + (o_row[:, None] * out_stride + o_column[None, :]), (C * LEAF + o_row < s_tokens)[:, None]
+    p_tile = p_out + (gl.cast(i_row + i_side * LEAF, gl.int64) * out_stride + i_query_head * DV)
+    return p_tile + (o_row[:, None] * out_stride + o_column[None, :]), (i_side * LEAF + o_row < s_tokens)[:, None]
 
 
 @gluon.jit
-def join(
-    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, turn, verdict, i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase, i_row, s_tokens, has_right,
-    s_tiles, i_query_head, s_query_heads, out_stride, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, BARE: gl.constexpr
+def _store(
+    b_max, b_sum, b_o, p_out, p_log_sum_exp, i_row, s_tokens, i_side, i_query_head, s_query_heads, out_stride,
+    DV: gl.constexpr, ONE_LEVEL: gl.constexpr
 ):  # fmt: skip
-    """Rows of leaf C of the pair: go on from what is in memory over s_tiles tiles of keys and the left leaf, if C is a
-    right one. Tiles once more beside the maximum, if either leaf's numbers were too far out. ONE_LEVEL: beside the
-    maximum at once, for what is in memory need not be of their own leaf. BARE: in the first pass beside nothing.
-    """
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
-    # Constants at first, which no branch or loop may change.
-    i_stage = gl.to_tensor(i_stage)
-    s_phase = gl.to_tensor(s_phase)
-    i_q = gl.to_tensor(i_q)
-    s_q_phase = gl.to_tensor(s_q_phase)
-    s_turn = gl.to_tensor(s_turn)
-    s_verdict_phase = gl.to_tensor(s_verdict_phase)
-    b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
-        p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_query_head, s_query_heads,
-        out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, not ONE_LEVEL, BARE
-    )  # fmt: skip
-    if not ONE_LEVEL:
-        if s_tiles > 0:
-            # Two pairs of them: the other consumer may still read those of the piece before.
-            s_verdicts = s_verdict.index(s_verdict_phase)
-            s_verdicts.slice(C, 1, 0).store(gl.full([1], s_too_far, gl.int32, ONE))
-            mbarrier.arrive(verdict, count=1)
-            mbarrier.wait(verdict, s_verdict_phase)
-            s_verdict_phase ^= 1
-            if _verdict(s_verdicts):
-                if has_right == 1:  # level 0 was next, and comes again behind all tiles
-                    mbarrier.wait(q_full.index(i_q), s_q_phase)
-                    mbarrier.wait(k_full.index(i_stage), s_phase)
-                    mbarrier.wait(v_full.index(i_stage), s_phase)
-                    i_stage, s_phase, i_q, s_q_phase = _release(
-                        q_empty, k_empty, v_empty, i_stage, s_phase, i_q, s_q_phase, STAGES
-                    )
-                b_max, b_sum, b_o, _s, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_query_head,
-                    s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, False, False
-                )  # fmt: skip
-        if has_right == 1:
-            # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
-            mbarrier.wait(q_full.index(i_q), s_q_phase)
-            mbarrier.wait(k_full.index(i_stage), s_phase)
-            if C == 1:
-                b_max, b_sum, b_o = _attend_left_leaf(
-                    b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_stage),
-                    s_gate_q.index(i_q), s_gate_k.index(i_stage), v_full.index(i_stage), s_phase, DV, GATED
-                )  # fmt: skip
-            else:
-                mbarrier.wait(v_full.index(i_stage), s_phase)
-            i_stage, s_phase, i_q, s_q_phase = _release(
-                q_empty, k_empty, v_empty, i_stage, s_phase, i_q, s_q_phase, STAGES
-            )
-    p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_query_head, s_query_heads, C)
-    p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_query_head, out_stride, C, DV)
+    p_lse, m_row = _numbers_of(p_log_sum_exp, i_row, s_tokens, i_side, i_query_head, s_query_heads)
+    p_tile, m_out = _rows_of(p_out, i_row, s_tokens, i_side, i_query_head, out_stride, DV)
     b_o = b_o * (1.0 / gl.convert_layout(b_sum, gl.SliceLayout(1, O)))[:, None]
     M: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     gl.store(p_tile, gl.convert_layout(b_o.to(p_out.dtype.element_ty), M), mask=m_out)
     if not ONE_LEVEL:
         b_max = b_max / LOG2_E
     gl.store(p_lse, b_max + gl.log2(b_sum) / LOG2_E, mask=m_row)
-    return i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase
 
 
 @gluon.jit
-def _release(q_empty, k_empty, v_empty, i_stage, s_phase, i_q, s_q_phase, STAGES: gl.constexpr):
-    """Queries, keys and values may be overwritten. The next stage and query buffer, and their phases."""
-    mbarrier.arrive(q_empty.index(i_q), count=1)
-    mbarrier.arrive(k_empty.index(i_stage), count=1)
-    mbarrier.arrive(v_empty.index(i_stage), count=1)
-    i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
-    i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
-    return i_stage, s_phase, i_q, s_q_phase
+def attend_one_level(
+    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    i_row, s_tokens, s_tiles, i_query_head, s_query_heads, out_stride, C: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr
+):  # fmt: skip
+    """Leaf C of the pair goes on from what is in memory over s_tiles tiles of keys; beside the maximum, for what is in
+    memory need not be of its own leaf.
+    """
+    b_max, b_sum, b_o, _far, _stage, _phase, _q, _q_phase, _turn = _attend(
+        p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        turn, gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), i_row, s_tokens,
+        s_tiles, C, i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, True, False, False
+    )  # fmt: skip
+    _store(
+        b_max, b_sum, b_o, p_out, p_log_sum_exp, i_row, s_tokens, C, i_query_head, s_query_heads, out_stride, DV, True
+    )
 
 
 @gluon.jit
 def _consume(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, turn, verdict, piece_full, piece_empty, p_table, table_leaves, table_length, table_queries,
-    table_keys, num_turns, num_groups, HQ, s_section, out_stride, C: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, BARE: gl.constexpr
+    v_full, v_empty, turn, verdict, piece_full, piece_empty, s_query_heads, out_stride, C: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
-    """Leaf C of one pair after another."""
+    """One leaf of each piece, the left and the right one in turn, for which there is more to do: go on from what is in
+    memory over all tiles and, if it is a right one, the left leaf. Once more beside the maximum, if either leaf's
+    numbers were too far out. BARE: in the first pass beside nothing.
+    """
     i_stage = gl.to_tensor(0)
     s_phase = gl.to_tensor(0)
     i_q = gl.to_tensor(0)
@@ -577,32 +555,57 @@ def _consume(
     s_turn = gl.to_tensor(0)
     s_verdict_phase = gl.to_tensor(0)
     s_piece_phase = gl.to_tensor(0)
-    i_piece = next_piece(s_piece, piece_full, piece_empty, s_piece_phase)
-    while i_piece < num_turns * num_groups:
-        i_query_head, i_row, i_index, _q, _k, has_right, s_tokens = _place(
-            i_piece, p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ,
-            s_section
+    i_side = gl.to_tensor(C)
+    s_tokens, i_row, i_index, i_query_head = _next_piece(s_piece, piece_full, piece_empty, s_piece_phase)
+    while s_tokens > 0:
+        s_tiles = i_index // 2
+        b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
+            p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head,
+            s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, False, True, BARE
         )  # fmt: skip
-        i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase = join(
-            p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full, k_empty,
-            v_full, v_empty, turn, verdict, i_stage, s_phase, i_q, s_q_phase, s_turn, s_verdict_phase, i_row, s_tokens,
-            has_right, i_index // 2, i_query_head, HQ, out_stride, C, DV, STAGES, TURNS, GATED, False, BARE
+        # Two pairs of them: the other consumer may still read those of the piece before.
+        s_verdicts = s_verdict.index(s_verdict_phase)
+        if s_tiles > 0:
+            s_verdicts.slice(C, 1, 0).store(gl.full([1], s_too_far, gl.int32, ONE))
+            mbarrier.arrive(verdict, count=1)
+        if s_tokens > LEAF:
+            b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase = _attend_lowest(
+                b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                i_stage, s_phase, i_q, s_q_phase, i_side, DV, STAGES, GATED
+            )  # fmt: skip
+        if s_tiles > 0:
+            mbarrier.wait(verdict, s_verdict_phase)
+            s_verdict_phase ^= 1
+            if _verdict(s_verdicts):
+                b_max, b_sum, b_o, _far, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_side,
+                    i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, False, False, False
+                )  # fmt: skip
+                if s_tokens > LEAF:
+                    b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase = _attend_lowest(
+                        b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
+                        v_empty, i_stage, s_phase, i_q, s_q_phase, i_side, DV, STAGES, GATED
+                    )  # fmt: skip
+        _store(
+            b_max, b_sum, b_o, p_out, p_log_sum_exp, i_row, s_tokens, i_side, i_query_head, s_query_heads, out_stride,
+            DV, False
         )  # fmt: skip
+        i_side = 1 - i_side
         s_piece_phase ^= 1
-        i_piece = next_piece(s_piece, piece_full, piece_empty, s_piece_phase)
+        s_tokens, i_row, i_index, i_query_head = _next_piece(s_piece, piece_full, piece_empty, s_piece_phase)
 
 
 @gluon.jit
 def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
-    """q_full, q_empty, k_full, k_empty, v_full, v_empty, turn and verdict, for two consumers that hold queries: two
+    """q_full, q_empty, k_full, k_empty, v_full, v_empty and turn, for two consumers that hold queries: two
     buffers of these, STAGES of keys and of values.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    verdict = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    mbarrier.init(verdict.index(0), count=2)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -619,19 +622,7 @@ def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
     fence_async_shared()
     if TURNS:
         mbarrier.arrive(turn.index(0), count=1)
-    return q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict.index(0)
-
-
-@gluon.jit
-def channel_of_pieces():
-    """s_piece, piece_full, piece_empty: by which a producer tells two consumers what comes next."""
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    s_piece = gl.allocate_shared_memory(gl.int32, [1], NUMBERS)
-    piece_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    piece_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    mbarrier.init(piece_full, count=1)
-    mbarrier.init(piece_empty, count=2)
-    return s_piece, piece_full, piece_empty
+    return q_full, q_empty, k_full, k_empty, v_full, v_empty, turn
 
 
 @gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
@@ -639,8 +630,8 @@ def dense_forward_kernel(
     t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf; times log2(e)
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
-    t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a pair, times log2(e), or None
-    t_gate_key,  # descriptor of (HQ, levels * key_slots * 64), likewise
+    t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a leaf, times log2(e), or None
+    t_gate_key,  # descriptor of (HQ, levels * key_slots * 64), likewise in tiles of a pair
     p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
     p_next,  # (1,) int32, 0: the next piece of the work, less the number of programs
@@ -674,11 +665,18 @@ def dense_forward_kernel(
     s_gate_q = s_q  # stand-ins that nobody reads: a partition takes no variable that is None
     s_gate_k = s_k
     if GATED:
-        s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, PAIR], t_gate_query.layout)
+        s_gate_q = gl.allocate_shared_memory(gl.float32, [4, 1, LEAF], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
     s_verdict = gl.allocate_shared_memory(gl.int32, [2, 2], NUMBERS)
-    s_piece, piece_full, piece_empty = channel_of_pieces()
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict = barriers_of_queries(STAGES, TURNS)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    s_piece = gl.allocate_shared_memory(gl.int32, [4], NUMBERS)
+    verdict = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    piece_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    piece_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    mbarrier.init(verdict, count=2)
+    mbarrier.init(piece_full, count=1)
+    mbarrier.init(piece_empty, count=2)
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
         [
@@ -696,8 +694,7 @@ def dense_forward_kernel(
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_table, table_leaves,
-                    table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, out_stride, 0, DV,
+                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, HQ, out_stride, 0, DV,
                     STAGES, TURNS, GATED, BARE
                 ),
             ),
@@ -705,8 +702,7 @@ def dense_forward_kernel(
                 _consume,
                 (
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, p_table, table_leaves,
-                    table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, out_stride, 1, DV,
+                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, HQ, out_stride, 1, DV,
                     STAGES, TURNS, GATED, BARE
                 ),
             ),

@@ -17,11 +17,10 @@ from path_attention.ops.kernels.hopper.dense_backward import _step, barriers_of_
 from path_attention.ops.kernels.hopper.dense_forward import (
     LEAF,
     LOG2_E,
-    NUMBERS,
     PAIR,
     _advance,
+    attend_one_level,
     barriers_of_queries,
-    join,
     turn_and_head,
 )
 from path_attention.ops.kernels.hopper.gluon_names import async_load, reinterpret, tma_reduce_add
@@ -43,7 +42,8 @@ def _fetch_keys(
     for i in gl.static_range(2):
         async_load(t_query_rows, [i_query_row + i * LEAF, i_query_head * D], q_full.index(0), s_q.index(i))
     if GATED:
-        async_load(t_gate_query, [i_query_head, i_number], q_full.index(0), s_gate_q.index(0))
+        for i in gl.static_range(2):
+            async_load(t_gate_query, [i_query_head, i_number + i * LEAF], q_full.index(0), s_gate_q.index(i))
     i_stage = 0
     s_phase = 1
     for i in range(s_tiles):
@@ -64,8 +64,8 @@ def pair_forward_kernel(
     t_query_rows,  # descriptor of (batch * s_rows, HQ * D) in tiles of a leaf
     t_key_rows,  # descriptor of (batch * s_keys, H * D) in tiles of a pair
     t_values,  # descriptor of (batch * s_keys, H * DV) likewise
-    t_gate_query,  # descriptor of (HQ, batch * s_padded) float32 in tiles of a pair; None without gates
-    t_gate_key,  # descriptor of (HQ, batch * s_keys), likewise
+    t_gate_query,  # descriptor of (HQ, batch * s_padded) float32 in tiles of a leaf; None without gates
+    t_gate_key,  # descriptor of (HQ, batch * s_keys), likewise in tiles of a pair
     p_out,  # (batch, s_out, HQ, DV): in, attention over other keys; out, over these too
     p_log_sum_exp,  # (batch, s_out, HQ) float32, likewise
     num_turns,  # programs for the queries of a head
@@ -102,10 +102,9 @@ def pair_forward_kernel(
     s_gate_q = s_q  # stand-ins that nobody reads: a partition takes no variable that is None
     s_gate_k = s_k
     if GATED:
-        s_gate_q = gl.allocate_shared_memory(gl.float32, [1, 1, PAIR], t_gate_query.layout)
+        s_gate_q = gl.allocate_shared_memory(gl.float32, [2, 1, LEAF], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
-    s_verdict = gl.allocate_shared_memory(gl.int32, [2, 2], NUMBERS)  # nobody reads it
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict = barriers_of_queries(STAGES, TURNS)
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers_of_queries(STAGES, TURNS)
     # Arguments are written in place: a tuple held in a variable would make tensors of its constexprs.
     gl.warp_specialize(
         [
@@ -118,19 +117,17 @@ def pair_forward_kernel(
                 ),
             ),
             (
-                join,
+                attend_one_level,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
-                    k_empty, v_full, v_empty, turn, verdict, 0, 0, 0, 0, 0, 0, i_row, s_tokens, 0, s_tiles,
-                    i_query_head, HQ, HQ * DV, 0, DV, STAGES, TURNS, GATED, True, False
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, i_row, s_tokens, s_tiles, i_query_head, HQ, HQ * DV, 0, DV, STAGES, TURNS, GATED
                 ),
             ),
             (
-                join,
+                attend_one_level,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, q_full, q_empty, k_full,
-                    k_empty, v_full, v_empty, turn, verdict, 0, 0, 0, 0, 0, 0, i_row, s_tokens, 0, s_tiles,
-                    i_query_head, HQ, HQ * DV, 1, DV, STAGES, TURNS, GATED, True, False
+                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, turn, i_row, s_tokens, s_tiles, i_query_head, HQ, HQ * DV, 1, DV, STAGES, TURNS, GATED
                 ),
             ),
         ],

@@ -103,7 +103,7 @@ def forward(x: Operands, out: Tensor, log_sum_exp: Tensor, first_row: int) -> No
         t_query_rows=_descriptor(x.queries, LEAF, dim),
         t_key_rows=_descriptor(x.keys, PAIR, dim),
         t_values=_descriptor(x.values, PAIR, dim),
-        t_gate_query=None if gate_query is None else _number_descriptor(gate_query, PAIR),
+        t_gate_query=None if gate_query is None else _number_descriptor(gate_query, LEAF),
         t_gate_key=None if x.gate_key is None else _number_descriptor(x.gate_key, PAIR),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
