@@ -1,16 +1,17 @@
 """Attention between sibling spans on Hopper, forward: all levels in one warp-specialised kernel.
 
-A program has one pair of leaves, 128 rows, and one query head. A producer warp group has the copy engine (TMA) fetch
-the pair's queries at each level and tiles of 128 keys and values; two consumer warp groups, a leaf of 64 rows each,
-compute. From level 1 on both leaves have the same left siblings, complete ones, so no tile needs a mask. Level 0, where
-the right leaf of the pair meets the left one, is a step of its own for the right leaf's group, behind the others.
+A piece of the work is one pair of leaves, 128 rows, and one query head; a program, one on each multiprocessor, takes
+one after another. A producer warp group has the copy engine (TMA) fetch the pair's queries at each level and tiles of
+128 keys and values; two consumer warp groups, a leaf of 64 rows each, compute. From level 1 on both leaves have the
+same left siblings, complete ones, so no tile needs a mask. Level 0, where the right leaf of the pair meets the left
+one, is a step of its own for the right leaf's group, behind the others.
 
 A multiprocessor issues an instruction or feeds its matrix units, hardly both at a time (docs/hopper.md), so the loop
 has as few instructions a logit as may be. Query rows and gates are times log2(e): a weight is exp2 of a logit. Without
 gates and in bfloat16 it is beside nothing, not even a maximum. With gates it is beside the log-sum-exp that the row has
 of its own leaf, of which that, the row's gate and the key's are one number, where the product begins to add up; in
 float16, which has few exponents, beside the same. Nothing is rescaled. Where a log-sum-exp or a sum is too far out for
-that, the program begins anew, with the maximum.
+that, the program goes through the piece once more, with the maximum.
 
 Order of work in a consumer, for tile i: the logits Q K_i^T and the product P_{i-1} V_{i-1} are issued together, the
 softmax of tile i runs under the latter. The wait for the next keys stands between softmax and the wait for the product:
@@ -40,6 +41,7 @@ LARGEST_SUM_FLOAT16 = gl.constexpr(2.0**15)
 # Beside nothing, the weights of a row's own leaf sum to 2^-64 at least: what float32 rounds to zero is less than 2^-62
 # of them. And to 2^64 at most, 2^36 below LARGEST_SUM.
 LARGEST_LOG = gl.constexpr(64.0)
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of a number that all threads have
 NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -97,9 +99,6 @@ def _advance(i_stage, s_phase, STAGES: gl.constexpr):
     i_stage += 1
     is_round = i_stage == STAGES
     return gl.where(is_round, 0, i_stage), gl.where(is_round, s_phase ^ 1, s_phase)
-
-
-ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of a number that all threads have
 
 
 @gluon.jit
