@@ -16,7 +16,7 @@ from path_attention.ops.history.state import FOLD, PAGE, SHORT, State, Tokens
 from path_attention.ops.kernels.append_kernels import append_kernel, fold_kernel, join_kernel
 from path_attention.ops.kernels.decode_kernels import attend_kernel
 from path_attention.ops.kernels.fold_kernels import fold_chain_kernel, fold_leaf_kernel
-from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
+from path_attention.ops.kernels.launch import launch_kernel, multiprocessors, next_power_of_2
 from path_attention.ops.kernels.leaf_table import token_heads
 from path_attention.ops.kernels.linear import Spans
 from path_attention.ops.kernels.prefill_kernels import prefill_keys_kernel, prefill_products_kernel
@@ -116,13 +116,6 @@ def _launch(state: State, rows: int) -> tuple[int, Launch]:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETED
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def _is_hopper(device: torch.device) -> bool:
     """Has kernels launched before the one ahead of them has ended, and 227 KB of shared memory."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in HOPPER
@@ -193,7 +186,7 @@ def _attend(
     rows = count * query_heads // heads
     block_rows, launch = _launch(state, rows)
     tiles = triton.cdiv(rows, block_rows)
-    items = max(1, launch.programs * _multiprocessors(state.k.device) // (heads * tiles))
+    items = max(1, launch.programs * multiprocessors(state.k.device, INTERPRETED) // (heads * tiles))
     pieces = items + batch
     out = torch.empty(heads, pieces, rows, value_dim, dtype=torch.float32, device=q.device)
     log_sum_exp = torch.empty(heads, pieces, rows, dtype=torch.float32, device=q.device)
@@ -309,7 +302,7 @@ def _fold(
     launch = next(launch for width, launch in STEP_FOLDS.items() if wide <= width)
     if not state.coded:
         launch = replace(launch, keys=MIN_BLOCK)  # products in float32 take registers for every key
-    workers = min(batch * heads * state.chunk // PAGE, launch.programs * _multiprocessors(device))
+    workers = min(batch * heads * state.chunk // PAGE, launch.programs * multiprocessors(device, INTERPRETED))
     launch_kernel(
         fold_kernel,
         (workers,),
@@ -452,7 +445,7 @@ def fold_tokens(state: State, rows: Tensor | None, folded: int, due: int, tokens
     pages, block, launch = state.chunk // PAGE, _block(dim), _fold_launch(state)
     segments = (folded + due - 1) // state.chunk - folded // state.chunk + 1
     chains = batch * heads * segments
-    size = max(_multiprocessors(state.k.device), FOLD_BYTES // (pages * 4 * block * (block + PAGE)))
+    size = max(multiprocessors(state.k.device, INTERPRETED), FOLD_BYTES // (pages * 4 * block * (block + PAGE)))
     size = min(chains, size)
     leaves = FoldedLeaves.empty(state, size * pages)
     common: dict[str, object] = {

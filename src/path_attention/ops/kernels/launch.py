@@ -8,8 +8,10 @@ and single tokens wait for it. Here a tuple of the same facts is looked up.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -24,6 +26,14 @@ _MISSING = object()  # in the place of an argument that has no default
 def next_power_of_2(number: int) -> int:
     """The smallest power of two that is not below a positive number. Triton's is made for its compiler."""
     return 1 << (number - 1).bit_length()
+
+
+@cache
+def multiprocessors(device: torch.device, off_gpu: int) -> int:
+    """Of a GPU; ``off_gpu`` where kernels are interpreted."""
+    if device.type != "cuda":
+        return off_gpu
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _Call:

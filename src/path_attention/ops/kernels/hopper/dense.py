@@ -13,12 +13,14 @@ from path_attention.ops.kernels.dense import heads_of_a_section
 from path_attention.ops.kernels.dense_kernels import lowest_level_backward_kernel
 from path_attention.ops.kernels.hopper.dense_backward import dense_backward_kernel
 from path_attention.ops.kernels.hopper.dense_forward import dense_forward_kernel
-from path_attention.ops.kernels.launch import launch_kernel
+from path_attention.ops.kernels.launch import launch_kernel, multiprocessors
 from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, token_heads
 from path_attention.ops.kernels.merge_kernels import output_rows_kernel, token_rows_kernel
 
 # Keys of a tile, and rows of a program: two leaves.
 PAIR = 128
+# Programs of the forward kernel off the GPU, in the place of one for each multiprocessor.
+EMULATED = 2
 # Heads of one program of output_rows_kernel: 64 x 16 numbers keep its loads 64 bytes wide.
 HEADS = 16
 
@@ -79,14 +81,6 @@ def _descriptor(x: Tensor, rows: int, columns: int, swizzled: bool = True) -> Te
     return TensorDescriptor.from_tensor(matrix, [rows, columns], _layout(rows, columns, x.dtype, swizzled))
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of which each runs a program of either kernel, one at a time; off the GPU there are two."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _turns(table: LeafTable, heads: int) -> tuple[int, int]:
     """Turns (pairs of a sequence, or leaves of a table), and heads of all sequences that take them."""
     if table.columns is not None:
@@ -142,7 +136,7 @@ def dense_forward(
     turns, groups = _turns(table, query_heads)
     launch_kernel(
         dense_forward_kernel,
-        (min(turns * groups, _multiprocessors(out.device)),),
+        (min(turns * groups, multiprocessors(out.device, EMULATED)),),
         t_query_rows=_descriptor(query_rows, LEAF, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
