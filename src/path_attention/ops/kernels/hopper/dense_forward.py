@@ -313,9 +313,9 @@ def _attend_left_leaf(
 
 
 @gluon.jit
-def _addend(b_zero, b_max, b_bias, s_gate_k, S: gl.constexpr, GATED: gl.constexpr):
-    """What logits are added to, for weights beside b_max: a row's gate and a key's."""
-    if GATED:
+def _addend(b_zero, b_max, b_bias, s_gate_k, S: gl.constexpr, BEGUN: gl.constexpr):
+    """What logits are added to if that is BEGUN, for weights beside b_max: a row's gate and a key's."""
+    if BEGUN:
         return s_gate_k.slice(0, PAIR, 1).load(S) - (b_max - b_bias)[:, None]
     else:
         return b_zero
@@ -336,6 +336,7 @@ def _attend_left_spans(
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = s_v.dtype
     UNIT: gl.constexpr = LOG2_E if ONE_LEVEL else 1.0  # pair_kernels.py has natural logarithms
+    BEGUN: gl.constexpr = FIXED and GATED  # products begin with what is beside their logits
     b_zero = gl.full([LEAF, PAIR], 0.0, gl.float32, S)
     # Bit b of the number of tiles is a level that has 2^b of them, lowest first.
     s_bits = s_tiles & (s_tiles - 1)
@@ -345,10 +346,8 @@ def _attend_left_spans(
     mbarrier.wait(q_full.index(i_q), s_q_phase)
     mbarrier.wait(k_full.index(i_stage), s_phase)
     b_bias = _bias(s_gate_q.index(2 * i_q + i_side), S, GATED)
-    b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, FIXED and GATED)
-    b_s = warpgroup_mma(
-        s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED
-    )
+    b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, BEGUN)
+    b_s = warpgroup_mma(s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=BEGUN)
     b_decay = b_sum
     if BARE:
         b_decay = gl.exp2(b_max)
@@ -380,13 +379,12 @@ def _attend_left_spans(
         s_left -= 1
         mbarrier.wait(q_full.index(i_q), s_q_phase, pred=is_new)
         b_bias = _bias(s_gate_q.index(2 * i_q + i_side), S, GATED)
-        b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, FIXED and GATED)
+        b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, BEGUN)
         if TURNS:
             mbarrier.wait(turn.index(C), s_turn)
         t_s = warpgroup_mma(
-            s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=FIXED and GATED,
-            is_async=True
-        )  # fmt: skip
+            s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=BEGUN, is_async=True
+        )
         mbarrier.wait(v_full.index(i_v), s_v_phase)
         t_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o, is_async=True)
         if TURNS:
@@ -685,8 +683,7 @@ def dense_forward_kernel(
                     t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
                     s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full,
                     piece_empty, p_next, p_table, table_leaves, table_length, table_queries, table_keys, num_turns,
-                    num_groups, HQ, s_section, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES,
-                    GATED
+                    num_groups, HQ, s_section, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES, GATED
                 ),
             ),
             (
