@@ -125,6 +125,29 @@ EIGHT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
 
 
 @gluon.jit
+def no_columns(COLUMNS: gl.constexpr, D: gl.constexpr):
+    """Sums of dS of 64 keys over queries before the first: at head_dim 128 what products with ones add to, elsewhere
+    sums of registers.
+    """
+    if D == 128:
+        return gl.full([LEAF, 8], 0.0, gl.float32, EIGHT)
+    else:
+        S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+        return gl.full([LEAF], 0.0, gl.float32, gl.SliceLayout(1, S))
+
+
+@gluon.jit
+def columns_and_places(b_column, COLUMNS: gl.constexpr, D: gl.constexpr):
+    """The sums, and 0 to 63 in their layout."""
+    if D == 128:
+        # The sum of equal columns is eight times one, exactly.
+        return gl.sum(b_column, 1) * 0.125, gl.arange(0, LEAF, gl.SliceLayout(1, EIGHT))
+    else:
+        S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+        return b_column, gl.arange(0, LEAF, gl.SliceLayout(1, S))
+
+
+@gluon.jit
 def _weigh(
     b_dv, b_column, b_k, b_v, s_q, s_do, s_lse, s_delta, s_ds, do_full, p_gate_key, s_phase, COLUMNS: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, UNIT: gl.constexpr, GATED: gl.constexpr
@@ -151,7 +174,7 @@ def _weigh(
     t_dv = warpgroup_mma(b_weights, s_do, b_dv, is_async=True)
     b_dp = warpgroup_mma_wait(1, (t_dp,))
     b_ds = (b_p * b_dp).to(s_q.dtype)
-    if GATED:
+    if GATED and D < 128:
         # Of what the other sums are of, rounded: a gate's gradient is the sum of all differences from its token on, and
         # half of every rounding would add up along the sequence.
         b_column += gl.sum(b_ds.to(gl.float32), 1)
@@ -173,6 +196,8 @@ def _step(
     Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     # Two buffers of dS: whoever is a tile ahead writes to the one that no product still reads.
     s_own_ds = s_ds.slice(C * LEAF, LEAF, 0)
+    BY_PRODUCT: gl.constexpr = GATED and D == 128
+    ONES: gl.constexpr = gl.DotOperandLayout(0, EIGHT, 2)
     mbarrier.wait(q_full, s_phase)
     for i in gl.static_range(ROWS // COLUMNS):
         s_part = s_q.slice(i * COLUMNS, COLUMNS, 0)
@@ -183,7 +208,14 @@ def _step(
         )  # fmt: skip
         if i < ROWS // COLUMNS - 1:  # the last part's products go on below
             t_dk = warpgroup_mma(b_ds_operand, s_part, b_dk, is_async=True)
-            b_dv, b_dk, _, _ = warpgroup_mma_wait(0, (t_dv, t_dk, b_weights, b_ds_operand))
+            if BY_PRODUCT:
+                b_terms = gl.convert_layout(b_ds_operand, ONES)
+                t_column = warpgroup_mma(b_terms, s_ones.slice(0, COLUMNS, 0), b_column, is_async=True)
+                b_dv, b_dk, b_column, _, _, _ = warpgroup_mma_wait(
+                    0, (t_dv, t_dk, t_column, b_weights, b_ds_operand, b_terms)
+                )
+            else:
+                b_dv, b_dk, _, _ = warpgroup_mma_wait(0, (t_dv, t_dk, b_weights, b_ds_operand))
     fence_async_shared()
     mbarrier.arrive(ds_full, count=1)
     mbarrier.wait(ds_full, s_ds_phase)
@@ -205,12 +237,18 @@ def _step(
         b_dv, _ = warpgroup_mma_wait(1, (t_dv, b_weights))
     mbarrier.arrive(do_empty, count=1)
     t_dk = warpgroup_mma(b_ds_operand, s_part, b_dk, is_async=True)
-    b_dq = warpgroup_mma_wait(1, (t_dq,))
+    if BY_PRODUCT:
+        b_terms = gl.convert_layout(b_ds_operand, ONES)
+        t_column = warpgroup_mma(b_terms, s_ones.slice(0, COLUMNS, 0), b_column, is_async=True)
+    b_dq = warpgroup_mma_wait(2 if BY_PRODUCT else 1, (t_dq,))
     tma.store_wait(0)
     s_dq.store(b_dq)
     fence_async_shared()
     tma_reduce_add(t_d_query_rows, [i_d_row, i_d_column], s_dq)
-    b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
+    if BY_PRODUCT:
+        b_dk, b_column, _, _ = warpgroup_mma_wait(0, (t_dk, t_column, b_ds_operand, b_terms))
+    else:
+        b_dk, _ = warpgroup_mma_wait(0, (t_dk, b_ds_operand))
     mbarrier.arrive(q_empty, count=1)
     return b_dk, b_dv, b_column
 
@@ -225,7 +263,6 @@ def _consume(
 ):  # fmt: skip
     """Keys of leaf C of the pair."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    KEYS: gl.constexpr = gl.SliceLayout(1, S)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -251,7 +288,7 @@ def _consume(
                 b_k = b_k.load(OPERAND)
             i_key_row = (level * key_slots + i_key_base + within(i_index, level) + C) * LEAF
             b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
-            b_column = gl.full([LEAF], 0.0, gl.float32, KEYS)
+            b_column = no_columns(COLUMNS, D)
             i_query_head = i_head * GROUP
             i_tile_row = 0
             for _ in range(s_tiles * GROUP):
@@ -281,8 +318,9 @@ def _consume(
                 is_last = i_tile_row == s_tiles * ROWS  # of a query head
                 if GATED:  # noqa: SIM102  known to the compiler, the other condition is not
                     if is_last:
-                        p_gates = p_gate_of_head + (i_index + C) * LEAF + gl.arange(0, LEAF, KEYS)
-                        gl.atomic_add(p_gates, -b_column, sem="relaxed")
+                        b_sums, o_key = columns_and_places(b_column, COLUMNS, D)
+                        p_gates = p_gate_of_head + (i_index + C) * LEAF + o_key
+                        gl.atomic_add(p_gates, -b_sums, sem="relaxed")
                         b_column = b_column * 0.0
                 i_query_head += gl.where(is_last, 1, 0)
                 i_tile_row = gl.where(is_last, 0, i_tile_row)

@@ -13,7 +13,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from path_attention.ops.kernels.hopper.dense_backward import _step, barriers_of_tiles, buffers_of_queries
+from path_attention.ops.kernels.hopper.dense_backward import (
+    _step,
+    barriers_of_tiles,
+    buffers_of_queries,
+    columns_and_places,
+    no_columns,
+)
 from path_attention.ops.kernels.hopper.dense_forward import (
     LEAF,
     LOG2_E,
@@ -189,13 +195,12 @@ def _consume(
 ):  # fmt: skip
     """Keys of leaf C of the pair. s_gate_keys, s_gate_rows: numbers of a query head."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    KEYS: gl.constexpr = gl.SliceLayout(1, S)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     b_dk = gl.full([LEAF, D], 0.0, gl.float32, K)
     b_dv = gl.full([LEAF, DV], 0.0, gl.float32, V)
-    b_column = gl.full([LEAF], 0.0, gl.float32, KEYS)
+    b_column = no_columns(COLUMNS, D)
     mbarrier.wait(v_full, 0)
     mbarrier.wait(k_full, 0)
     b_v = s_v.slice(C * LEAF, LEAF, 0)
@@ -232,8 +237,9 @@ def _consume(
         is_last = i_tile_row == s_tiles * ROWS  # of a query head
         if GATED:
             if is_last:
-                p_gates = p_gate_column + i_gates * s_gate_keys + i_key_row + C * LEAF + gl.arange(0, LEAF, KEYS)
-                gl.atomic_add(p_gates, b_column / gl.load(p_factor), sem="relaxed")
+                b_sums, o_key = columns_and_places(b_column, COLUMNS, D)
+                p_gates = p_gate_column + i_gates * s_gate_keys + i_key_row + C * LEAF + o_key
+                gl.atomic_add(p_gates, b_sums / gl.load(p_factor), sem="relaxed")
                 b_column = b_column * 0.0
         i_query_head += gl.where(is_last, 1, 0)
         i_tile_row = gl.where(is_last, 0, i_tile_row)
