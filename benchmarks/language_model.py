@@ -13,6 +13,9 @@ before and after those that are compared with it, and again where a later call g
 what differences may owe to the machine, and ratios are those to rope in the same call. A model whose first loss is not
 that of random guessing, or whose step is not finite, is not timed.
 
+--mixers rope,path,path_kept has the training step of path with training.recompute_attention=false too, which takes less
+time and more memory.
+
 --mixers rope,path,fla has flash-linear-attention's PaTH model too, where it is installed: training steps alone, as it
 comes, with its own fused modules, neither compiled nor recorded, because its operator leaves torch.compile.
 
@@ -64,6 +67,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BASE = "rope"
 FLA = "fla"
+# Of the name of a mixer whose training step does not recompute the linear stages of its attention.
+KEPT = "_kept"
 # Results are continued where these are the same.
 SAME = ("benchmark", "commit", "gpu", "versions", "size", "batch", "length", "compile", "cuda_graphs", "repeats")
 # The loss of random weights is the logarithm of the vocabulary plus half the variance of the logits, about 0.3 here.
@@ -77,6 +82,7 @@ class NotTimed(RuntimeError):
 
 
 def build(size: str, mixer: str, device: torch.device) -> Any:
+    mixer = mixer.removesuffix(KEPT)
     if mixer == FLA:
         return fla_decode.build(SIZES[size], torch.float32, str(device))
     torch.manual_seed(0)
@@ -93,8 +99,12 @@ def tokens(model: Any, batch: int, length: int) -> Tensor:
 class Step:
     """A training step of a model, ready to be called."""
 
-    def __init__(self, model: Any, batch: int, length: int, compile: bool, cuda_graphs: bool) -> None:
-        settings = Training(steps=1, batch_size=batch, learning_rate=1e-4, compile=compile)
+    def __init__(
+        self, model: Any, batch: int, length: int, compile: bool, cuda_graphs: bool, recompute: bool = True
+    ) -> None:
+        settings = Training(
+            steps=1, batch_size=batch, learning_rate=1e-4, compile=compile, recompute_attention=recompute
+        )
         parallel.prepare(model.train(), settings, None)
         ids = tokens(model, batch, length)
         self.model, self.inputs = model, {"input_ids": ids, "labels": ids}
@@ -155,7 +165,14 @@ def check_loss(loss: float, model: Any) -> None:
 def training(options: argparse.Namespace, mixer: str, device: torch.device) -> dict[str, Any]:
     model = build(options.size, mixer, device)
     ours = mixer != FLA
-    step = Step(model, options.batch, options.length, options.compile and ours, options.cuda_graphs and ours)
+    step = Step(
+        model,
+        options.batch,
+        options.length,
+        options.compile and ours,
+        options.cuda_graphs and ours,
+        recompute=not mixer.endswith(KEPT),
+    )
     started = time.perf_counter()
     first = float(step())
     check_loss(first, model)
@@ -295,7 +312,7 @@ def parsed() -> argparse.Namespace:
         options.long = [int(n) for n in options.long.split(",") if n]
     except ValueError:
         parser.error(f"--long: wanted whole numbers separated by commas, got {options.long!r}")
-    there = [*NAMES, FLA]
+    there = [*NAMES, *(f"{name}{KEPT}" for name in NAMES if name.startswith("path")), FLA]
     if unknown := set(options.mixers) - set(there):
         parser.error(f"--mixers: no {', '.join(map(repr, sorted(unknown)))}; there are {', '.join(there)}")
     if FLA in options.mixers and importlib.util.find_spec("fla") is None:
@@ -333,7 +350,7 @@ def main() -> None:
                 if options.length:
                     rows.train(group)
                 for mixer in reversed(group):
-                    if mixer != FLA:
+                    if mixer != FLA and not mixer.endswith(KEPT):  # a pass without gradients keeps nothing
                         rows.read(mixer)
     except GraphCaptureFailed as error:
         raise SystemExit(f"a step could not be recorded, --no-cuda-graphs does without: {error}") from error

@@ -142,7 +142,7 @@ def test_the_other_implementation_is_trained_as_it_comes(
     compiled: list[bool] = []
     step = script.Step
 
-    def watched(model: Any, batch: int, length: int, compile: bool, cuda_graphs: bool) -> Any:
+    def watched(model: Any, batch: int, length: int, compile: bool, cuda_graphs: bool, recompute: bool) -> Any:
         compiled.append(compile)
         return step(model, batch, length, False, False)
 

@@ -46,9 +46,16 @@ def test_opcheck(variant: str) -> None:
         w, beta = w.unsqueeze(2).detach().requires_grad_(True), beta.unsqueeze(2).detach().requires_grad_(True)
     arguments = (q, k, v, w, beta, inputs.get("g"), options.get("cu_seqlens"), 0.3, "auto")
     torch.library.opcheck(path_attention_forward, arguments)
-    out, log_sum_exp = path_attention_forward(*arguments)
+    out, log_sum_exp, _ = path_attention_forward(*arguments)
     saved = [x if x is None else x.detach() for x in (out, *arguments[:6], out, log_sum_exp, arguments[6])]
     torch.library.opcheck(path_attention_backward, (*saved, 0.3, "auto"))
+
+
+@variants
+def test_without_kernels_nothing_is_kept(variant: str) -> None:
+    inputs, options = build(variant, torch.float64)
+    kept = out_and_gradients(path_attention, inputs, **options, recompute=False)
+    assert_same(kept, out_and_gradients(path_attention, inputs, **options), tolerance=0.0)
 
 
 @variants

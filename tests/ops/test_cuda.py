@@ -8,6 +8,8 @@ twice in the gradients.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -233,6 +235,62 @@ def test_memory_is_what_parts_are_cut_for(shape: tuple[int, ...], times: float, 
     assert others == pytest.approx(described.softmax_bytes(), rel=0.01)
     if described.units * shape[4] // cuda.PART_DIM <= cuda.PART:  # one part: results come after the peak
         assert ours == pytest.approx(described.out_bytes() + described.buffer_bytes(), rel=0.02)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        ("triton", {"shape": (2, 300, 4, 2, 64), "gate": True}),
+        ("triton", {"shape": (1, 700, 2, 2, 80), "ends": [0, 5, 5, 300, 700]}),
+        ("sdpa", {"shape": (2, 1024, 4, 2, 64)}),
+        ("hopper", {"shape": (2, 1000, 4, 4, 64)}),
+        ("hopper", {"shape": (2, 1000, 4, 2, 128), "gate": True}),
+        ("hopper", {"shape": (1, 1500, 4, 2, 64), "gate": True, "ends": [0, 5, 5, 700, 1500]}),
+    ],
+    ids=str,
+)
+def test_what_is_kept_is_what_would_be_computed_again(case: dict, backend: str, compiled: bool) -> None:
+    inputs, cu_seqlens = case_inputs(case)
+    q, k, v, w, beta, g = inputs
+    if (reason := unsupported_reason(backend, q, k, v, w, beta, g, cu_seqlens=cu_seqlens)) is not None:
+        pytest.skip(reason)
+    function = torch.compile(path_attention, fullgraph=True) if compiled else path_attention
+    given = [x for x in inputs if x is not None]
+    d_out = torch.randn_like(q)
+
+    def run(**options: object) -> tuple[Tensor, ...]:
+        out = function(*inputs, cu_seqlens=cu_seqlens, backend=backend, **options)
+        return out.detach(), *torch.autograd.grad(out, given, d_out)
+
+    leaves = "leaf_forward_kernel"
+    assert kernel_names(run).count(leaves) == 2
+    assert kernel_names(partial(run, recompute=False)).count(leaves) == 1
+    for x, y in zip(run(), run(recompute=False), strict=True):
+        assert error(x, y.double()) <= (0.0 if backend == "triton" else 1e-3)  # the others add up in no fixed order
+
+
+def kernel_names(function: Callable[[], object]) -> list[str]:
+    """Of all launches of a call, but the first one."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    return [event.name for event in found.events()]
+
+
+def test_kept_by_another_backend_than_gradients_want() -> None:
+    """Deterministic algorithms, asked for between the passes: the backward pass is another backend's."""
+    inputs = make((1, 700, 2, 2, 64), torch.bfloat16)
+    given = [x for x in inputs if x is not None]
+    out = path_attention(*inputs, recompute=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = torch.autograd.grad(out, given, torch.ones_like(out))
+        expected = gradients(inputs, recompute=False)[1:]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(error(x, y.double()) <= 1e-2 for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["triton", "hopper"])

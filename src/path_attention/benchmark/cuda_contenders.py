@@ -78,17 +78,19 @@ def _always(shape: Shape, given: Arguments) -> str | None:
 # --- this library's --------------------------------------------------------------------------------------------------
 
 
-def _ours(backend: Backend, formula: Formula) -> CudaContender:
+def _ours(backend: Backend, formula: Formula, *, recompute: bool = True) -> CudaContender:
     gated = formula == "path_fox"
 
     def function(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor) -> Tensor:
-        return path_attention(q, k, v, w, beta, g if gated else None, backend=backend)
+        return path_attention(q, k, v, w, beta, g if gated else None, backend=backend, recompute=recompute)
 
     def reason(shape: Shape, given: Arguments) -> str | None:
         return unsupported_reason(backend, *given[:5], given.g if gated else None)
 
-    title = "PaTH-FoX" if gated else "PaTH"
-    return CudaContender(f"{formula}_{backend}", f"{title}, {backend}", formula, function, reason, ours=True)
+    name, title = f"{formula}_{backend}", f"{'PaTH-FoX' if gated else 'PaTH'}, {backend}"
+    if not recompute:
+        name, title = f"{name}_kept", f"{title}, linear stages kept"
+    return CudaContender(name, title, formula, function, reason, ours=True)
 
 
 # --- torch's ---------------------------------------------------------------------------------------------------------
@@ -160,6 +162,7 @@ def _fla_reason(shape: Shape, given: Arguments) -> str | None:
 CUDA_CONTENDERS: tuple[CudaContender, ...] = (
     CudaContender("cudnn", "cuDNN", "softmax", _sdpa("CUDNN_ATTENTION"), _always),
     *(_ours(backend, formula) for formula in ("path", "path_fox") for backend in reversed(BACKENDS[1:])),
+    *(_ours("hopper", formula, recompute=False) for formula in ("path", "path_fox")),
     CudaContender("flash", "FlashAttention-2", "softmax", _sdpa("FLASH_ATTENTION"), _always),
     CudaContender("flex", "FlexAttention", "softmax", _flex_attention, _flex_reason),
     CudaContender("fla_softmax", "fla softmax", "softmax", _fla_softmax, _fla_reason),

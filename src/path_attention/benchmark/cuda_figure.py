@@ -18,9 +18,11 @@ from path_attention.benchmark.cuda_contenders import CUDA_CONTENDERS
 _COLOURS = {
     "cudnn": "black",
     "path_hopper": "#c1121f",
+    "path_hopper_kept": "#7f0000",
     "path_triton": "#e76f51",
     "path_sdpa": "#f4a582",
     "path_fox_hopper": "#6a3d9a",
+    "path_fox_hopper_kept": "#2d0a52",
     "path_fox_triton": "#9e7bb5",
     "path_fox_sdpa": "#cab2d6",
     "flash": "#555555",

@@ -114,7 +114,7 @@ def _forward(
     for origin, tensors in call.context.visit(at_edges.shard.tensors()):
         if origin == call.context.rank:  # the first: the next visitor is on its way meanwhile
             rows = [None if x is None else call.by_row(x) for x in (q, k, v, w, beta, g)]
-            inside = path_attention_forward(*rows, call.local_cu_seqlens, call.scale, call.backend)
+            *inside, _ = path_attention_forward(*rows, call.local_cu_seqlens, call.scale, call.backend)
             out, log_sum_exp = (x.view(*q.shape[:2], *x.shape[2:]).to(call.dtype) for x in inside)
         for pair in call.pairs(origin):
             pair_attention.forward(call, at_edges, Shard.of_tensors(tensors), pair, out, log_sum_exp)

@@ -27,6 +27,9 @@ class OperatorAttention(Attention):
 
     cache_type = "path_attention"
     supports_context_parallel = True
+    # False: what the operator's backward pass would compute again is kept, for less time and more memory. No effect
+    # under context parallelism.
+    recompute = True
     w_conv: ShortConvolution | None  # over w, for mixers that have one
 
     def project(
@@ -42,7 +45,7 @@ class OperatorAttention(Attention):
     def attend(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         inputs = self.project(hidden_states, cu_seqlens)
         if self.context is None:
-            return path_attention(*inputs, cu_seqlens=cu_seqlens)
+            return path_attention(*inputs, cu_seqlens=cu_seqlens, recompute=self.recompute)
         from path_attention.distributed.attention import path_attention_context_parallel
 
         return path_attention_context_parallel(*inputs, group=self.context, cu_seqlens=cu_seqlens)

@@ -11,12 +11,11 @@ from path_attention.ops.backends import has_triton
 
 # Devices that the kernels run on. Triton's interpreter would be another: it is for tests to say so.
 KERNEL_DEVICES = frozenset({"cuda"})
-_HAS_TRITON = has_triton()  # known before torch.compile asks, which cannot look for packages
 
 
 def has_kernels(x: Tensor) -> bool:
     """Whether kernels take inputs of a convolution like x."""
-    return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and _HAS_TRITON
+    return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and has_triton()
 
 
 class ShortConvolution(nn.Module):

@@ -16,9 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from path_attention.checks import bad
+from path_attention.checks import bad, check_flag
 from path_attention.layers.attention import Attention
 from path_attention.layers.mixers import build_mixer
+from path_attention.layers.operator import OperatorAttention
 from path_attention.layers.padding import Padding, sequence_boundaries
 from path_attention.layers.short_convolution import ShortConvolution
 from path_attention.models.cache_path import LayerCache, check_cache
@@ -97,6 +98,18 @@ class PaTHPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, PaTHPreTrainedModel):
                 module.context = mixers[0].context
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether attention by the PaTH operator computes again for the gradients what False keeps from the forward
+        pass: see ``recompute`` of :func:`path_attention.path_attention`. True is what a new model does.
+
+        Raises:
+            ValueError: recompute is neither True nor False.
+        """
+        check_flag("recompute", recompute)
+        for module in self.modules():
+            if isinstance(module, OperatorAttention):
+                module.recompute = recompute
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -1,7 +1,8 @@
 """The operator as PyTorch knows it: two torch.library operators, forward and backward, with fake and autograd rules.
 
 Saved for the backward pass: the inputs, the output and the log-sum-exp of every row; leaves and levels are computed
-again. Gradients come back in the dtype of their input straight from the dtype of the computation.
+again, or on CUDA kept where that is asked for. Gradients come back in the dtype of their input straight from the dtype
+of the computation.
 """
 
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor
 from path_attention.autocast import without_autocast, without_tf32
 from path_attention.ops import dyadic
 from path_attention.ops.arguments import sequence_bounds
-from path_attention.ops.backends import AUTO, Backend, choose, reason_against
+from path_attention.ops.backends import AUTO, UNORDERED, Backend, choose, reason_against, refuse_unserved
 from path_attention.ops.spans import plan_spans
 
 Given = ParamSpec("Given")
@@ -78,6 +79,21 @@ def _warn_of_slow_engine(reason: str) -> None:
     )
 
 
+def _room_to_keep(
+    keep: bool, backend: str, q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Bytes for what a forward pass keeps, of the size that it takes; none where it keeps nothing."""
+    size = 0
+    if keep and q.numel() > 0:
+        chosen = choose(backend, q, v, w, g, cu_seqlens, is_backward=False)
+        # Where gradients are to be equal bit by bit another backend makes them, which has no use for this one's rows.
+        if chosen != "torch" and not (chosen in UNORDERED and torch.are_deterministic_algorithms_enabled()):
+            from path_attention.ops.engines import cuda  # triton is not needed on other devices
+
+            size = cuda.kept_bytes(chosen, q, k, v, w, g, cu_seqlens)
+    return q.new_empty(size, dtype=torch.uint8)
+
+
 @torch.library.custom_op("path_attention::forward", mutates_args=())
 @out_of_autocast
 def path_attention_forward(
@@ -90,30 +106,38 @@ def path_attention_forward(
     cu_seqlens: Tensor | None,
     scale: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """out (B, L, HQ, DV) in the dtype of q and log_sum_exp (B, L, HQ) in float32 at least.
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, L, HQ, DV) in the dtype of q, log_sum_exp (B, L, HQ) in float32 at least, and bytes for the backward
+    pass: with ``keep`` what it would else compute again, of kernels that can keep it; none otherwise.
 
     w (B, L, R, H, D) and beta (B, L, R, H); scale None for D ** -0.5; backend one of BACKENDS or AUTO; the rest as in
     :func:`path_attention.path_attention`.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         # Here, where values are known also under torch.compile. Of those on a GPU the kernels that read them there take
         # care: the host does not wait.
         sequence_bounds(cu_seqlens, q.shape[1])
+    kept = _room_to_keep(keep, backend, q, k, v, w, g, cu_seqlens)
     if q.numel() == 0:
-        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+        return *_new_results(q, v), kept
     scale = _scale(scale, q)
     chosen = _serve(backend, q, v, w, g, cu_seqlens, is_backward=False)
     if chosen != "torch":
-        from path_attention.ops.engines import cuda  # triton is not needed on other devices
+        from path_attention.ops.engines import cuda
 
-        return cuda.forward(chosen, q, k, v, w, beta, g, cu_seqlens, scale)
+        to_keep = kept if kept.numel() else None
+        return *cuda.forward(chosen, q, k, v, w, beta, g, cu_seqlens, scale, kept=to_keep), kept
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
     out, log_sum_exp = dyadic.forward(problem)
     batch = q.shape[0]
     out = problem.plan.unpack(out.to(q.dtype), batch).contiguous()
-    return out, problem.plan.unpack(log_sum_exp, batch).squeeze(-1).contiguous()
+    return out, problem.plan.unpack(log_sum_exp, batch).squeeze(-1).contiguous(), kept
+
+
+def _new_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 @path_attention_forward.register_fake
@@ -127,9 +151,10 @@ def _(
     cu_seqlens: Tensor | None,
     scale: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_unserved(backend, q, v, w, g, cu_seqlens)  # what torch.compile does not look into when it is called
+    return *_new_results(q, v), _room_to_keep(keep, backend, q, k, v, w, g, cu_seqlens)
 
 
 @torch.library.custom_op("path_attention::backward", mutates_args=())
@@ -147,8 +172,9 @@ def path_attention_backward(
     cu_seqlens: Tensor | None,
     scale: float | None,
     backend: str,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, w, beta and g; the last one empty where there is no g."""
+    """Gradients of q, k, v, w, beta and g; the last one empty where there is no g. kept: the forward operator's."""
     empty = q.new_empty(0)
     if q.numel() == 0:
         # Nothing to sum over: every gradient is as empty as its input.
@@ -158,7 +184,11 @@ def path_attention_backward(
     if chosen != "torch":
         from path_attention.ops.engines import cuda
 
-        of_cuda = cuda.backward(chosen, d_out, q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens, scale)
+        if kept is not None and kept.numel() == 0:
+            kept = None
+        elif kept is not None and chosen != choose(backend, q, v, w, g, cu_seqlens, is_backward=False):
+            kept = None  # another backend's: since the forward pass deterministic algorithms have been asked for
+        of_cuda = cuda.backward(chosen, d_out, q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens, scale, kept)
         return *of_cuda[:5], empty if of_cuda[5] is None else of_cuda[5]
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)
     plan, batch = problem.plan, q.shape[0]
@@ -191,6 +221,7 @@ def _(
     cu_seqlens: Tensor | None,
     scale: float | None,
     backend: str,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty(q), _empty(k), _empty(v), _empty(w), _empty(beta), q.new_empty(0) if g is None else _empty(g)
 
@@ -199,18 +230,20 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, w, beta, g, cu_seqlens, ctx.scale, ctx.backend = inputs
-    out, log_sum_exp = output
-    ctx.save_for_backward(q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens)
-    ctx.mark_non_differentiable(log_sum_exp)  # it is for the backward pass only
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, w, beta, g, cu_seqlens, ctx.scale, ctx.backend, _ = inputs
+    out, log_sum_exp, kept = output
+    ctx.save_for_backward(q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens, kept)
+    ctx.mark_non_differentiable(log_sum_exp, kept)  # they are for the backward pass only
 
 
-def _autograd_backward(ctx: Any, d_out: Tensor, _d_log_sum_exp: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, cu_seqlens = ctx.saved_tensors
+def _autograd_backward(
+    ctx: Any, d_out: Tensor, _d_log_sum_exp: Tensor | None, _d_kept: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *inputs, cu_seqlens, kept = ctx.saved_tensors
     g = inputs[5]
-    *gradients, d_g = path_attention_backward(d_out, *inputs, cu_seqlens, ctx.scale, ctx.backend)
-    return *gradients, None if g is None else d_g, None, None, None
+    *gradients, d_g = path_attention_backward(d_out, *inputs, cu_seqlens, ctx.scale, ctx.backend, kept)
+    return *gradients, None if g is None else d_g, None, None, None, None
 
 
 torch.library.register_autograd("path_attention::forward", _autograd_backward, setup_context=_setup_context)

@@ -1,7 +1,6 @@
 """Which code computes a call: the backends by name, why one cannot serve, and the choice where the caller leaves it."""
 
 import warnings
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -17,11 +16,11 @@ AUTO = "auto"
 # Their gradients are sums in no fixed order: hopper adds up those of queries and values in memory, and so do some of
 # torch's kernels.
 UNORDERED: tuple[Backend, ...] = ("hopper", "sdpa")
+_HAS_TRITON = find_spec("triton") is not None  # known before torch.compile asks, which cannot look for packages
 
 
-@cache
 def has_triton() -> bool:
-    return find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def reason_against(
@@ -37,6 +36,13 @@ def reason_against(
     from path_attention.ops.engines import cuda
 
     return cuda.unsupported_reason(backend, q, v, w, g, cu_seqlens)
+
+
+def refuse_unserved(backend: str, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError if a backend is named that cannot serve the call; w is (B, L, R, H, D)."""
+    for name in BACKENDS:
+        if backend == name and (reason := reason_against(name, q, v, w, g, cu_seqlens)) is not None:
+            raise ValueError(f"backend: got {name!r}, which cannot serve this call: {reason}")
 
 
 def choose(

@@ -1,12 +1,13 @@
 """The public operator: formula, shapes, errors."""
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from path_attention.checks import bad
+from path_attention.checks import bad, check_flag
 from path_attention.ops.arguments import check_values, validate_arguments
 from path_attention.ops.autograd import path_attention_forward
-from path_attention.ops.backends import AUTO, BACKENDS, Backend, reason_against
+from path_attention.ops.backends import AUTO, BACKENDS, Backend, reason_against, refuse_unserved
 
 
 def path_attention(
@@ -21,6 +22,7 @@ def path_attention(
     cu_seqlens: Tensor | None = None,
     check_inputs: bool = False,
     backend: Backend | None = None,
+    recompute: bool = True,
 ) -> Tensor:
     """PaTH attention (arXiv 2505.16381, section 2.2): causal softmax attention whose logits see the tokens in between.
 
@@ -54,6 +56,9 @@ def path_attention(
             :func:`unsupported_reason` says why one cannot. Under torch.use_deterministic_algorithms gradients are equal
             bit by bit from run to run: None then takes "triton" for the backward pass, and that of "hopper" and "sdpa"
             raises RuntimeError, or warns where torch only warns.
+        recompute: False keeps what the backward pass else computes again: less time and more memory from forward to
+            backward pass (docs/kernels.md has both). Kernels do so in half precision with R = 1 and dims up to 128;
+            whatever else serves a call computes it again all the same.
 
     Returns:
         (B, L, HQ, DV) in the dtype of q. Differentiable once in q, k, v, w, beta and g, each gradient in the dtype of
@@ -71,8 +76,14 @@ def path_attention(
     w, beta = arguments.reflections()
     check_backend(backend, q, v, w, g, cu_seqlens)
     refuse_forward_mode(q, k, v, w, beta, g)
-    out, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, scale, backend or AUTO)
+    check_flag("recompute", recompute)
+    keep = not recompute and needs_gradient(q, k, v, w, beta, g)
+    out, _, _ = path_attention_forward(q, k, v, w, beta, g, cu_seqlens, scale, backend or AUTO, keep)
     return out
+
+
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def unsupported_reason(
@@ -103,8 +114,8 @@ def check_backend(
     if backend is None:
         return
     name = _backend(backend, "one of {}, or None")
-    if (reason := reason_against(name, q, v, w, g, cu_seqlens)) is not None:
-        raise ValueError(f"backend: got {name!r}, which cannot serve this call: {reason}")
+    if not torch.compiler.is_compiling():  # else the operator looks: what tells of devices and packages is not traced
+        refuse_unserved(name, q, v, w, g, cu_seqlens)
 
 
 def _backend(backend: object, wanted: str) -> Backend:

@@ -98,6 +98,8 @@ def prepare(model: Any, settings: Training, mesh: DeviceMesh | None) -> None:
         tensor_parallel(model, shared)
     if mesh is not None and mesh["context"].size() > 1:
         model.set_context_parallel(mesh["context"])
+    if not settings.recompute_attention:
+        model.set_recompute(False)
     if settings.activation_checkpointing:
         # transformers 5.23 has another name for it, and warns of the old one.
         name = "activation_checkpointing_enable"

@@ -80,6 +80,8 @@ class Training:
         cuda_graphs: record forward and backward pass of a micro-batch as a CUDA graph and replay it: where kernels are
             short, launching them one by one takes longer than they do. For one process on one GPU; no effect on others.
         activation_checkpointing: keep the inputs of layers alone, and compute them again for the gradients.
+        recompute_attention: compute the linear stages of attention by the PaTH operator again for the gradients. False
+            keeps them: steps take less time and more memory (docs/kernels.md). No effect with parallel.context.
         parallel: how several processes share it.
     """
 
@@ -104,6 +106,7 @@ class Training:
     compile: bool = False
     cuda_graphs: bool = False
     activation_checkpointing: bool = False
+    recompute_attention: bool = True
     parallel: Parallel = Parallel()
 
     section: ClassVar[str] = "training"  # the recipe's key

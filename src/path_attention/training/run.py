@@ -40,7 +40,12 @@ DATA, POSITIONS = "data.json", "positions.json"
 
 # Keys that say how the work is done, not what comes out of it: a run may go on with others.
 HOW = ("mixers", "description", "data.cache", "training.accumulation_steps", "training.workers", "training.compile")
-HOW_TOO = ("training.cuda_graphs", "training.activation_checkpointing", "training.parallel.")
+HOW_TOO = (
+    "training.cuda_graphs",
+    "training.activation_checkpointing",
+    "training.recompute_attention",
+    "training.parallel.",
+)
 
 
 class Unfinished(RuntimeError):

@@ -233,6 +233,36 @@ def test_a_part_of_the_heads_is_read_and_written_where_it_is(
     passes()
 
 
+@pytest.mark.usefixtures("as_for_bfloat16")
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (2, 64), (1, 128)])
+def test_what_is_kept_is_what_would_be_computed_again(group: int, dim: int, hopper: dict[str, ModuleType]) -> None:
+    """The leaves' kernel writes it beside their attention."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(1, 200, *size, generator=generator).half()
+
+    q, k, v, beta, d_out = (
+        normal(group, dim),
+        normal(1, dim),
+        normal(1, dim),
+        normal(1, 1).sigmoid(),
+        normal(group, dim),
+    )
+    w = torch.nn.functional.normalize(normal(1, 1, dim).float(), dim=-1)
+    inputs, rest = (q, k, v, w, beta, -normal(group).abs()), (None, 0.125)
+    expected = cuda.forward("hopper", *inputs, *rest)
+    expected_gradients = cuda.backward("hopper", d_out, *inputs, *expected, *rest)
+    assert hopper["leaf"].leaf_forward_kernel.launches == 2
+    size = cuda.kept_bytes("hopper", q, k, v, w, inputs[5], None)
+    kept = torch.full((size,), 255, dtype=torch.uint8)
+    found = cuda.forward("hopper", *inputs, *rest, kept=kept)
+    gradients = cuda.backward("hopper", d_out, *inputs, *found, *rest, kept)
+    assert hopper["leaf"].leaf_forward_kernel.launches == 3
+    for x, y in zip((*expected, *expected_gradients), (*found, *gradients), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("name", ["odd number of leaves", "128, grouped"])
 @pytest.mark.parametrize("gate", [False, True])
 def test_float16_equals_the_definition(hopper: dict[str, ModuleType], name: str, gate: bool) -> None:

@@ -1,6 +1,7 @@
 """The CUDA engine in Triton's interpreter, cut into parts along sequences and heads: always the definition's result."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: on a GPU, test_cuda.py runs the engine", allow_module_level=True)
 
 from path_attention.ops.engines import cuda
+from path_attention.ops.kernels import linear
 from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 
 
@@ -91,6 +93,62 @@ def test_a_part_of_the_heads_is_read_and_written_where_it_is(
         assert torch.equal(x, z)
     with pytest.raises(AssertionError, match="a copy"):
         cuda.forward("triton", *apart, *inputs[3:], None, 0.25)
+
+
+# Parts of sequences, of heads, and one part; boundaries on the host, which need less room than any might.
+@pytest.mark.parametrize(
+    ("part", "shape", "ends", "gated"),
+    [
+        (4, (3, 70, 2, 2, 16), None, True),
+        (1, (1, 70, 4, 2, 24), None, False),
+        (100, (2, 3, 2, 2, 16), None, False),
+        (100, (1, 90, 2, 1, 16), [0, 10, 10, 90], True),
+    ],
+    ids=["sequences", "heads", "short", "packed"],
+)
+def test_what_is_kept_is_what_would_be_computed_again(
+    part: int, shape: tuple[int, ...], ends: list[int] | None, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "PART", part)
+    monkeypatch.setattr(cuda, "FORWARD_PARTS", 1)
+    batch, length, query_heads, heads, dim = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(batch, length, *size, generator=generator).half()
+
+    q, k, v, beta = normal(query_heads, dim), normal(heads, dim), normal(heads, 32), normal(1, heads).sigmoid()
+    w = torch.nn.functional.normalize(normal(1, heads, dim).float(), dim=-1)
+    inputs, d_out = (q, k, v, w, beta, -normal(query_heads).abs() if gated else None), normal(query_heads, 32)
+    cu_seqlens = None if ends is None else torch.tensor(ends)
+    rest = (cu_seqlens, 0.25)
+    expected = cuda.forward("triton", *inputs, *rest)
+    monkeypatch.setattr(cuda, "_plain_cut", partial(cuda._plain_cut, in_place=False))  # sums of the same parts
+    expected_gradients = cuda.backward("triton", d_out, *inputs, *expected, *rest)
+    size = cuda.kept_bytes("triton", q, k, v, w, inputs[5], cu_seqlens)
+    kept = torch.full((size,), 255, dtype=torch.uint8)  # NaN
+    found = cuda.forward("triton", *inputs, *rest, kept=kept)
+
+    def again(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(linear, "recompute", again)
+    before = kept.clone()
+    for _ in range(2):  # it is read only
+        gradients = cuda.backward("triton", d_out, *inputs, *found, *rest, kept)
+        for x, y in zip((*expected, *expected_gradients), (*found, *gradients), strict=True):
+            assert x is y is None or torch.equal(x, y)
+    assert torch.equal(before, kept)
+    with pytest.raises(AssertionError, match="more is kept than there is room for"):
+        cuda.forward("triton", *inputs, *rest, kept=kept[: size // 4 if ends else size - 1])
+
+
+def test_leaves_in_torch_keep_nothing() -> None:
+    q = torch.zeros(1, 100, 2, 16)
+    w = torch.zeros(1, 100, 1, 2, 16)
+    assert cuda.kept_bytes("triton", q, q, q, w, None, None) == 0
+    assert cuda.kept_bytes("triton", q.half(), q.half(), q.half(), w.expand(1, 100, 2, 2, 16), None, None) == 0
+    assert cuda.kept_bytes("triton", q.half(), q.half(), q.half(), w, None, None) > 0
 
 
 def test_rows_are_copied_only_to_be_padded_or_gathered() -> None:

@@ -13,11 +13,19 @@ import triton
 from torch import Tensor
 
 from path_attention.ops.engines import dense, siblings
+from path_attention.ops.engines.kept import Buffer, Sizes
 from path_attention.ops.engines.part_sizes import Cut, Limits, Shape, backward_cut, cut
 from path_attention.ops.kernels import linear, torch_leaves
 from path_attention.ops.kernels.dense import DESCRIPTOR_ALIGNMENT
 from path_attention.ops.kernels.launch import launch_kernel, next_power_of_2
-from path_attention.ops.kernels.leaf_table import LEAF, LeafTable, batch_leaf_table, packed_leaf_table, token_heads
+from path_attention.ops.kernels.leaf_table import (
+    LEAF,
+    LeafTable,
+    batch_leaf_table,
+    packed_leaf_bounds,
+    packed_leaf_table,
+    token_heads,
+)
 from path_attention.ops.kernels.linear import Inputs
 from path_attention.ops.kernels.merge_kernels import delta_kernel, factor_kernel
 from path_attention.ops.sums import running_sum
@@ -205,6 +213,41 @@ def _row_dtype(siblings_by: Siblings, inputs: Inputs) -> torch.dtype:
     return inputs.q.dtype if siblings_by == "sdpa" else inputs.row_dtype
 
 
+def _kept_cut(q: Tensor, k: Tensor) -> Cut:
+    """Of a call whose forward pass keeps what its backward pass needs, for both: by shapes alone, for so is its size.
+
+    Most of the memory is kept for the whole call, and the fewer parts the better.
+    """
+    return _plain_cut(q, k, FORWARD_PARTS * PART, in_place=False)
+
+
+def kept_bytes(
+    siblings_by: Siblings, q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+) -> int:
+    """Of the buffer in which a call's forward pass can keep what :func:`backward` needs; of packed sequences whatever
+    their boundaries. 0 where that is computed again: leaves in torch make it a few at a time. w is (B, L, R, H, D).
+    """
+    if _leaves_by(siblings_by, q, v, w) == "torch":
+        return 0
+    length, heads, dim = k.shape[1:]
+    group, of = q.shape[2] // heads, _kept_cut(q, k)
+    sizes = Sizes(dim + -dim % COLUMNS, q.dtype if siblings_by == "sdpa" else torch.float16, gated=g is not None)
+    packed = None if cu_seqlens is None else packed_leaf_bounds(cu_seqlens.numel() - 1, length)
+    return sum(
+        sizes.bytes(packed or batch_leaf_table(sequences, length), group * part_heads, part_heads)
+        for sequences in of.sequences
+        for part_heads in of.heads
+    )
+
+
+def _kept(
+    buffer: Buffer, siblings_by: Siblings, inputs: Inputs, table: LeafTable
+) -> tuple[linear.Levels, linear.Leaves]:
+    """A part's share of the buffer: as the forward pass fills it, and the backward pass, part by part, finds it."""
+    sizes = Sizes(inputs.q.shape[2], _row_dtype(siblings_by, inputs), gated=inputs.g is not None)
+    return sizes.take(buffer, table, inputs.query_heads, inputs.heads)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(B, L, heads, ..., dim) -> (B * L, heads, ..., dim padded to a multiple of COLUMNS), contiguous and aligned."""
     x = x.flatten(0, 1)
@@ -270,25 +313,31 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
     use_spans: SpansUser | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, R, H, D), beta (B, L, R, H).
 
-    use_spans: called for every part, of half-precision inputs, while its buffers are there.
+    Args:
+        use_spans: called for every part, of half-precision inputs, while its buffers are there.
+        kept: :func:`kept_bytes` bytes in which to keep what :func:`backward` would compute again.
     """
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     result_log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attend = siblings.FORWARD[siblings_by]
     in_place = _can_stay(siblings_by, q, k, v, w)
-    for part in _parts(q, k, cu_seqlens, _plain_cut(q, k, FORWARD_PARTS * PART, in_place=in_place)):
+    buffer = None if kept is None else Buffer(kept)
+    of = _plain_cut(q, k, FORWARD_PARTS * PART, in_place=in_place) if buffer is None else _kept_cut(q, k)
+    for part in _parts(q, k, cu_seqlens, of):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
         out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
         use = None if use_spans is None else partial(use_spans, part, inputs)
-        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use)
+        to_keep = None if buffer is None else _kept(buffer, siblings_by, inputs, part.table)
+        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use, to_keep)
         attend(inputs, part.table, levels, out, log_sum_exp)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)
-        del inputs, use, out, log_sum_exp, levels  # before the next part asks for as much
+        del inputs, use, out, log_sum_exp, levels, to_keep  # before the next part asks for as much
     return result, result_log_sum_exp
 
 
@@ -305,8 +354,9 @@ def backward(
     log_sum_exp: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, w, beta and g, in their dtypes."""
+    """Gradients of q, k, v, w, beta and g, in their dtypes. ``kept``: as :func:`forward` of the same call filled it."""
     d_gate = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
     results: list[Tensor] = []
 
@@ -324,7 +374,10 @@ def backward(
 
     in_place = _can_stay(siblings_by, q, k, v, w, d_out)
     rows = _rows_in_place if in_place else _rows
-    if in_place:
+    buffer = None if kept is None else Buffer(kept)
+    if buffer is not None:
+        of = _kept_cut(q, k)
+    elif in_place:
         batch, length, query_heads, dim = q.shape
         shape = Shape(batch, length, query_heads, k.shape[2], dim, w.element_size(), gated=g is not None)
         of = backward_cut(shape, _most(q, PART))
@@ -340,6 +393,7 @@ def backward(
             rows(out[part.queries]),
             log_sum_exp[part.queries].flatten(0, 1).contiguous(),
             partial(places, part),
+            buffer,
         )
         for place in found:
             _store(*place)
@@ -358,12 +412,16 @@ def _part_backward(
     out: Tensor,
     log_sum_exp: Tensor,
     places: Callable[[], list[_Place]],
+    kept: Buffer | None,
 ) -> tuple[list[_Place], Tensor | None]:
     """Write a part's gradients to its places; also returns row sums less column sums of dS, (T, HQ), where there are
     gates.
     """
     delta, factor = delta_and_factor(out, d_out, inputs.v)
-    levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs))
+    if kept is None:
+        levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs))
+    else:
+        levels, leaves = _kept(kept, siblings_by, inputs, table)
     if siblings_by == "triton":
         gradients = siblings.triton_backward(inputs, table, levels, d_out, log_sum_exp, delta, factor)
     elif siblings_by == "hopper":

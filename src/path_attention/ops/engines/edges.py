@@ -132,11 +132,12 @@ def edges(
     most = FORWARD_PART * cuda.PART_DIM**2 // max(cuda.PART_DIM, dim) ** 2
     for part in _parts(q, k, w, beta, length, scale, by_hopper, most):
         rest = part.inputs.empty(2 * part.right.num_leaves, part.inputs.heads, dim, dim)
-        nodes, q_leaf, k_leaf, _ = linear._leaves(part.inputs, part.right, None, None, None, rest)
-        levels = _transport(part, nodes, q_leaf, k_leaf, only_top=True)
+        leaves = linear.new_leaves(part.inputs, part.right, with_factors=False)
+        q_leaf, k_leaf, _ = linear._leaves(part.inputs, part.right, None, None, leaves, rest)
+        levels = _transport(part, leaves.nodes, q_leaf, k_leaf, only_top=True)
         queries.append(levels.query_rows.view(batch, length, part.inputs.heads, group, dim))
         keys.append(levels.key_rows.view(batch, length, part.inputs.heads, dim))
-        whole = nodes[part.roots()].float()
+        whole = leaves.nodes[part.roots()].float()
         if part.inputs.work_dtype != torch.float32:
             whole += rest[part.roots()]
         product[part.heads] = whole.transpose(0, 1)
@@ -177,22 +178,17 @@ def add_backward(
 
 
 def _part_backward(part: _Part, d_edges: dyadic.Edges) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, heads = part.inputs, part.inputs.heads
-    leaves, dim = part.right.num_leaves, inputs.q.shape[2]
-    inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
-    u = inputs.empty(leaves, heads, LEAF, dim)
-    nodes, q_leaf, k_leaf, _ = linear._leaves(inputs, part.right, None, None, (inverse, y, u))
-    levels = _transport(part, nodes, q_leaf, k_leaf, only_top=False)
-    of_leaves = linear.Leaves(nodes, (inverse, y, u))
-    at_leaves = _levels_backward(part, levels, of_leaves, d_edges)
+    inputs = part.inputs
+    leaves = linear.new_leaves(inputs, part.right, with_factors=True)
+    q_leaf, k_leaf, _ = linear._leaves(inputs, part.right, None, None, leaves)
+    levels = _transport(part, leaves.nodes, q_leaf, k_leaf, only_top=False)
+    at_leaves = _levels_backward(part, levels, leaves, d_edges)
     del levels, q_leaf, k_leaf
     q, k, w, beta = (
         torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (inputs.q, inputs.k, inputs.w, inputs.beta)
     )
     no_attention = (None,) * 6
-    linear.leaves_backward(
-        inputs, part.right, of_leaves, at_leaves, *no_attention, linear.Gradients(q, k, None, w, beta)
-    )
+    linear.leaves_backward(inputs, part.right, leaves, at_leaves, *no_attention, linear.Gradients(q, k, None, w, beta))
     return q, k, w, beta
 
 

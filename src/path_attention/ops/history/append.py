@@ -231,7 +231,7 @@ class _Piece:
     def attend(self, state: State, rows: Rows, folded: int) -> Tensor:
         """Of the new tokens: (b, T, HQ, DV)."""
         t = self.tokens
-        out, log_sum_exp = path_attention_forward(t.q, t.k, t.v, t.w, t.beta, t.g, None, t.scale, AUTO)
+        out, log_sum_exp, _ = path_attention_forward(t.q, t.k, t.v, t.w, t.beta, t.g, None, t.scale, AUTO)
         out, log_sum_exp = out[:, self.open :], log_sum_exp[:, self.open :]
         if not folded:
             return out

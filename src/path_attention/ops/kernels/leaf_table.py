@@ -120,8 +120,8 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
         bound, longest = max(1, int(last[-1])), int(leaves.max())
     else:
         # Every sequence may leave one leaf partly empty.
-        longest = -(-length // LEAF)
-        bound = longest + sequences
+        bounds = packed_leaf_bounds(sequences, length)
+        bound, longest = bounds.num_leaves, -(-length // LEAF)
     number = torch.arange(bound, device=cu_seqlens.device)
     sequence = torch.searchsorted(last, number, right=True).clamp_max(sequences - 1)
     first = (last - leaves)[sequence]
@@ -133,8 +133,19 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
     bases = [(x.cumsum(0) - x)[sequence] for x in (queries, keys)]
     # The slots of keys serve for rows too: those of every leaf, rounded up.
     rows = torch.stack([start, tokens, index, leaves[sequence], *bases, bases[1], index], dim=1)
+    return _packed(rows.to(torch.int32).to(device, non_blocking=True), bound, longest, sequences)
+
+
+def packed_leaf_bounds(sequences: int, length: int) -> LeafTable:
+    """The sizes, without the columns, of the largest table of so many sequences in a row of ``length`` tokens."""
+    longest = -(-length // LEAF)
+    return _packed(None, longest + sequences, longest, sequences)
+
+
+def _packed(columns: Tensor | None, bound: int, longest: int, sequences: int) -> LeafTable:
+    """Of ``bound`` leaves, ``longest`` of a sequence at most."""
     return LeafTable(
-        columns=rows.to(torch.int32).to(device, non_blocking=True),
+        columns=columns,
         leaves=1,
         length=1,
         queries=1,

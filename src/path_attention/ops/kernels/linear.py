@@ -138,6 +138,9 @@ class Inputs:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.work_dtype, device=self.q.device)
 
+    def new(self, form: "Form") -> Tensor:
+        return torch.empty(form.shape, dtype=form.dtype, device=self.q.device)
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -170,8 +173,8 @@ class Levels(_Rows):
 
     query_rows: Tensor  # (levels, query_slots, 64, HQ, D), times scale and unit
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
-    gate_query: Tensor | None  # (HQ, levels, query_slots, 64) float32, both times unit
-    gate_key: Tensor | None  # (HQ, levels, key_slots, 64) float32
+    gate_query: Tensor | None = None  # (HQ, levels, query_slots, 64) float32, both times unit
+    gate_key: Tensor | None = None  # (HQ, levels, key_slots, 64) float32
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,37 @@ class Leaves:
     nodes: Tensor  # (2 N, H, D, D)
     # T^-1 (N, H, 64, 64), Y (N, H, 64, 64) and U (N, H, 64, D); leaves in torch make them again, a few at a time.
     factors: tuple[Tensor, Tensor, Tensor] | None
+
+
+class Form(NamedTuple):
+    """A tensor that is not there yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def node_form(leaves: int, heads: int, dim: int, work_dtype: torch.dtype) -> Form:
+    """Of :attr:`Leaves.nodes`."""
+    return Form((2 * leaves, heads, dim, dim), work_dtype)
+
+
+def factor_forms(leaves: int, heads: int, dim: int, work_dtype: torch.dtype) -> tuple[Form, Form, Form]:
+    """Of :attr:`Leaves.factors`."""
+    square = Form((leaves, heads, LEAF, LEAF), work_dtype)
+    return square, square, Form((leaves, heads, LEAF, dim), work_dtype)
+
+
+def level_forms(
+    levels: int, query_slots: int, key_slots: int, query_heads: int, heads: int, dim: int, row_dtype: torch.dtype
+) -> tuple[Form, Form, Form, Form]:
+    """Of :class:`Levels`, with gates."""
+    queries, keys = (levels, query_slots, LEAF), (levels, key_slots, LEAF)
+    return (
+        Form((*queries, query_heads, dim), row_dtype),
+        Form((*keys, heads, dim), row_dtype),
+        Form((query_heads, *queries), torch.float32),
+        Form((query_heads, *keys), torch.float32),
+    )
 
 
 class Spans(NamedTuple):
@@ -198,33 +232,41 @@ def forward(
     log_sum_exp: Tensor,
     row_dtype: torch.dtype,
     use_spans: Callable[[Spans], None] | None = None,
+    kept: tuple[Levels, Leaves] | None = None,
 ) -> Levels:
     """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ).
 
     Args:
         row_dtype: what the rows at the levels' edges are rounded to.
         use_spans: called with what is not kept, for half-precision inputs.
+        kept: where what :func:`recompute` would return goes, which then need not be called. Leaves by kernels alone.
     """
+    levels, leaves = (None, new_leaves(inputs, table, with_factors=False)) if kept is None else kept
     node_rest = None
     if use_spans is not None:
         node_rest = inputs.empty(2 * table.num_leaves, inputs.heads, *[inputs.q.shape[2]] * 2)
-    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, None, node_rest)
+    q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, leaves, node_rest)
     if use_spans is not None and node_rest is not None:
-        use_spans(Spans(k_right, nodes, node_rest))
+        use_spans(Spans(k_right, leaves.nodes, node_rest))
         del node_rest  # before the levels' rows ask for memory
-    return _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
+    return _levels(inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype, result=levels)
 
 
 def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
     """The forward linear stages again, for the backward pass: no attention, but all that it needs of the leaves."""
+    leaves = new_leaves(inputs, table, with_factors=inputs.leaves != "torch")
+    q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, leaves)
+    return _levels(inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype), leaves
+
+
+def new_leaves(inputs: Inputs, table: LeafTable, *, with_factors: bool) -> Leaves:
+    """To be filled by :func:`_leaves`."""
+    of_part = (table.num_leaves, inputs.heads, inputs.q.shape[2], inputs.work_dtype)
     factors = None
-    if inputs.leaves != "torch":
-        leaves, heads = table.num_leaves, inputs.heads
-        inverse, y = (inputs.empty(leaves, heads, LEAF, LEAF) for _ in range(2))
-        factors = inverse, y, inputs.empty(leaves, heads, LEAF, inputs.q.shape[2])
-    nodes, q_left, k_right, gate_nodes = _leaves(inputs, table, None, None, factors)
-    levels = _levels(inputs, table, nodes, q_left, k_right, gate_nodes, row_dtype)
-    return levels, Leaves(nodes, factors)
+    if with_factors:
+        inverse, y, u = (inputs.new(form) for form in factor_forms(*of_part))
+        factors = inverse, y, u
+    return Leaves(inputs.new(node_form(*of_part)), factors)
 
 
 def _leaves(
@@ -232,16 +274,16 @@ def _leaves(
     table: LeafTable,
     out: Tensor | None,
     log_sum_exp: Tensor | None,
-    factors: tuple[Tensor, Tensor, Tensor] | None,
+    result: Leaves,
     node_rest: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All nodes of the tree (2 N, H, D, D), q_left (N, 64, HQ, D), k_right (N, 64, H, D) and the nodes' gates.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fill ``result``; q_left (N, 64, HQ, D), k_right (N, 64, H, D) and the nodes' gates are returned.
 
     node_rest: where what rounding leaves of the nodes goes, for callers that want it.
     """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     leaves, is_half = table.num_leaves, inputs.work_dtype != torch.float32
-    nodes = inputs.empty(2 * leaves, heads, dim, dim)
+    nodes = result.nodes
     all_rests = node_rest is not None
     if is_half and node_rest is None:
         node_rest = torch.empty_like(nodes)
@@ -261,9 +303,9 @@ def _leaves(
             "p_out": out,
             "p_log_sum_exp": log_sum_exp,
         }
-        _launch_leaves(inputs, table, results, factors)
+        _launch_leaves(inputs, table, results, result.factors)
     _tree(inputs, table, nodes, node_rest, gate_nodes, all_rests=all_rests)
-    return nodes, q_left, k_right, gate_nodes
+    return q_left, k_right, gate_nodes
 
 
 def _tree(
@@ -373,20 +415,16 @@ def _levels(
     key_table: LeafTable | None = None,
     *,
     only_top: bool = False,
+    result: Levels | None = None,
 ) -> Levels:
     """Rows at every level's edges, or of the uppermost level alone; ``key_table``: where keys stand, for callers to
-    whom that is another place.
+    whom that is another place. ``result``: where they go.
     """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
-    levels, gated = 1 if only_top else table.num_levels, inputs.g is not None
-    key_table = key_table or table
-    queries, keys = (levels, table.query_slots, LEAF), (levels, key_table.key_slots, LEAF)
-    result = Levels(
-        query_rows=inputs.empty(*queries, query_heads, dim, dtype=row_dtype),
-        key_rows=inputs.empty(*keys, heads, dim, dtype=row_dtype),
-        gate_query=inputs.empty(query_heads, *queries, dtype=torch.float32) if gated else None,
-        gate_key=inputs.empty(query_heads, *keys, dtype=torch.float32) if gated else None,
-    )
+    levels, key_table = 1 if only_top else table.num_levels, key_table or table
+    if result is None:
+        forms = level_forms(levels, table.query_slots, key_table.key_slots, query_heads, heads, dim, row_dtype)
+        result = Levels(*(inputs.new(form) for form in (forms if inputs.g is not None else forms[:2])))
     if levels == 0:
         return result
     shared = {
