@@ -222,9 +222,12 @@ class PathCache:
         if first:
             refuse_forward_mode(*inputs)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            self._reserve(tokens, counts)
             packed = None if cu_seqlens is None else counts
-            out = self._add_first(tokens, packed, wants_gradients) if first else self._add(tokens, packed, before)
+            if first:
+                out = self._add_first(tokens, counts, packed is not None, wants_gradients)
+            else:
+                self._reserve(tokens, counts)
+                out = self._add(tokens, packed, before)
             self._known = [
                 (fold + folds(fold, length, count, self.keep), length + count)
                 for (fold, length), count in zip(before, counts, strict=True)
@@ -232,14 +235,20 @@ class PathCache:
             history.refresh_suffix(self.state, before, self._known)
         return path_attention(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens) if out is None else out
 
-    def _add_first(self, tokens: Tokens, counts: list[int] | None, wants_gradients: bool) -> Tensor | None:
-        """The first tokens, packed by ``counts`` if given; their attention, or None if that is left to the operator."""
-        out = None
-        if counts is not None:
-            history.absorb_packed(self.state, tokens, counts, self.keep)
-        elif wants_gradients or (out := history.prefill(self.state, tokens, self.keep)) is None:
-            history.absorb(self.state, tokens, self.keep)
-        return out
+    def _add_first(self, tokens: Tokens, counts: list[int], is_packed: bool, wants_gradients: bool) -> Tensor | None:
+        """The first tokens, so many of each sequence; their attention, or None if that is left to the operator."""
+
+        def room() -> State:
+            self._reserve(tokens, counts)
+            return self.state
+
+        if is_packed:
+            history.absorb_packed(room(), tokens, counts, self.keep)
+        elif wants_gradients or (out := history.prefill(room, tokens, self.keep)) is None:
+            history.absorb(room(), tokens, self.keep)
+        else:
+            return out
+        return None
 
     def _add(self, tokens: Tokens, counts: list[int] | None, facts: list[tuple[int, int]]) -> Tensor:
         """More tokens, packed by ``counts`` if given: their attention."""

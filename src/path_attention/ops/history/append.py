@@ -3,8 +3,9 @@ torch, where sequences are told apart on the host: each group that agrees in len
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -113,27 +114,36 @@ def absorb(state: State, tokens: Tokens, keep: int) -> None:
     _absorb(state, slice(None), 0, tokens.q.shape[1], tokens, keep)
 
 
-def prefill(state: State, tokens: Tokens, keep: int) -> Tensor | None:
+def prefill(room: Callable[[], State], tokens: Tokens, keep: int) -> Tensor | None:
     """Add the first T tokens to every sequence and attend, (B, T, HQ, DV), without gradients, where one pass of the
     CUDA engine does both: its leaves and spans need not be made again. Else None, and nothing is done.
+
+    Args:
+        room: makes a state with room for the tokens. It is called once the device has the leaves to do, and would wait.
     """
     count = tokens.q.shape[1]
     due = folds(0, 0, count, keep)
     # Spans that a sequence ends with have no product in the operator's tree.
-    engine = engine_of(tokens) if 0 < due < count and fold_kernel_serves(state) else None
+    is_served = 0 < due < count and fold_kernel_serves(tokens.k, tokens.v, tokens.w.shape[2])
+    engine = engine_of(tokens) if is_served else None
     if engine is None:
         return None
     from path_attention.ops.engines import cuda  # triton is not needed on other devices
     from path_attention.ops.kernels import decode
     from path_attention.ops.kernels.linear import Inputs, Spans
 
-    tail = decode.fold_tail(state, due, tokens)
+    @cache
+    def begun() -> tuple[State, decode.FoldedLeaves]:
+        state = room()
+        return state, decode.fold_tail(state, due, tokens)
 
     def fold_part(part: cuda.Part, inputs: Inputs, spans: Spans) -> None:
+        state, tail = begun()
         decode.fold_spans(state, due, tail, spans, inputs.v, part.table.leaves, part.sequence, part.head)
 
     q, k, v, w, beta, g, scale = tokens
     out, _ = cuda.forward(engine, q, k, v, w, beta, g, None, scale, fold_part)
+    state, _ = begun()
     fold_gates(state, slice(None), 0, due, tokens)
     _keep_open(state, slice(None), 0, due, tokens)
     return out
@@ -278,7 +288,7 @@ def _absorb(state: State, rows: Rows, folded: int, count: int, tokens: Tokens, k
     """
     total = tokens.q.shape[1]
     due = folds(folded, folded + total - count, count, keep)
-    if due and fold_kernel_serves(state):
+    if due and fold_kernel_serves(state.k, state.v, state.reflections):
         fold_by_kernel(state, rows, folded, due, tokens)
     elif due:
         fold(state, rows, folded, Folding.of(tokens, 0, due, state.w.dtype))

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from path_attention.ops.backends import AUTO, choose, has_triton
 from path_attention.ops.history.state import MAX_DIM, MAX_FOLD_DIM, State, Tokens
@@ -13,13 +14,19 @@ DEVICES = frozenset({"cuda"})
 
 def kernels_serve(state: State) -> bool:
     """Whether short calls and attention to the folded tokens run in Triton kernels."""
-    return state.k.device.type in DEVICES and unsupported_reason(state) is None
+    return _kernels_serve(state.k, state.v)
 
 
-def fold_kernel_serves(state: State) -> bool:
-    """Whether many tokens are folded by kernels: half precision, one reflection a token, matrices that fit an SM."""
-    narrow = max(state.k.shape[3], state.v.shape[3]) <= MAX_FOLD_DIM
-    return kernels_serve(state) and state.coded and state.reflections == 1 and narrow
+def _kernels_serve(k: Tensor, v: Tensor) -> bool:
+    return k.device.type in DEVICES and _reason(k, v) is None
+
+
+def fold_kernel_serves(k: Tensor, v: Tensor, reflections: int) -> bool:
+    """Whether many tokens are folded by kernels: half precision, one reflection a token, matrices that fit an SM. k and
+    v (..., D) are those of a cache, or tokens that one is made for.
+    """
+    narrow = max(k.shape[-1], v.shape[-1]) <= MAX_FOLD_DIM
+    return _kernels_serve(k, v) and k.dtype in (torch.bfloat16, torch.float16) and reflections == 1 and narrow
 
 
 def engine_of(tokens: Tokens) -> Literal["triton", "hopper", "sdpa"] | None:
@@ -30,10 +37,14 @@ def engine_of(tokens: Tokens) -> Literal["triton", "hopper", "sdpa"] | None:
 
 def unsupported_reason(state: State) -> str | None:
     """Why Triton kernels do not serve a cache on a GPU, or None."""
+    return _reason(state.k, state.v)
+
+
+def _reason(k: Tensor, v: Tensor) -> str | None:
     if not has_triton():
         return "triton is not installed"
-    if state.w.dtype == torch.float64:
+    if k.dtype == torch.float64:
         return "the cache is float64"
-    if max(state.k.shape[3], state.v.shape[3]) > MAX_DIM:
-        return f"head_dim {state.k.shape[3]} and value_dim {state.v.shape[3]} are not both at most {MAX_DIM}"
+    if max(k.shape[-1], v.shape[-1]) > MAX_DIM:
+        return f"head_dim {k.shape[-1]} and value_dim {v.shape[-1]} are not both at most {MAX_DIM}"
     return None
