@@ -318,7 +318,8 @@ def forward(
     """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, R, H, D), beta (B, L, R, H).
 
     Args:
-        use_spans: called for every part, of half-precision inputs, while its buffers are there.
+        use_spans: called for every part, of half-precision inputs, while its buffers are there and the device has its
+            attention to do.
         kept: :func:`kept_bytes` bytes in which to keep what :func:`backward` would compute again.
     """
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
@@ -331,13 +332,17 @@ def forward(
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
         out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
-        use = None if use_spans is None else partial(use_spans, part, inputs)
         to_keep = None if buffer is None else _kept(buffer, siblings_by, inputs, part.table)
-        levels = linear.forward(inputs, part.table, out, log_sum_exp, _row_dtype(siblings_by, inputs), use, to_keep)
+        row_dtype = _row_dtype(siblings_by, inputs)
+        levels, spans = linear.forward(
+            inputs, part.table, out, log_sum_exp, row_dtype, to_keep, with_spans=use_spans is not None
+        )
         attend(inputs, part.table, levels, out, log_sum_exp)
+        if use_spans is not None and spans is not None:
+            use_spans(part, inputs, spans)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)
-        del inputs, use, out, log_sum_exp, levels, to_keep  # before the next part asks for as much
+        del inputs, out, log_sum_exp, levels, spans, to_keep  # before the next part asks for as much
     return result, result_log_sum_exp
 
 

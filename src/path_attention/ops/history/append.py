@@ -119,7 +119,7 @@ def prefill(room: Callable[[], State], tokens: Tokens, keep: int) -> Tensor | No
     CUDA engine does both: its leaves and spans need not be made again. Else None, and nothing is done.
 
     Args:
-        room: makes a state with room for the tokens. It is called once the device has the leaves to do, and would wait.
+        room: makes a state with room for the tokens. It is called once, when the device has attention to do.
     """
     count = tokens.q.shape[1]
     due = folds(0, 0, count, keep)

@@ -4,7 +4,6 @@ leaves -> tree -> query_transport and key_transport. What they write is all that
 siblings needs; docs/kernels.md lists the buffers with their sizes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -231,25 +230,22 @@ def forward(
     out: Tensor,
     log_sum_exp: Tensor,
     row_dtype: torch.dtype,
-    use_spans: Callable[[Spans], None] | None = None,
     kept: tuple[Levels, Leaves] | None = None,
-) -> Levels:
+    *,
+    with_spans: bool = False,
+) -> tuple[Levels, Spans | None]:
     """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ).
 
     Args:
         row_dtype: what the rows at the levels' edges are rounded to.
-        use_spans: called with what is not kept, for half-precision inputs.
         kept: where what :func:`recompute` would return goes, which then need not be called. Leaves by kernels alone.
+        with_spans: of half-precision inputs the spans are wanted too.
     """
     levels, leaves = (None, new_leaves(inputs, table, with_factors=False)) if kept is None else kept
-    node_rest = None
-    if use_spans is not None:
-        node_rest = inputs.empty(2 * table.num_leaves, inputs.heads, *[inputs.q.shape[2]] * 2)
+    node_rest = torch.empty_like(leaves.nodes) if with_spans else None
     q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, leaves, node_rest)
-    if use_spans is not None and node_rest is not None:
-        use_spans(Spans(k_right, leaves.nodes, node_rest))
-        del node_rest  # before the levels' rows ask for memory
-    return _levels(inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype, result=levels)
+    levels = _levels(inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype, result=levels)
+    return levels, None if node_rest is None else Spans(k_right, leaves.nodes, node_rest)
 
 
 def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
