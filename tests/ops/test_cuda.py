@@ -270,6 +270,18 @@ def test_what_is_kept_is_what_would_be_computed_again(case: dict, backend: str, 
         assert error(x, y.double()) <= (0.0 if backend == "triton" else 1e-3)  # the others add up in no fixed order
 
 
+def test_what_is_kept_has_a_size_for_each_length() -> None:
+    """Compiled for any length, one after another: each is compiled anew, without breaks."""
+    compiled = torch.compile(path_attention, fullgraph=True, dynamic=True)
+    for length in (700, 900):
+        inputs = make((1, length, 2, 2, 64), torch.bfloat16)
+        found, expected = compiled(*inputs, recompute=False), path_attention(*inputs)
+        assert torch.equal(found, expected)
+        given = [x for x in inputs if x is not None]
+        pairs = zip(*(torch.autograd.grad(x, given, torch.ones_like(x)) for x in (found, expected)), strict=True)
+        assert all(error(x, y.double()) <= 1e-3 for x, y in pairs)
+
+
 def kernel_names(function: Callable[[], object]) -> list[str]:
     """Of all launches of a call, but the first one."""
     function()

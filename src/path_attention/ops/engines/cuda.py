@@ -165,7 +165,7 @@ SpansUser = Callable[[Part, Inputs, linear.Spans], None]
 
 def _most(q: Tensor, part: int) -> int:
     """Leaves times key heads of a part of these queries; ``part`` as PART."""
-    dim = q.shape[3]
+    dim = int(q.shape[3])
     # A leaf's rows grow with their width, and float32 ones, which wide rows are between the stages, are twice as large.
     float32 = q.dtype == torch.float32 or dim > linear.WHOLE_DIM
     return max(1, int(part / (max(1, dim / PART_DIM) * (2 if float32 else 1))))
@@ -173,7 +173,7 @@ def _most(q: Tensor, part: int) -> int:
 
 def _plain_cut(q: Tensor, k: Tensor, part: int, *, in_place: bool) -> Cut:
     """Into parts that are alike; ``part`` as PART."""
-    batch, length, heads, _ = k.shape
+    batch, length, heads = map(int, k.shape[:3])  # torch.compile: one shape a compilation, where sizes depend on it
     most = _most(q, part)
     return cut(batch, -(-length // LEAF), heads, Limits(most, most), in_place=in_place)
 
@@ -229,10 +229,10 @@ def kept_bytes(
     """
     if _leaves_by(siblings_by, q, v, w) == "torch":
         return 0
-    length, heads, dim = k.shape[1:]
-    group, of = q.shape[2] // heads, _kept_cut(q, k)
+    length, heads, dim = map(int, k.shape[1:])
+    group, of = int(q.shape[2]) // heads, _kept_cut(q, k)
     sizes = Sizes(dim + -dim % COLUMNS, q.dtype if siblings_by == "sdpa" else torch.float16, gated=g is not None)
-    packed = None if cu_seqlens is None else packed_leaf_bounds(cu_seqlens.numel() - 1, length)
+    packed = None if cu_seqlens is None else packed_leaf_bounds(int(cu_seqlens.numel()) - 1, length)
     return sum(
         sizes.bytes(packed or batch_leaf_table(sequences, length), group * part_heads, part_heads)
         for sequences in of.sequences
