@@ -315,11 +315,13 @@ class PathCache:
         pool = self._pools()["pages"]
         first = fold // self.state.chunk * self.state.chunk // PAGE
         shared = [n for n in range(first, len(table)) if pool.uses[table[n]] > 1]
+        if not shared:  # to look for no free pages takes as long as for many, and every sequence would
+            return False
         own = pool.copy([table[n] for n in shared])
         pool.release(table[n] for n in shared)
         for n, page in zip(shared, own, strict=True):
             table[n] = page
-        return bool(shared)
+        return True
 
     def _allocate(self, tokens: Tokens, batch: int) -> None:
         k, v = tokens.k, tokens.v
