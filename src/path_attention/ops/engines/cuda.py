@@ -318,8 +318,8 @@ def forward(
     """out (B, L, HQ, DV) and log_sum_exp (B, L, HQ) float32; w (B, L, R, H, D), beta (B, L, R, H).
 
     Args:
-        use_spans: called for every part, of half-precision inputs, while its spans are there, and behind the attention
-            of the part after it: so the device has work meanwhile, whatever the host does there.
+        use_spans: called for every part, of half-precision inputs, while its buffers are there and the device has its
+            attention to do.
         kept: :func:`kept_bytes` bytes in which to keep what :func:`backward` would compute again.
     """
     result = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
@@ -328,7 +328,6 @@ def forward(
     in_place = _can_stay(siblings_by, q, k, v, w)
     buffer = None if kept is None else Buffer(kept)
     of = _plain_cut(q, k, FORWARD_PARTS * PART, in_place=in_place) if buffer is None else _kept_cut(q, k)
-    unused: tuple[Part, Inputs, linear.Spans] | None = None
     for part in _parts(q, k, cu_seqlens, of):
         inputs = part.of(siblings_by, q, k, v, w, beta, g, scale, in_place=in_place)
         out = _place(result, part.queries, padded=True, in_place=in_place)
@@ -339,16 +338,11 @@ def forward(
             inputs, part.table, out, log_sum_exp, row_dtype, to_keep, with_spans=use_spans is not None
         )
         attend(inputs, part.table, levels, out, log_sum_exp)
-        if use_spans is not None:
-            if unused is not None:
-                use_spans(*unused)
-            assert spans is not None
-            unused = part, inputs, spans
+        if use_spans is not None and spans is not None:
+            use_spans(part, inputs, spans)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)
         del inputs, out, log_sum_exp, levels, spans, to_keep  # before the next part asks for as much
-    if use_spans is not None and unused is not None:
-        use_spans(*unused)
     return result, result_log_sum_exp
 
 
