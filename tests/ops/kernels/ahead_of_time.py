@@ -85,8 +85,12 @@ def run_engine(
     reflections: int = 1,
     length: int = LENGTH,
     heads: int | None = None,
+    kept: bool = False,
 ) -> None:
-    """A forward and a backward pass of the CUDA engine; CHANNELS columns of queries if not said otherwise."""
+    """A forward and a backward pass of the CUDA engine; CHANNELS columns of queries if not said otherwise.
+
+    kept: the former keeps what the latter else computes again.
+    """
     from path_attention.ops.engines import cuda
 
     heads = heads or CHANNELS // dim // group
@@ -95,8 +99,11 @@ def run_engine(
     w, beta = torch.zeros(1, length, reflections, heads, dim), torch.zeros(1, length, reflections, heads)
     g = torch.zeros(1, length, heads * group) if gated else None
     ends = torch.tensor([0, length]) if packed else None
-    out, log_sum_exp = cuda.forward(backend, q, k, k, w, beta, g, ends, 1.0)  # type: ignore[arg-type]
-    cuda.backward(backend, out, q, k, k, w, beta, g, out, log_sum_exp, ends, 1.0)  # type: ignore[arg-type]
+    room = None
+    if kept:
+        room = torch.empty(cuda.kept_bytes(backend, q, k, k, w, g, ends), dtype=torch.uint8)  # type: ignore[arg-type]
+    out, log_sum_exp = cuda.forward(backend, q, k, k, w, beta, g, ends, 1.0, kept=room)  # type: ignore[arg-type]
+    cuda.backward(backend, out, q, k, k, w, beta, g, out, log_sum_exp, ends, 1.0, room)  # type: ignore[arg-type]
 
 
 def run_pairs(dim: int, group: int = 1) -> None:

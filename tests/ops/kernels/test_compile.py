@@ -36,7 +36,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "hopper.leaf_group.leaf_backward_group_kernel": 1550,  # addresses: the price of two programs a multiprocessor
     },
     128: {
-        "leaf_kernels.leaf_forward_kernel": 370,
+        "leaf_kernels.leaf_forward_kernel": 560,  # with attention and factors, by Triton 3.9; else 370
         "leaf_kernels.leaf_backward_kernel": 5620,
         "transport_kernels.query_transport_kernel": 430,
         "transport_kernels.key_transport_kernel": 300,
@@ -79,7 +79,6 @@ PAIR_SPILLS: dict[int, dict[str, int]] = {
     64: {},
     128: {
         "hopper.pair_kernels.pair_forward_kernel": 132,  # with gates: float32 rows that wait under the first tile
-        "hopper.pair_kernels.pair_backward_kernel": 135,
     },
 }
 # On Hopper with gates: their sums take registers that the loops do not have.
@@ -95,7 +94,7 @@ GATED_SPILLS: dict[int, dict[str, int]] = {
         "hopper.leaf.leaf_forward_kernel": 240,
         "hopper.leaf_group.leaf_backward_group_kernel": 690,
         "hopper.dense_forward.dense_forward_kernel": 18,
-        "hopper.dense_backward.dense_backward_kernel": 840,
+        "hopper.dense_backward.dense_backward_kernel": 745,
         "dense_kernels.lowest_level_backward_kernel": 106,
     },
 }
@@ -164,7 +163,8 @@ def check(found: list[dict[str, Any]], spills: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_portable_kernels(dim: int) -> None:
-    found = compiled({"backend": "triton", "dim": dim}, {"backend": "pairs", "dim": dim})
+    call = {"backend": "triton", "dim": dim}
+    found = compiled(call, {**call, "kept": True}, {"backend": "pairs", "dim": dim})
     names = {x["kernel"].partition(".")[0] for x in found}
     stages = ("leaf", "tree", "transport", "dense", "merge", "pair")
     assert {f"{stage}_kernels" for stage in stages} <= names
@@ -264,7 +264,8 @@ def test_groups_on_hopper(dim: int) -> None:
 @for_hopper
 @pytest.mark.parametrize("dim", [64, 128])
 def test_kernels_for_hopper(dim: int) -> None:
-    found = compiled({"backend": "hopper", "dim": dim})
+    call = {"backend": "hopper", "dim": dim}
+    found = compiled(call, {**call, "kept": True})
     names = {x["kernel"] for x in found}
     assert {f"hopper.{x}_kernel" for x in ("dense_forward.dense_forward", "dense_backward.dense_backward")} <= names
     leaf_backward = "leaf.leaf_backward" if dim == 64 else "leaf_group.leaf_backward_group"

@@ -186,10 +186,13 @@ def test_heads_of_a_group_differ_in_scale(hopper: dict[str, ModuleType], dim: in
             assert (d_q[:, :, i].double() - expected[:, :, i]).norm() <= 1.7e-3 * expected[:, :, i].norm()
 
 
-# Head dim, query heads a key head, and whether the leaves are those for Hopper.
-@pytest.mark.parametrize("gated", [False, True])
+# Head dim, query heads a key head, and whether the leaves are those for Hopper, and there are gates.
 @pytest.mark.parametrize(
-    ("dim", "group", "as_bfloat16"), [(64, 1, True), (64, 2, True), (128, 1, True), (128, 2, True), (64, 2, False)]
+    ("dim", "group", "as_bfloat16", "gated"),
+    [
+        *[(dim, group, True, gated) for dim in (64, 128) for group in (1, 2) for gated in (False, True)],
+        (64, 2, False, False),
+    ],
 )
 def test_a_part_of_the_heads_is_read_and_written_where_it_is(
     dim: int,

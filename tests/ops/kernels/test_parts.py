@@ -99,8 +99,8 @@ def test_a_part_of_the_heads_is_read_and_written_where_it_is(
 @pytest.mark.parametrize(
     ("part", "shape", "ends", "gated"),
     [
-        (4, (3, 70, 2, 2, 16), None, True),
-        (1, (1, 70, 4, 2, 24), None, False),
+        (2, (2, 70, 2, 1, 16), None, True),
+        (1, (1, 70, 2, 2, 24), None, False),
         (100, (2, 3, 2, 2, 16), None, False),
         (100, (1, 90, 2, 1, 16), [0, 10, 10, 90], True),
     ],
