@@ -123,6 +123,24 @@ def test_a_damaged_file_is_named(script: ModuleType, monkeypatch: pytest.MonkeyP
         call(script, monkeypatch, "--out", tmp_path)
 
 
+def test_a_training_step_that_keeps_what_it_else_computes_again(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[bool] = []
+    prepare = script.parallel.prepare
+
+    def watched(model: Any, settings: Any, mesh: Any) -> None:
+        told.append(settings.recompute_attention)
+        prepare(model, settings, mesh)
+
+    monkeypatch.setattr(script.parallel, "prepare", watched)
+    out = tmp_path / "out.json"
+    call(script, monkeypatch, "--mixers", "rope,path,path_kept", "--out", out)
+    assert rows(out, "training") == [("rope", 1), ("path", 1), ("rope", 1), ("path_kept", 1), ("rope", 1)]
+    assert told == [True, True, True, False, True]
+    assert rows(out, "long") == [("path", 1), ("rope", 1)]
+
+
 def test_the_other_implementation_is_trained_as_it_comes(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,8 +16,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from path_attention.layers import mixer_names
+from path_attention import path_attention
+from path_attention.layers import mixer_names, operator
 from path_attention.models import PaTHConfig, PaTHForCausalLM, PaTHModel
+from path_attention.training import parallel
+from path_attention.training.recipe import Training
 
 SHAPE = {
     "vocab_size": 50,
@@ -208,6 +211,26 @@ def test_scaled_rope_is_llama(scaling: str, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     again = PaTHForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(again(ids()).logits, ours(ids()).logits)
+
+
+def test_recompute_is_told_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    def watched(*inputs: Tensor, recompute: bool, **options: object) -> Tensor:
+        told.append(recompute)
+        return path_attention(*inputs, recompute=recompute, **options)
+
+    monkeypatch.setattr(operator, "path_attention", watched)
+    m = model()
+    expected = m(ids(), use_cache=False).logits
+    m.set_recompute(False)
+    assert torch.equal(m(ids(), use_cache=False).logits, expected)
+    m.set_recompute(True)
+    parallel.prepare(m, Training(steps=1, batch_size=1, learning_rate=1.0, recompute_attention=False), None)
+    m(ids(), use_cache=False)
+    assert told == [True, True, False, False, False, False]
+    with pytest.raises(ValueError, match="recompute: got 'no'; wanted True or False"):
+        m.set_recompute("no")
 
 
 def test_a_mixer_for_each_layer(tmp_path: Path) -> None:
