@@ -26,7 +26,7 @@ from path_attention.ops.history.state import (
     folds,
     open_room,
 )
-from path_attention.ops.path_attention import path_attention, refuse_forward_mode
+from path_attention.ops.path_attention import needs_gradient, path_attention, refuse_forward_mode
 
 # Tokens that can be taken back at any time. Drafts of speculative decoding are 5 to 20 tokens long, and are recorded.
 # Every token more is kept as an open row, which costs twice the memory of a folded one.
@@ -216,11 +216,13 @@ class PathCache:
             raise _bad("q", f"{max(counts)} tokens behind {behind}", self._wanted_room)
         first = not any(length for _, length in before)
         inputs = (q, k, v, w, beta, g)
-        wants_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        wants_gradients = needs_gradient(*inputs)
         if not first and wants_gradients:
             raise _bad("q", "tensors that want gradients", "torch.no_grad(): a cache passes no gradients on")
         if first:
             refuse_forward_mode(*inputs)
+        if self.recorded is not None:
+            self.recorded += max(counts, default=0)  # before anything asks how many stay open
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             packed = None if cu_seqlens is None else counts
             if first:
@@ -281,8 +283,6 @@ class PathCache:
 
     def _reserve(self, tokens: Tokens, counts: list[int]) -> None:
         """Room for these tokens. Nothing that is there changes."""
-        if self.recorded is not None:
-            self.recorded += max(counts, default=0)
         if self._state is None:
             self._allocate(tokens, len(counts))
         state = self.state

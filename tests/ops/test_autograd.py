@@ -1,6 +1,7 @@
 """The operator as a PyTorch operator: registration, compilation, autocast, checkpointing, layouts, what is saved."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from path_attention import path_attention, path_attention_reference, path_attention_weights, unsupported_reason
+from path_attention.ops import autograd
 from path_attention.ops.autograd import path_attention_backward, path_attention_forward
 from tests.ops.inputs import (
     Inputs,
@@ -56,6 +59,40 @@ def test_without_kernels_nothing_is_kept(variant: str) -> None:
     inputs, options = build(variant, torch.float64)
     kept = out_and_gradients(path_attention, inputs, **options, recompute=False)
     assert_same(kept, out_and_gradients(path_attention, inputs, **options), tolerance=0.0)
+
+
+def test_no_gradient_of_what_is_kept_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be zeros, as many bytes as are kept."""
+    monkeypatch.setattr(autograd, "_room_to_keep", lambda *_: torch.zeros(1_000_003, dtype=torch.uint8))
+    out = path_attention(**make_inputs(SHAPE), recompute=False)
+
+    class Sizes(TorchDispatchMode):
+        found: set[int] = set()  # noqa: RUF012 (one mode)
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            self.found |= {x.numel() for x in (result,) if isinstance(x, Tensor)}
+            return result
+
+    with Sizes() as sizes:
+        out.sum().backward()
+    assert out.numel() in sizes.found  # it sees what is made
+    assert 1_000_003 not in sizes.found
+
+
+def test_an_output_without_a_gradient_gives_none() -> None:
+    class Ignored(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, d: Tensor) -> None:
+            return None
+
+    inputs = make_inputs(SHAPE)
+    Ignored.apply(path_attention(**inputs)).backward()
+    assert all(x.grad is None for x in inputs.values())
 
 
 @variants

@@ -86,8 +86,10 @@ def _room_to_keep(
     size = 0
     if keep and q.numel() > 0:
         chosen = choose(backend, q, v, w, g, cu_seqlens, is_backward=False)
-        # Where gradients are to be equal bit by bit another backend makes them, which has no use for this one's rows.
-        if chosen != "torch" and not (chosen in UNORDERED and torch.are_deterministic_algorithms_enabled()):
+        # Where gradients are to be equal bit by bit, and the choice is ours, another backend makes them, which has no
+        # use for this one's rows.
+        is_other = backend == AUTO and chosen in UNORDERED and torch.are_deterministic_algorithms_enabled()
+        if chosen != "torch" and not is_other:
             from path_attention.ops.engines import cuda  # triton is not needed on other devices
 
             size = cuda.kept_bytes(chosen, q, k, v, w, g, cu_seqlens)
@@ -235,13 +237,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, log_sum_exp, kept = output
     ctx.save_for_backward(q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens, kept)
     ctx.mark_non_differentiable(log_sum_exp, kept)  # they are for the backward pass only
+    ctx.set_materialize_grads(False)  # or it would be handed zeros, as many bytes as are kept
 
 
 def _autograd_backward(
-    ctx: Any, d_out: Tensor, _d_log_sum_exp: Tensor | None, _d_kept: Tensor | None
+    ctx: Any, d_out: Tensor | None, _d_log_sum_exp: Tensor | None, _d_kept: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *inputs, cu_seqlens, kept = ctx.saved_tensors
     g = inputs[5]
+    if d_out is None:  # whatever the output went into has no gradient of it
+        return (None,) * 10
     *gradients, d_g = path_attention_backward(d_out, *inputs, cu_seqlens, ctx.scale, ctx.backend, kept)
     return *gradients, None if g is None else d_g, None, None, None, None
 

@@ -152,3 +152,17 @@ def test_what_is_left_to_the_operator_and_the_fold(monkeypatch: pytest.MonkeyPat
         out = prefilled(cache, given, monkeypatch, "triton")
         assert out.requires_grad == (given is wants)
         torch.testing.assert_close(out, plain)
+
+
+def test_a_prompt_that_is_recorded_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it may be taken back, as of the caches that transformers records from the first token on."""
+    inputs = inputs_of(Shape(100, heads=1, query_heads=1, dim=16, value_dim=16), dtype=torch.float16)
+    cache = PathCache()
+    cache.record()
+    prefilled(cache, part(inputs, 0, 70), monkeypatch, "triton")
+    assert cache.state.facts() == [(0, 70)]
+    cache.attend(**part(inputs, 70, 75))
+    cache.crop(40)
+    out = cache.attend(**part(inputs, 35, 45))
+    exact = path_attention_reference(**{name: x[:, :45].double() for name, x in inputs.items()})
+    assert relative_error(out, exact[:, 35:]) <= 2e-3

@@ -234,7 +234,7 @@ def kept_bytes(
     sizes = Sizes(dim + -dim % COLUMNS, q.dtype if siblings_by == "sdpa" else torch.float16, gated=g is not None)
     packed = None if cu_seqlens is None else packed_leaf_bounds(int(cu_seqlens.numel()) - 1, length)
     return sum(
-        sizes.bytes(packed or batch_leaf_table(sequences, length), group * part_heads, part_heads)
+        sizes.nbytes(packed or batch_leaf_table(sequences, length), group * part_heads, part_heads)
         for sequences in of.sequences
         for part_heads in of.heads
     )

@@ -12,11 +12,11 @@ from torch import Tensor
 from path_attention.ops.kernels.leaf_table import LeafTable
 from path_attention.ops.kernels.linear import Form, Leaves, Levels, factor_forms, level_forms, node_form
 
-# Bytes at a multiple of which every tensor begins: a sector line of the L2 cache, and more than descriptors ask for.
+# Bytes at a multiple of which every tensor begins: a line of the L2 cache, and more than descriptors ask for.
 ALIGNMENT = 128
 
 
-def _bytes(form: Form) -> int:
+def _nbytes(form: Form) -> int:
     used = math.prod(form.shape) * form.dtype.itemsize
     return used + -used % ALIGNMENT
 
@@ -25,14 +25,15 @@ def _bytes(form: Form) -> int:
 class Buffer:
     """Tensors one behind the other."""
 
-    bytes: Tensor
+    data: Tensor
     used: int = field(default=0, init=False)
 
     def take(self, form: Form) -> Tensor:
-        start, self.used = self.used, self.used + _bytes(form)
-        assert self.used <= self.bytes.numel(), "more is kept than there is room for"
+        start, self.used = self.used, self.used + _nbytes(form)
+        if self.used > self.data.numel():
+            raise RuntimeError(f"more is kept, {self.used} bytes, than there is room for, {self.data.numel()}")
         number = math.prod(form.shape) * form.dtype.itemsize
-        return self.bytes[start : start + number].view(form.dtype).view(form.shape)
+        return self.data[start : start + number].view(form.dtype).view(form.shape)
 
 
 class Sizes(NamedTuple):
@@ -42,8 +43,8 @@ class Sizes(NamedTuple):
     row_dtype: torch.dtype
     gated: bool
 
-    def bytes(self, table: LeafTable, query_heads: int, heads: int) -> int:
-        return sum(map(_bytes, self._forms(table, query_heads, heads)))
+    def nbytes(self, table: LeafTable, query_heads: int, heads: int) -> int:
+        return sum(map(_nbytes, self._forms(table, query_heads, heads)))
 
     def take(self, buffer: Buffer, table: LeafTable, query_heads: int, heads: int) -> tuple[Levels, Leaves]:
         nodes, inverse, y, u, *levels = (buffer.take(form) for form in self._forms(table, query_heads, heads))
