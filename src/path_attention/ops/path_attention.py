@@ -66,8 +66,8 @@ def path_attention(
         are cast to the autocast dtype, w, beta and g are left as they are.
 
     Raises:
-        ValueError: naming the argument, what was given and what is wanted, before anything is computed. Of a backend that
-            cannot serve a compiled call torch.compile makes an error of its own, with the same text.
+        ValueError: naming the argument, what was given and what is wanted, before anything is computed. Of a backend
+            that cannot serve a compiled call torch.compile makes an error of its own, with the same text.
         NotImplementedError: an input has a forward-mode tangent.
     """
     arguments = validate_arguments(q, k, v, w, beta, g, scale=scale, cu_seqlens=cu_seqlens)
