@@ -80,12 +80,21 @@ def _warn_of_slow_engine(reason: str) -> None:
 
 
 def _room_to_keep(
-    keep: bool, backend: str, q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+    keep: bool,
+    chosen: Backend,
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Bytes for what a forward pass keeps, of the size that it takes; none where it keeps nothing."""
+    """Bytes for what a forward pass by the ``chosen`` backend keeps, of the size that it takes; none where it keeps
+    nothing.
+    """
     size = 0
     if keep and q.numel() > 0:
-        chosen = choose(backend, q, v, w, g, cu_seqlens, is_backward=False)
         # Where gradients are to be equal bit by bit, and the choice is ours, another backend makes them, which has no
         # use for this one's rows.
         is_other = backend == AUTO and chosen in UNORDERED and torch.are_deterministic_algorithms_enabled()
@@ -120,11 +129,11 @@ def path_attention_forward(
         # Here, where values are known also under torch.compile. Of those on a GPU the kernels that read them there take
         # care: the host does not wait.
         sequence_bounds(cu_seqlens, q.shape[1])
-    kept = _room_to_keep(keep, backend, q, k, v, w, g, cu_seqlens)
     if q.numel() == 0:
-        return *_new_results(q, v), kept
+        return *_new_results(q, v), q.new_empty(0, dtype=torch.uint8)
     scale = _scale(scale, q)
     chosen = _serve(backend, q, v, w, g, cu_seqlens, is_backward=False)
+    kept = _room_to_keep(keep, chosen, backend, q, k, v, w, g, cu_seqlens)
     if chosen != "torch":
         from path_attention.ops.engines import cuda
 
@@ -156,7 +165,8 @@ def _(
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     refuse_unserved(backend, q, v, w, g, cu_seqlens)  # what torch.compile does not look into when it is called
-    return *_new_results(q, v), _room_to_keep(keep, backend, q, k, v, w, g, cu_seqlens)
+    chosen = choose(backend, q, v, w, g, cu_seqlens, is_backward=False) if keep else "torch"
+    return *_new_results(q, v), _room_to_keep(keep, chosen, backend, q, k, v, w, g, cu_seqlens)
 
 
 @torch.library.custom_op("path_attention::backward", mutates_args=())
@@ -186,10 +196,11 @@ def path_attention_backward(
     if chosen != "torch":
         from path_attention.ops.engines import cuda
 
-        if kept is not None and kept.numel() == 0:
+        # Of another backend, if deterministic algorithms have been asked for since the forward pass.
+        if kept is not None and not (
+            kept.numel() and chosen == choose(backend, q, v, w, g, cu_seqlens, is_backward=False)
+        ):
             kept = None
-        elif kept is not None and chosen != choose(backend, q, v, w, g, cu_seqlens, is_backward=False):
-            kept = None  # another backend's: since the forward pass deterministic algorithms have been asked for
         of_cuda = cuda.backward(chosen, d_out, q, k, v, w, beta, g, out, log_sum_exp, cu_seqlens, scale, kept)
         return *of_cuda[:5], empty if of_cuda[5] is None else of_cuda[5]
     problem = _problem(q, k, v, w, beta, g, cu_seqlens, scale)

@@ -38,11 +38,19 @@ def reason_against(
     return cuda.unsupported_reason(backend, q, v, w, g, cu_seqlens)
 
 
+def named(backend: object) -> Backend | None:
+    """The backend of that name, if there is one."""
+    for name in BACKENDS:
+        if isinstance(backend, str) and backend == name:
+            return name
+    return None
+
+
 def refuse_unserved(backend: str, q: Tensor, v: Tensor, w: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Raises ValueError if a backend is named that cannot serve the call; w is (B, L, R, H, D)."""
-    for name in BACKENDS:
-        if backend == name and (reason := reason_against(name, q, v, w, g, cu_seqlens)) is not None:
-            raise ValueError(f"backend: got {name!r}, which cannot serve this call: {reason}")
+    name = named(backend)
+    if name is not None and (reason := reason_against(name, q, v, w, g, cu_seqlens)) is not None:
+        raise ValueError(f"backend: got {name!r}, which cannot serve this call: {reason}")
 
 
 def choose(
@@ -63,11 +71,10 @@ def choose(
         RuntimeError: where such are asked for, a backend named that has none, and not just a warning wanted.
     """
     deterministic = is_backward and torch.are_deterministic_algorithms_enabled()
-    for name in BACKENDS:
-        if backend == name:
-            if deterministic and name in UNORDERED:
-                _refuse_unordered(name)
-            return name
+    if (name := named(backend)) is not None:
+        if deterministic and name in UNORDERED:
+            _refuse_unordered(name)
+        return name
     if reason_against("triton", q, v, w, g, cu_seqlens) is not None:
         return "torch"
     if deterministic:

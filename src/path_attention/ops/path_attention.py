@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from path_attention.checks import bad, check_flag
 from path_attention.ops.arguments import check_values, validate_arguments
 from path_attention.ops.autograd import path_attention_forward
-from path_attention.ops.backends import AUTO, BACKENDS, Backend, reason_against, refuse_unserved
+from path_attention.ops.backends import AUTO, BACKENDS, Backend, named, reason_against, refuse_unserved
 
 
 def path_attention(
@@ -120,9 +120,8 @@ def check_backend(
 
 
 def _backend(backend: object, wanted: str) -> Backend:
-    for name in BACKENDS:
-        if isinstance(backend, str) and backend == name:
-            return name
+    if (name := named(backend)) is not None:
+        return name
     raise bad("backend", repr(backend), wanted.format(", ".join(BACKENDS)))
 
 

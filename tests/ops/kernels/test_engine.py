@@ -18,12 +18,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from path_attention.ops.engines import cuda
 
 # One leaf (no levels), one to three levels, grouped queries, a batch: (batch, length, query heads, key heads, dim).
-WHOLE_TREES = [(2, 64, 1, 1, 16), (2, 128, 1, 1, 16), (1, 256, 2, 2, 16), (1, 512, 2, 1, 16)]
+WHOLE_TREES = [(2, 64, 1, 1, 16), (2, 128, 1, 1, 16), (2, 256, 2, 2, 16), (1, 512, 4, 2, 16)]
 # What only the fused kernel takes.
 REST = {
     "odd lengths": {"shape": (2, 333, 2, 1, 16)},
     "one token": {"shape": (2, 1, 2, 2, 16), "gate": True},
-    "gates": {"shape": (1, 300, 4, 2, 16), "gate": True},
+    "gates": {"shape": (2, 300, 4, 2, 16), "gate": True},
     "padded columns": {"shape": (1, 200, 1, 1, 18), "value_dim": 23, "gate": True},
     "packed": {"shape": (1, 470, 2, 2, 16), "ends": [0, 0, 65, 66, 300, 300, 470, 470], "gate": True},
     "packed, one sequence": {"shape": (1, 130, 1, 1, 16), "ends": [0, 130]},

@@ -208,9 +208,16 @@ def _slices(lengths: Sequence[int]) -> Iterator[slice]:
         start += length
 
 
-def _row_dtype(siblings_by: Siblings, inputs: Inputs) -> torch.dtype:
-    """Of the rows at the levels' edges: our kernels take them in float16 beside bfloat16 values, torch's want one."""
-    return inputs.q.dtype if siblings_by == "sdpa" else inputs.row_dtype
+def _row_dtype(siblings_by: Siblings, dtype: torch.dtype) -> torch.dtype:
+    """Of the rows at the levels' edges, for inputs in ``dtype``: our kernels take them in float16 beside bfloat16
+    values, torch's want one.
+    """
+    return dtype if siblings_by == "sdpa" or dtype == torch.float32 else torch.float16
+
+
+def _missing(dim: int) -> int:
+    """Columns to the next multiple of COLUMNS."""
+    return -dim % COLUMNS
 
 
 def _kept_cut(q: Tensor, k: Tensor) -> Cut:
@@ -231,7 +238,7 @@ def kept_bytes(
         return 0
     length, heads, dim = map(int, k.shape[1:])
     group, of = int(q.shape[2]) // heads, _kept_cut(q, k)
-    sizes = Sizes(dim + -dim % COLUMNS, q.dtype if siblings_by == "sdpa" else torch.float16, gated=g is not None)
+    sizes = Sizes(dim + _missing(dim), _row_dtype(siblings_by, q.dtype), gated=g is not None)
     packed = None if cu_seqlens is None else packed_leaf_bounds(int(cu_seqlens.numel()) - 1, length)
     return sum(
         sizes.nbytes(packed or batch_leaf_table(sequences, length), group * part_heads, part_heads)
@@ -244,14 +251,14 @@ def _kept(
     buffer: Buffer, siblings_by: Siblings, inputs: Inputs, table: LeafTable
 ) -> tuple[linear.Levels, linear.Leaves]:
     """A part's share of the buffer: as the forward pass fills it, and the backward pass, part by part, finds it."""
-    sizes = Sizes(inputs.q.shape[2], _row_dtype(siblings_by, inputs), gated=inputs.g is not None)
+    sizes = Sizes(inputs.q.shape[2], _row_dtype(siblings_by, inputs.q.dtype), gated=inputs.g is not None)
     return sizes.take(buffer, table, inputs.query_heads, inputs.heads)
 
 
 def _rows(x: Tensor) -> Tensor:
     """(B, L, heads, ..., dim) -> (B * L, heads, ..., dim padded to a multiple of COLUMNS), contiguous and aligned."""
     x = x.flatten(0, 1)
-    if missing := -x.shape[-1] % COLUMNS:  # torch's pad by nothing would be a copy
+    if missing := _missing(x.shape[-1]):  # torch's pad by nothing would be a copy
         return torch.nn.functional.pad(x, (0, missing)).contiguous()
     x = x.contiguous()
     return x.clone() if x.data_ptr() % DESCRIPTOR_ALIGNMENT else x
@@ -280,7 +287,7 @@ def _place(result: Tensor, index: _Index, padded: bool, *, in_place: bool = Fals
     padded: the last dimension is made a multiple of COLUMNS. in_place: some heads are written where they belong.
     """
     place = result[index]
-    missing = -place.shape[-1] % COLUMNS if padded else 0
+    missing = _missing(place.shape[-1]) if padded else 0
     if not missing and (in_place or place.is_contiguous()):
         return _rows_in_place(place)
     rows = place.shape[0] * place.shape[1]
@@ -333,7 +340,7 @@ def forward(
         out = _place(result, part.queries, padded=True, in_place=in_place)
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
         to_keep = None if buffer is None else _kept(buffer, siblings_by, inputs, part.table)
-        row_dtype = _row_dtype(siblings_by, inputs)
+        row_dtype = _row_dtype(siblings_by, q.dtype)
         levels, spans = linear.forward(
             inputs, part.table, out, log_sum_exp, row_dtype, to_keep, with_spans=use_spans is not None
         )
@@ -424,7 +431,7 @@ def _part_backward(
     """
     delta, factor = delta_and_factor(out, d_out, inputs.v)
     if kept is None:
-        levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs))
+        levels, leaves = linear.recompute(inputs, table, _row_dtype(siblings_by, inputs.q.dtype))
     else:
         levels, leaves = _kept(kept, siblings_by, inputs, table)
     if siblings_by == "triton":

@@ -131,8 +131,8 @@ def edges(
     keys: list[Tensor] = []
     most = FORWARD_PART * cuda.PART_DIM**2 // max(cuda.PART_DIM, dim) ** 2
     for part in _parts(q, k, w, beta, length, scale, by_hopper, most):
-        rest = part.inputs.empty(2 * part.right.num_leaves, part.inputs.heads, dim, dim)
         leaves = linear.new_leaves(part.inputs, part.right, with_factors=False)
+        rest = torch.empty_like(leaves.nodes)
         q_leaf, k_leaf, _ = linear._leaves(part.inputs, part.right, None, None, leaves, rest)
         levels = _transport(part, leaves.nodes, q_leaf, k_leaf, only_top=True)
         queries.append(levels.query_rows.view(batch, length, part.inputs.heads, group, dim))

@@ -119,9 +119,7 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
     if cu_seqlens.device.type == "cpu":
         bound, longest = max(1, int(last[-1])), int(leaves.max())
     else:
-        # Every sequence may leave one leaf partly empty.
-        bounds = packed_leaf_bounds(sequences, length)
-        bound, longest = bounds.num_leaves, -(-length // LEAF)
+        bound, longest = _most_leaves(sequences, length)
     number = torch.arange(bound, device=cu_seqlens.device)
     sequence = torch.searchsorted(last, number, right=True).clamp_max(sequences - 1)
     first = (last - leaves)[sequence]
@@ -138,8 +136,13 @@ def packed_leaf_table(cu_seqlens: Tensor, length: int, device: torch.device) -> 
 
 def packed_leaf_bounds(sequences: int, length: int) -> LeafTable:
     """The sizes, without the columns, of the largest table of so many sequences in a row of ``length`` tokens."""
+    return _packed(None, *_most_leaves(sequences, length), sequences)
+
+
+def _most_leaves(sequences: int, length: int) -> tuple[int, int]:
+    """Of all sequences, each of which may leave one leaf partly empty, and of one."""
     longest = -(-length // LEAF)
-    return _packed(None, longest + sequences, longest, sequences)
+    return longest + sequences, longest
 
 
 def _packed(columns: Tensor | None, bound: int, longest: int, sequences: int) -> LeafTable:

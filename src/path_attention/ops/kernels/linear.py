@@ -92,11 +92,6 @@ class Inputs:
         wide = self.q.shape[2] > WHOLE_DIM
         return torch.float32 if self.q.dtype == torch.float32 or wide else torch.float16
 
-    @cached_property
-    def row_dtype(self) -> torch.dtype:
-        """Of the rows at the levels' edges, for our own attention between siblings."""
-        return torch.float32 if self.q.dtype == torch.float32 else torch.float16
-
     def options(self, *, wide: bool = False) -> dict[str, object]:
         """Compile-time arguments and launch options of the linear stages' kernels.
 
@@ -136,9 +131,6 @@ class Inputs:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.work_dtype, device=self.q.device)
-
-    def new(self, form: "Form") -> Tensor:
-        return torch.empty(form.shape, dtype=form.dtype, device=self.q.device)
 
 
 @dataclass(frozen=True)
@@ -260,9 +252,9 @@ def new_leaves(inputs: Inputs, table: LeafTable, *, with_factors: bool) -> Leave
     of_part = (table.num_leaves, inputs.heads, inputs.q.shape[2], inputs.work_dtype)
     factors = None
     if with_factors:
-        inverse, y, u = (inputs.new(form) for form in factor_forms(*of_part))
+        inverse, y, u = (inputs.empty(*form.shape) for form in factor_forms(*of_part))
         factors = inverse, y, u
-    return Leaves(inputs.new(node_form(*of_part)), factors)
+    return Leaves(inputs.empty(*node_form(*of_part).shape), factors)
 
 
 def _leaves(
@@ -420,7 +412,8 @@ def _levels(
     levels, key_table = 1 if only_top else table.num_levels, key_table or table
     if result is None:
         forms = level_forms(levels, table.query_slots, key_table.key_slots, query_heads, heads, dim, row_dtype)
-        result = Levels(*(inputs.new(form) for form in (forms if inputs.g is not None else forms[:2])))
+        used = forms if inputs.g is not None else forms[:2]
+        result = Levels(*(inputs.empty(*form.shape, dtype=form.dtype) for form in used))
     if levels == 0:
         return result
     shared = {
