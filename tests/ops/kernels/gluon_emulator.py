@@ -242,6 +242,8 @@ def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str | None 
 class Shared:
     """Shared memory, or a view of it."""
 
+    layout = None  # nothing is known of layouts
+
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.dtype = tensor.dtype

@@ -64,7 +64,7 @@ def logits(levels: linear.Levels, pair: Pair, group: int) -> tuple[Tensor, Tenso
 def attend(inputs: linear.Inputs, table: LeafTable) -> tuple[linear.Levels, Tensor, Tensor]:
     out = torch.full((*inputs.q.shape[:2], inputs.v.shape[2]), float("nan"))
     log_sum_exp = torch.full(inputs.q.shape[:2], float("nan"))
-    levels, _ = linear.forward(inputs, table, out, log_sum_exp, inputs.work_dtype)
+    levels = linear.forward(inputs, table, out, log_sum_exp, inputs.work_dtype).levels
     group = inputs.query_heads // inputs.heads
     for pair in pairs(table):
         scores, _, _ = logits(levels, pair, group)

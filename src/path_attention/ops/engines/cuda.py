@@ -341,15 +341,22 @@ def forward(
         log_sum_exp = _place(result_log_sum_exp, part.queries, padded=False)
         to_keep = None if buffer is None else _kept(buffer, siblings_by, inputs, part.table)
         row_dtype = _row_dtype(siblings_by, q.dtype)
-        levels, spans = linear.forward(
-            inputs, part.table, out, log_sum_exp, row_dtype, to_keep, with_spans=use_spans is not None
+        made = linear.forward(
+            inputs,
+            part.table,
+            out,
+            log_sum_exp,
+            row_dtype,
+            to_keep,
+            moves_queries=siblings_by in siblings.MOVES_QUERIES,
+            with_spans=use_spans is not None,
         )
-        attend(inputs, part.table, levels, out, log_sum_exp)
-        if use_spans is not None and spans is not None:
-            use_spans(part, inputs, spans)
+        attend(inputs, part.table, made, out, log_sum_exp)
+        if use_spans is not None and made.spans is not None:
+            use_spans(part, inputs, made.spans)
         _store(result, part.queries, out)
         _store(result_log_sum_exp, part.queries, log_sum_exp)
-        del inputs, out, log_sum_exp, levels, spans, to_keep  # before the next part asks for as much
+        del inputs, out, log_sum_exp, made, to_keep  # before the next part asks for as much
     return result, result_log_sum_exp
 
 

@@ -21,9 +21,10 @@ from path_attention.ops.kernels.merge_kernels import merge_kernel, sum_values_ke
 
 
 def triton_forward(
-    inputs: linear.Inputs, table: LeafTable, levels: linear.Levels, out: Tensor, log_sum_exp: Tensor
+    inputs: linear.Inputs, table: LeafTable, made: linear.Forward, out: Tensor, log_sum_exp: Tensor
 ) -> None:
     """Go on in place from the leaves' own attention, out (T, HQ, DV) and log_sum_exp (T, HQ), to the whole."""
+    levels = made.levels
     triton_dense.dense_forward(
         table, levels.query_rows, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key, out, log_sum_exp
     )
@@ -67,13 +68,15 @@ def triton_backward(
 
 
 def hopper_forward(
-    inputs: linear.Inputs, table: LeafTable, levels: linear.Levels, out: Tensor, log_sum_exp: Tensor
+    inputs: linear.Inputs, table: LeafTable, made: linear.Forward, out: Tensor, log_sum_exp: Tensor
 ) -> None:
-    """As :func:`triton_forward`, on Hopper GPUs, of query rows and gates times log2(e)."""
+    """As :func:`triton_forward`, on Hopper GPUs, of queries and gates times log2(e); queries are moved on the way."""
     from path_attention.ops.kernels.hopper import dense as hopper_dense  # only some versions of Triton have Gluon
 
+    levels = made.levels
+    assert made.queries is not None
     hopper_dense.dense_forward(
-        table, levels.query_rows, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key, out, log_sum_exp
+        table, *made.queries, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key, out, log_sum_exp
     )
 
 
@@ -150,10 +153,10 @@ def _levels(inputs: linear.Inputs, table: LeafTable, levels: linear.Levels) -> I
 
 
 def sdpa_forward(
-    inputs: linear.Inputs, table: LeafTable, levels: linear.Levels, out: Tensor, log_sum_exp: Tensor
+    inputs: linear.Inputs, table: LeafTable, made: linear.Forward, out: Tensor, log_sum_exp: Tensor
 ) -> None:
     """As :func:`triton_forward`, for whole binary trees: every sequence 64 * 2^n tokens long, no gates."""
-    parts = [torch_dense.select(x.q).forward(x.q, x.k, x.v) for x in _levels(inputs, table, levels)]
+    parts = [torch_dense.select(x.q).forward(x.q, x.k, x.v) for x in _levels(inputs, table, made.levels)]
     if not parts:
         return
     query_heads, value_dim = inputs.query_heads, inputs.v.shape[2]
@@ -222,5 +225,7 @@ def sdpa_backward(
 
 
 FORWARD = {"triton": triton_forward, "hopper": hopper_forward, "sdpa": sdpa_forward}
+# Those that move queries from level to level by themselves.
+MOVES_QUERIES = frozenset({"hopper"})
 # What query rows and gates are multiplied by, in both passes: those of our kernels for Hopper make logits in base 2.
 UNITS = {"triton": 1.0, "hopper": 1 / math.log(2), "sdpa": 1.0}

@@ -162,7 +162,8 @@ class _Rows:
 class Levels(_Rows):
     """Rows at the edges of every level."""
 
-    query_rows: Tensor  # (levels, query_slots, 64, HQ, D), times scale and unit
+    # (levels, query_slots, 64, HQ, D), times scale and unit; (0,) where the attention moves the leaves' own.
+    query_rows: Tensor
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
     gate_query: Tensor | None = None  # (HQ, levels, query_slots, 64) float32, both times unit
     gate_key: Tensor | None = None  # (HQ, levels, key_slots, 64) float32
@@ -208,12 +209,27 @@ def level_forms(
     )
 
 
+class LeafQueries(NamedTuple):
+    """Queries at their leaves' left edges and what moves them on to those of the spans around them."""
+
+    q_left: Tensor  # (N, 64, HQ, D), times scale and unit
+    nodes: Tensor  # (2 N, H, D, D)
+
+
 class Spans(NamedTuple):
     """Keys at their leaves' right edges and the matrices of all spans: what a fold begins with. In half precision."""
 
     k_right: Tensor  # (N, 64, H, D)
     nodes: Tensor  # (2 N, H, D, D), of spans that something lies to the right of
     node_rest: Tensor  # likewise: what rounding left of them
+
+
+class Forward(NamedTuple):
+    """What :func:`forward` returns."""
+
+    levels: Levels
+    queries: LeafQueries | None  # for an attention that moves them
+    spans: Spans | None  # if they are wanted
 
 
 def forward(
@@ -224,20 +240,26 @@ def forward(
     row_dtype: torch.dtype,
     kept: tuple[Levels, Leaves] | None = None,
     *,
+    moves_queries: bool = False,
     with_spans: bool = False,
-) -> tuple[Levels, Spans | None]:
+) -> Forward:
     """Run the forward linear stages; the leaves' own attention goes to out (T, HQ, DV) and log_sum_exp (T, HQ).
 
     Args:
         row_dtype: what the rows at the levels' edges are rounded to.
         kept: where what :func:`recompute` would return goes, which then need not be called. Leaves by kernels alone.
+        moves_queries: the attention does so by itself, and wants no rows of them but those that are kept.
         with_spans: of half-precision inputs the spans are wanted too.
     """
     levels, leaves = (None, new_leaves(inputs, table, with_factors=False)) if kept is None else kept
     node_rest = torch.empty_like(leaves.nodes) if with_spans else None
     q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, leaves, node_rest)
-    levels = _levels(inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype, result=levels)
-    return levels, None if node_rest is None else Spans(k_right, leaves.nodes, node_rest)
+    with_queries = kept is not None or not moves_queries
+    levels = _levels(
+        inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype, result=levels, with_queries=with_queries
+    )
+    queries = LeafQueries(q_left, leaves.nodes) if moves_queries else None
+    return Forward(levels, queries, None if node_rest is None else Spans(k_right, leaves.nodes, node_rest))
 
 
 def recompute(inputs: Inputs, table: LeafTable, row_dtype: torch.dtype) -> tuple[Levels, Leaves]:
@@ -403,16 +425,19 @@ def _levels(
     key_table: LeafTable | None = None,
     *,
     only_top: bool = False,
+    with_queries: bool = True,
     result: Levels | None = None,
 ) -> Levels:
     """Rows at every level's edges, or of the uppermost level alone; ``key_table``: where keys stand, for callers to
-    whom that is another place. ``result``: where they go.
+    whom that is another place. ``result``: where they go. Without queries their gates are made all the same.
     """
     heads, query_heads, dim = inputs.heads, inputs.query_heads, inputs.q.shape[2]
     levels, key_table = 1 if only_top else table.num_levels, key_table or table
     if result is None:
         forms = level_forms(levels, table.query_slots, key_table.key_slots, query_heads, heads, dim, row_dtype)
         used = forms if inputs.g is not None else forms[:2]
+        if not with_queries:
+            used = (Form((0,), row_dtype), *used[1:])
         result = Levels(*(inputs.empty(*form.shape, dtype=form.dtype) for form in used))
     if levels == 0:
         return result
@@ -426,16 +451,17 @@ def _levels(
         "UNIT": inputs.unit,
         **inputs.matrix_options(),
     }
-    launch_kernel(
-        query_transport_kernel,
-        (table.num_leaves * query_heads,),
-        p_q_left=q_left,
-        p_query_rows=result.query_rows,
-        p_gate_query=result.gate_query,
-        query_slots=table.query_slots,
-        **shared,
-        **table.arguments,
-    )
+    if with_queries or inputs.g is not None:
+        launch_kernel(
+            query_transport_kernel,
+            (table.num_leaves * query_heads,),
+            p_q_left=q_left if with_queries else None,
+            p_query_rows=result.query_rows if with_queries else None,
+            p_gate_query=result.gate_query,
+            query_slots=table.query_slots,
+            **shared,
+            **table.arguments,
+        )
     launch_kernel(
         key_transport_kernel,
         (key_table.num_leaves * heads,),

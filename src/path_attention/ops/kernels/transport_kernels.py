@@ -88,7 +88,7 @@ def _store_partial_in_pieces(
 
 @triton.jit(do_not_specialize=COUNTS)
 def query_transport_kernel(
-    p_q_left,  # (N, 64, HQ, D) WORK
+    p_q_left,  # (N, 64, HQ, D) WORK, or None: gates alone are wanted
     p_g,  # (T, HQ) or None
     p_node,
     p_gate_node,
@@ -97,7 +97,7 @@ def query_transport_kernel(
     table_length,
     table_queries,
     table_keys,
-    p_query_rows,  # out (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D)
+    p_query_rows,  # out (levels, query_slots, 64, HQ, D), of ONLY_TOP (query_slots, 64, HQ, D); None without p_q_left
     p_gate_query,  # out (HQ, levels, query_slots, 64) float32 or None: gates from the edge up to each query, times UNIT
     H,
     query_slots,
@@ -121,9 +121,11 @@ def query_transport_kernel(
     o = tl.arange(0, PAIR)
     m_pair = o < s_leaves * ROWS
     m_right = m_pair & (o >= ROWS)
-    p_query_rows += i_query_head * D
-    p_q_left += i_query_head * D
-    b_moved = load_where(p_q_left, i_leaf * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
+    HAS_ROWS: tl.constexpr = p_query_rows is not None
+    if HAS_ROWS:
+        p_query_rows += i_query_head * D
+        p_q_left += i_query_head * D
+        b_moved = load_where(p_q_left, i_leaf * ROWS, m_pair, HQ * D, D, BLOCK_D, PAIR).to(tl.float32)
     b_gate = tl.zeros((PAIR,), tl.float32)
     if p_g is not None:
         b_g = _gates_of_pair(p_g + i_query_head, i_row, s_tokens, HQ).to(tl.float32)
@@ -132,7 +134,7 @@ def query_transport_kernel(
         p_gate_node += i_query_head
     if s_leaves == 2:
         i_slot = (i_base + within(i_index + 1, 0) - 1) * ROWS
-        if not ONLY_TOP:
+        if HAS_ROWS and not ONLY_TOP:
             store_where(p_query_rows, b_moved, i_slot, m_right, HQ * D, D, BLOCK_D, PAIR)
         if p_gate_query is not None:
             tl.store(p_gate_query + i_slot + o, b_gate * UNIT, mask=m_right)
@@ -144,7 +146,7 @@ def query_transport_kernel(
                 )  # fmt: skip
                 b_moved = load_rows(p_q_left, i_leaf * ROWS, s_leaves * ROWS, HQ * D, D, BLOCK_D, PAIR)
                 b_moved = tl.where(m_right[:, None], b_product, b_moved)
-            else:
+            elif HAS_ROWS:
                 b_p = load_square(p_node, 2 * i_leaf * H + i_head, D, BLOCK_D)
                 b_moved = tl.where(m_right[:, None], dot(rounded(b_moved, WORK), b_p), b_moved)
             if p_gate_query is not None:
@@ -153,9 +155,8 @@ def query_transport_kernel(
         if ((i_index >> level) & 1) == 1:
             if not ONLY_TOP:
                 i_slot = (level * query_slots + i_base + within(i_index, level)) * ROWS
-                store_rows(
-                    p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR
-                )  # zeros for a leaf that is not there
+                if HAS_ROWS:  # zeros for a leaf that is not there
+                    store_rows(p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR)
             elif level == num_levels - 1:
                 i_slot = (i_base + within(i_index, level)) * ROWS
                 store_rows(p_query_rows, b_moved, i_slot, PAIR, HQ * D, D, BLOCK_D, PAIR)
@@ -169,7 +170,7 @@ def query_transport_kernel(
                         p_q_left, b_moved, i_leaf, s_leaves, HQ * D, p_node, i_node * H + i_head, False, D, BLOCK_D,
                         PIECE
                     )  # fmt: skip
-                else:
+                elif HAS_ROWS:
                     b_p = load_square(p_node, i_node * H + i_head, D, BLOCK_D)
                     b_moved = dot(rounded(b_moved, WORK), b_p)
                 if p_gate_query is not None:

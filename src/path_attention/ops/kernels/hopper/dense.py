@@ -93,15 +93,15 @@ def _number_descriptor(x: Tensor, tile: int) -> TensorDescriptor:
     return _descriptor(x.flatten(1)[:, None], 1, tile, swizzled=False)
 
 
-def _arguments(table: LeafTable, query_rows: Tensor, key_rows: Tensor) -> dict[str, object]:
+def _arguments(table: LeafTable, query_heads: int, key_rows: Tensor) -> dict[str, object]:
     """What all kernels between siblings take."""
-    dim = query_rows.shape[4]
+    heads, dim = key_rows.shape[3:]
     return {
         **table.arguments,
         "num_levels": table.num_levels,
         "query_slots": table.query_slots,
         "key_slots": table.key_slots,
-        "GROUP": query_rows.shape[3] // key_rows.shape[3],
+        "GROUP": query_heads // heads,
         "D": dim,
         "DV": dim,
     }
@@ -120,7 +120,8 @@ def _head_arguments(table: LeafTable, query_heads: int) -> dict[str, object]:
 
 def dense_forward(
     table: LeafTable,
-    query_rows: Tensor,
+    q_left: Tensor,
+    nodes: Tensor,
     key_rows: Tensor,
     values: Tensor,
     gate_query: Tensor | None,
@@ -128,16 +129,20 @@ def dense_forward(
     out: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """As :func:`path_attention.ops.kernels.dense.dense_forward`, of query rows and gates times log2(e)."""
+    """As :func:`path_attention.ops.kernels.dense.dense_forward`, but of queries as the leaves have them at their left
+    edges, q_left (N, 64, HQ, D) times log2(e), which the kernel moves by nodes (2 N, H, D, D); gates too are times
+    log2(e).
+    """
     if table.num_levels == 0:
         return
-    query_heads, heads, dim = query_rows.shape[3], key_rows.shape[3], query_rows.shape[4]
+    query_heads, heads, dim = q_left.shape[2], key_rows.shape[3], q_left.shape[3]
     options = _OPTIONS[dim]
     turns, groups = _turns(table, query_heads)
     launch_kernel(
         dense_forward_kernel,
         (min(turns * groups, multiprocessors(out.device, EMULATED)),),
-        t_query_rows=_descriptor(query_rows, LEAF, dim),
+        t_q_left=_descriptor(q_left, LEAF, dim),
+        t_nodes=_descriptor(nodes[..., None, :], dim, dim),
         t_key_rows=_descriptor(key_rows, PAIR, dim),
         t_values=_descriptor(values, PAIR, dim),
         t_gate_query=None if gate_query is None else _number_descriptor(gate_query, LEAF),
@@ -145,7 +150,7 @@ def dense_forward(
         p_out=out,
         p_log_sum_exp=log_sum_exp,
         p_next=torch.zeros(1, dtype=torch.int32, device=out.device),
-        **_arguments(table, query_rows, key_rows),
+        **_arguments(table, query_heads, key_rows),
         num_turns=turns,
         num_groups=groups,
         HQ=query_heads,
@@ -232,7 +237,7 @@ def dense_backward(
         p_d_key_rows=d_key_rows,
         p_d_values=d_values,
         p_gate=gate_rows,
-        **_arguments(table, query_rows, key_rows),
+        **_arguments(table, query_heads, key_rows),
         row_slots=table.row_slots,
         H=heads,
         token_heads=token_heads(values),
@@ -290,7 +295,7 @@ def _upper_levels_backward(
         p_d_key_rows=d_key_rows if is_float32 else None,
         p_gate_key=gate_key,
         p_gate=gate_rows,
-        **_arguments(table, query_rows, key_rows),
+        **_arguments(table, query_heads, key_rows),
         num_turns=turns,
         num_groups=groups,
         row_slots=table.row_slots,

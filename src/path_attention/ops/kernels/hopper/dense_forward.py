@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from path_attention.ops.kernels.hopper.gluon_names import async_load
+from path_attention.ops.kernels.hopper.gluon_names import async_load, reinterpret, thread_barrier
 from path_attention.ops.kernels.tiles import COUNTS
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -49,6 +49,12 @@ NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 def within(i_leaf, level):
     """``within`` of tiles.py."""
     return ((i_leaf >> (level + 1)) << level) | (i_leaf & ((1 << level) - 1))
+
+
+@gluon.jit
+def _node(i_first, level):
+    """``node`` of tiles.py."""
+    return 2 * i_first + (1 << level) - 1
 
 
 @gluon.jit
@@ -102,6 +108,16 @@ def _advance(i_stage, s_phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _beginning(s_phase):
+    """Where a partition is in the rings of keys, of values and of queries, each with the phase to be waited for, and
+    which buffer the gates of queries are in.
+    """
+    i_first = gl.to_tensor(0)
+    s_phase = gl.to_tensor(s_phase)
+    return (i_first, s_phase, i_first, s_phase, i_first, s_phase, i_first)
+
+
+@gluon.jit
 def _uniform(b_x):
     """The number b_x of all threads, int32, as one of the warp: what is computed from it needs no register a thread,
     and ptxas knows that all threads go the same way.
@@ -141,16 +157,14 @@ def _next_piece(s_piece, piece_full, piece_empty, s_phase):
 
 @gluon.jit
 def _produce(
-    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full, piece_empty, p_next, p_table, table_leaves,
-    table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels, query_slots, key_slots,
-    GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
+    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict,
+    s_piece, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full, piece_empty, p_next, p_table,
+    table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels,
+    query_slots, key_slots, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr
 ):  # fmt: skip
     """Tiles of one piece after another, and once more if a consumer asks for it."""
-    i_stage = gl.to_tensor(0)
-    s_phase = gl.to_tensor(1)
-    i_q = gl.to_tensor(0)
-    s_q_phase = gl.to_tensor(1)
+    at = _beginning(1)
     s_verdict_phase = gl.to_tensor(0)
     s_piece_phase = gl.to_tensor(1)
     s_pieces = num_turns * num_groups
@@ -160,60 +174,86 @@ def _produce(
         i_row, s_tokens, i_index, _, i_query_base, i_key_base = place_of_pair(
             i_turn, i_sequence, p_table, table_leaves, table_length, table_queries, table_keys
         )
+        i_leaf = _number_of_leaf(i_turn, i_sequence, i_index, p_table, table_leaves)
         has_right = gl.where(s_tokens > LEAF, 1, 0)
-        i_head = i_query_head // GROUP
         is_any = (s_tokens > 0) & (i_index + has_right > 0)  # else nothing lies to the left of it
         if is_any:
             _hand_on(s_piece, piece_full, piece_empty, s_piece_phase, s_tokens, i_row, i_index, i_query_head)
             s_piece_phase ^= 1
-            i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
-                t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
-                q_empty, k_full, k_empty, v_full, v_empty, i_stage, s_phase, i_q, s_q_phase, i_row, i_index, has_right,
-                i_query_base, i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D, DV, STAGES, GATED
+            at = _produce_tiles(
+                t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right, i_query_base,
+                i_key_base, i_query_head, HQ, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES, GATED
             )  # fmt: skip
         # Asked for while the consumers still have tiles.
         i_piece = gl.num_programs(0) + gl.atomic_add(p_next, 1, sem="relaxed")
         if is_any & (i_index > 0):
             mbarrier.wait(verdict, s_verdict_phase)
             if _verdict(s_verdict.index(s_verdict_phase)):
-                i_stage, s_phase, i_q, s_q_phase = _produce_tiles(
-                    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
-                    q_full, q_empty, k_full, k_empty, v_full, v_empty, i_stage, s_phase, i_q, s_q_phase, i_row, i_index,
-                    has_right, i_query_base, i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D,
-                    DV, STAGES, GATED
+                at = _produce_tiles(
+                    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q,
+                    s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right,
+                    i_query_base, i_key_base, i_query_head, HQ, num_levels, query_slots, key_slots, GROUP, D, DV,
+                    STAGES, GATED
                 )  # fmt: skip
             s_verdict_phase ^= 1
     _hand_on(s_piece, piece_full, piece_empty, s_piece_phase, 0, 0, 0, 0)
 
 
 @gluon.jit
+def _number_of_leaf(i_turn, i_sequence, i_index, p_table, table_leaves):
+    """Of the pair's first leaf, among those of all sequences."""
+    if p_table is None:
+        return i_sequence * table_leaves + i_index
+    else:
+        return i_turn
+
+
+@gluon.jit
 def _produce_tiles(
-    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty,
-    k_full, k_empty, v_full, v_empty, i_stage, s_phase, i_q, s_q_phase, i_row, i_index, has_right, i_query_base,
-    i_key_base, i_query_head, i_head, num_levels, query_slots, key_slots, D: gl.constexpr, DV: gl.constexpr,
+    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
+    q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right, i_query_base, i_key_base,
+    i_query_head, HQ, num_levels, query_slots, key_slots, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """Queries of every level that the pair has a left sibling at, level 1 first and level 0 last, and that sibling's
-    keys and values.
+    """The pair's queries as its leaves have them. Then, for every level that it has a left sibling at, level 1 first,
+    the matrix by which queries come to that level, in a stage of the keys, and that sibling's keys and values. Level 0
+    last.
     """
+    i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates = at
     GATES: gl.constexpr = PAIR * 4 if GATED else 0  # bytes that come with a tile
+    H = HQ // GROUP
+    i_head = i_query_head // GROUP
     i_query_column = i_query_head * D
     i_key_column = i_head * D
     i_value_column = i_head * DV
+    i_leaf_row = i_leaf * LEAF
+    if i_index > 0:
+        mbarrier.wait(q_empty.index(i_q), s_q_phase)
+        mbarrier.expect(q_full.index(i_q), PAIR * D * 2)
+        async_load(t_q_left, [i_leaf_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q))
+        # Without a right leaf any numbers: nobody's rows.
+        i_right_row = i_leaf_row + has_right * LEAF
+        async_load(t_q_left, [i_right_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
+        i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+    i_node = 2 * i_leaf  # first the left leaf's, by which the right one's queries move
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_first = ((i_index >> level) - 1) << level
-            i_query_row = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
-            mbarrier.wait(q_empty.index(i_q), s_q_phase)
-            mbarrier.expect(q_full.index(i_q), PAIR * D * 2 + GATES)
-            async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q))
-            async_load(t_query_rows, [i_query_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
+            mbarrier.wait(k_empty.index(i_stage), s_phase)
+            mbarrier.expect(k_full.index(i_stage), D * D * 2 + GATES)
+            s_matrix = _matrix_of(s_k.index(i_stage), D)
+            async_load(t_nodes, [(i_node * H + i_head) * D, 0], k_full.index(i_stage), s_matrix)
+            i_node = 2 * (i_leaf - i_index) + _node(i_first, level)
             if GATED:
-                async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(2 * i_q))
-                async_load(
-                    t_gate_query, [i_query_head, i_query_row + LEAF], q_full.index(i_q), s_gate_q.index(2 * i_q + 1)
-                )
-            i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+                i_query_row = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
+                for i_side in gl.static_range(2):
+                    async_load(
+                        t_gate_query, [i_query_head, i_query_row + i_side * LEAF], k_full.index(i_stage),
+                        s_gate_q.index(2 * i_gates + i_side)
+                    )  # fmt: skip
+            i_gates ^= 1
+            i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
             i_key_row = (level * key_slots + i_key_base + within(i_first, level)) * LEAF
             i_value_row = i_row - (i_index - i_first) * LEAF
             for i in range(1 << (level - 1)):
@@ -224,31 +264,51 @@ def _produce_tiles(
                     async_load(
                         t_gate_key, [i_query_head, i_key_row + i * PAIR], k_full.index(i_stage), s_gate_k.index(i_stage)
                     )
-                mbarrier.wait(v_empty.index(i_stage), s_phase)
-                mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
-                async_load(
-                    t_values, [i_value_row + i * PAIR, i_value_column], v_full.index(i_stage), s_v.index(i_stage)
-                )
+                mbarrier.wait(v_empty.index(i_v), s_v_phase)
+                mbarrier.expect(v_full.index(i_v), PAIR * DV * 2)
+                async_load(t_values, [i_value_row + i * PAIR, i_value_column], v_full.index(i_v), s_v.index(i_v))
                 i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+                i_v, s_v_phase = _advance(i_v, s_v_phase, STAGES)
     if has_right == 1:
         # Whole tiles, of which the first leaf's rows count.
         i_query_row = (i_query_base + i_index // 2) * LEAF
         i_key_row = (i_key_base + i_index // 2) * LEAF
         mbarrier.wait(q_empty.index(i_q), s_q_phase)
         mbarrier.expect(q_full.index(i_q), LEAF * D * 2 + GATES // 2)
-        async_load(t_query_rows, [i_query_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
+        async_load(t_q_left, [i_leaf_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
         mbarrier.wait(k_empty.index(i_stage), s_phase)
         mbarrier.expect(k_full.index(i_stage), PAIR * D * 2 + GATES)
         async_load(t_key_rows, [i_key_row, i_key_column], k_full.index(i_stage), s_k.index(i_stage))
         if GATED:
-            async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(2 * i_q + 1))
+            async_load(t_gate_query, [i_query_head, i_query_row], q_full.index(i_q), s_gate_q.index(2 * i_gates + 1))
             async_load(t_gate_key, [i_query_head, i_key_row], k_full.index(i_stage), s_gate_k.index(i_stage))
-        mbarrier.wait(v_empty.index(i_stage), s_phase)
-        mbarrier.expect(v_full.index(i_stage), PAIR * DV * 2)
-        async_load(t_values, [i_row, i_value_column], v_full.index(i_stage), s_v.index(i_stage))
+        mbarrier.wait(v_empty.index(i_v), s_v_phase)
+        mbarrier.expect(v_full.index(i_v), PAIR * DV * 2)
+        async_load(t_values, [i_row, i_value_column], v_full.index(i_v), s_v.index(i_v))
         i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+        i_gates ^= 1
         i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
-    return i_stage, s_phase, i_q, s_q_phase
+        i_v, s_v_phase = _advance(i_v, s_v_phase, STAGES)
+    return (i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates)
+
+
+@gluon.jit
+def _matrix_of(s_k, D: gl.constexpr):
+    """A matrix in the place of a tile of keys, whose columns are as many."""
+    return reinterpret(s_k, s_k.dtype, [D, D], s_k.layout)
+
+
+@gluon.jit
+def _move(s_q, s_matrix, D: gl.constexpr):
+    """A leaf's rows, in place, times a matrix: a warp's rows are its own."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    b_rows = s_q.load(gl.DotOperandLayout(0, L, 2))
+    for i in gl.static_range(D // 64):
+        b_zero = gl.full([LEAF, 64], 0.0, gl.float32, L)
+        b_moved = warpgroup_mma(b_rows, s_matrix.slice(i * 64, 64, 1), b_zero, use_acc=False)
+        s_q.slice(i * 64, 64, 1).store(b_moved.to(s_q.dtype))
+    fence_async_shared()
+    thread_barrier()
 
 
 @gluon.jit
@@ -322,15 +382,25 @@ def _addend(b_zero, b_max, b_bias, s_gate_k, S: gl.constexpr, BEGUN: gl.constexp
 
 
 @gluon.jit
+def _next_keys(k_full, k_empty, i_stage, s_phase, STAGES: gl.constexpr):
+    """Behind a matrix, in the place of keys: stage and phase of the first keys that queries were brought to by it."""
+    mbarrier.arrive(k_empty.index(i_stage), count=1)
+    i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
+    mbarrier.wait(k_full.index(i_stage), s_phase)
+    return i_stage, s_phase
+
+
+@gluon.jit
 def _attend_left_spans(
-    b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, i_side, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
+    b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, at,
+    s_turn, s_tiles, has_right, i_side, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
     """Leaf i_side goes on from its own output b_own, as it was loaded, over s_tiles > 0 tiles of keys from level 1 on;
     FIXED: beside b_max as it is, or BARE: beside nothing, a maximum of zero. Also returns the next stage, query buffer
     and turn, and their phases.
     """
+    i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates = at
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -343,11 +413,16 @@ def _attend_left_spans(
     if ONE_LEVEL:  # has all of them
         s_bits *= 0
     s_left = s_tiles - s_bits - 1  # tiles of this level after the current one
+    s_own_q = s_q.index(2 * i_q + i_side)
     mbarrier.wait(q_full.index(i_q), s_q_phase)
     mbarrier.wait(k_full.index(i_stage), s_phase)
-    b_bias = _bias(s_gate_q.index(2 * i_q + i_side), S, GATED)
+    if not ONE_LEVEL:
+        if has_right & (i_side == 1):
+            _move(s_own_q, _matrix_of(s_k.index(i_stage), DV), DV)
+        i_stage, s_phase = _next_keys(k_full, k_empty, i_stage, s_phase, STAGES)
+    b_bias = _bias(s_gate_q.index(2 * i_gates + i_side), S, GATED)
     b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, BEGUN)
-    b_s = warpgroup_mma(s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=BEGUN)
+    b_s = warpgroup_mma(s_own_q, s_k.index(i_stage).permute((1, 0)), b_first, use_acc=BEGUN)
     b_decay = b_sum
     if BARE:
         b_decay = gl.exp2(b_max)
@@ -363,10 +438,7 @@ def _attend_left_spans(
     if BARE or not FIXED:
         b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
     mbarrier.arrive(k_empty.index(i_stage), count=1)
-    mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
     b_weights = gl.convert_layout(_in_pairs(b_p, dtype), P)
-    i_v = i_stage
-    s_v_phase = s_phase
     i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
     mbarrier.wait(k_full.index(i_stage), s_phase, pred=s_tiles > 1)
     for i in range(1, s_tiles):
@@ -375,16 +447,16 @@ def _attend_left_spans(
             s_next = s_bits & (s_bits - 1)
             s_left = s_bits - s_next
             s_bits = s_next
-            i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
+            if not ONE_LEVEL:
+                _move(s_own_q, _matrix_of(s_k.index(i_stage), DV), DV)
+                i_stage, s_phase = _next_keys(k_full, k_empty, i_stage, s_phase, STAGES)
+                i_gates ^= 1
         s_left -= 1
-        mbarrier.wait(q_full.index(i_q), s_q_phase, pred=is_new)
-        b_bias = _bias(s_gate_q.index(2 * i_q + i_side), S, GATED)
+        b_bias = _bias(s_gate_q.index(2 * i_gates + i_side), S, GATED)
         b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, BEGUN)
         if TURNS:
             mbarrier.wait(turn.index(C), s_turn)
-        t_s = warpgroup_mma(
-            s_q.index(2 * i_q + i_side), s_k.index(i_stage).permute((1, 0)), b_first, use_acc=BEGUN, is_async=True
-        )
+        t_s = warpgroup_mma(s_own_q, s_k.index(i_stage).permute((1, 0)), b_first, use_acc=BEGUN, is_async=True)
         mbarrier.wait(v_full.index(i_v), s_v_phase)
         t_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o, is_async=True)
         if TURNS:
@@ -393,7 +465,6 @@ def _attend_left_spans(
         b_s = warpgroup_mma_wait(1, (t_s,))
         if FIXED:
             mbarrier.arrive(k_empty.index(i_stage), count=1)
-            mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
             b_p = gl.exp2(b_s if BARE or GATED else b_s - b_max[:, None])
             b_sum += gl.sum(b_p, 1)
         else:
@@ -401,30 +472,29 @@ def _attend_left_spans(
                 b_s, b_bias, s_gate_k.index(i_stage), b_max, b_sum, PAIR, S, UNIT, GATED
             )
             mbarrier.arrive(k_empty.index(i_stage), count=1)
-            mbarrier.arrive(q_empty.index(i_q), count=1, pred=s_left == 0)
-        i_v_done = i_v
-        i_v = i_stage
-        s_v_phase = s_phase
         i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
         mbarrier.wait(k_full.index(i_stage), s_phase, pred=i + 1 < s_tiles)
         b_o, _ = warpgroup_mma_wait(0, (t_o, b_weights))
-        mbarrier.arrive(v_empty.index(i_v_done), count=1)
+        mbarrier.arrive(v_empty.index(i_v), count=1)
+        i_v, s_v_phase = _advance(i_v, s_v_phase, STAGES)
         if not FIXED:
             b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
         b_weights = gl.convert_layout(_in_pairs(b_p, dtype), P)
+    mbarrier.arrive(q_empty.index(i_q), count=1)
     mbarrier.wait(v_full.index(i_v), s_v_phase)
     b_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o)
     mbarrier.arrive(v_empty.index(i_v), count=1)
+    i_v, s_v_phase = _advance(i_v, s_v_phase, STAGES)
     i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
-    return b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase, s_turn
+    return b_max, b_sum, b_o, (i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates ^ 1), s_turn
 
 
 @gluon.jit
 def _attend(
     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads, out_stride,
-    C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
-    ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
+    at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads, out_stride, C: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr,
+    FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
     """What leaf i_side of the pair has of itself in memory, joined with s_tiles tiles of keys. Nothing is written. Also
     returns whether numbers are too far out, as only those that are FIXED can be. The maximum is of base 2, but with
@@ -443,10 +513,9 @@ def _attend(
     b_sum = gl.full([LEAF], 1.0, gl.float32, gl.SliceLayout(1, S))
     s_too_far = gl.to_tensor(0)
     if s_tiles > 0:
-        b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend_left_spans(
+        b_max, b_sum, b_o, at, s_turn = _attend_left_spans(
             b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, s_tiles, i_side, C, DV, STAGES, TURNS, GATED, ONE_LEVEL,
-            FIXED, BARE
+            turn, at, s_turn, s_tiles, s_tokens > LEAF, i_side, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, FIXED, BARE
         )  # fmt: skip
         if FIXED:
             m_good = b_sum < LARGEST
@@ -455,31 +524,33 @@ def _attend(
             s_too_far = gl.max(gl.where(m_good, 0, 1), 0)  # or no number at all
     else:
         b_o = gl.convert_layout(b_own, O).to(gl.float32)
-    return b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn
+    return b_max, b_sum, b_o, s_too_far, at, s_turn
 
 
 @gluon.jit
 def _attend_lowest(
-    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, i_stage,
-    s_phase, i_q, s_q_phase, i_side, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
+    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_side,
+    DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """Level 0, if this is the right leaf. Also returns the next stage and query buffer, and their phases."""
+    """Level 0, if this is the right leaf. Also returns the next stage and buffers, and their phases."""
+    i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates = at
     # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
     mbarrier.wait(q_full.index(i_q), s_q_phase)
     mbarrier.wait(k_full.index(i_stage), s_phase)
     if i_side == 1:
         b_max, b_sum, b_o = _attend_left_leaf(
-            b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_stage),
-            s_gate_q.index(2 * i_q + 1), s_gate_k.index(i_stage), v_full.index(i_stage), s_phase, DV, GATED
+            b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_v),
+            s_gate_q.index(2 * i_gates + 1), s_gate_k.index(i_stage), v_full.index(i_v), s_v_phase, DV, GATED
         )  # fmt: skip
     else:
-        mbarrier.wait(v_full.index(i_stage), s_phase)
+        mbarrier.wait(v_full.index(i_v), s_v_phase)
     mbarrier.arrive(q_empty.index(i_q), count=1)
     mbarrier.arrive(k_empty.index(i_stage), count=1)
-    mbarrier.arrive(v_empty.index(i_stage), count=1)
+    mbarrier.arrive(v_empty.index(i_v), count=1)
     i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
     i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
-    return b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase
+    i_v, s_v_phase = _advance(i_v, s_v_phase, STAGES)
+    return b_max, b_sum, b_o, (i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates ^ 1)
 
 
 @gluon.jit
@@ -525,10 +596,10 @@ def attend_one_level(
     """Leaf C of the pair goes on from what is in memory over s_tiles tiles of keys; beside the maximum, for what is in
     memory need not be of its own leaf.
     """
-    b_max, b_sum, b_o, _far, _stage, _phase, _q, _q_phase, _turn = _attend(
+    b_max, b_sum, b_o, _far, _at, _turn = _attend(
         p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        turn, gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), i_row, s_tokens,
-        s_tiles, C, i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, True, False, False
+        turn, _beginning(0), gl.to_tensor(0), i_row, s_tokens, s_tiles, C, i_query_head, s_query_heads, out_stride, C,
+        DV, STAGES, TURNS, GATED, True, False, False
     )  # fmt: skip
     _store(
         b_max, b_sum, b_o, p_out, p_log_sum_exp, i_row, s_tokens, C, i_query_head, s_query_heads, out_stride, DV, True
@@ -545,10 +616,7 @@ def _consume(
     memory over all tiles and, if it is a right one, the left leaf. Once more beside the maximum, if either leaf's
     numbers were too far out. BARE: in the first pass beside nothing.
     """
-    i_stage = gl.to_tensor(0)
-    s_phase = gl.to_tensor(0)
-    i_q = gl.to_tensor(0)
-    s_q_phase = gl.to_tensor(0)
+    at = _beginning(0)
     s_turn = gl.to_tensor(0)
     s_verdict_phase = gl.to_tensor(0)
     s_piece_phase = gl.to_tensor(0)
@@ -556,10 +624,10 @@ def _consume(
     s_tokens, i_row, i_index, i_query_head = _next_piece(s_piece, piece_full, piece_empty, s_piece_phase)
     while s_tokens > 0:
         s_tiles = i_index // 2
-        b_max, b_sum, b_o, s_too_far, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
+        b_max, b_sum, b_o, s_too_far, at, s_turn = _attend(
             p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head,
-            s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, False, True, BARE
+            turn, at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads, out_stride, C, DV, STAGES,
+            TURNS, GATED, False, True, BARE
         )  # fmt: skip
         # Two pairs of them: the other consumer may still read those of the piece before.
         s_verdicts = s_verdict.index(s_verdict_phase)
@@ -567,23 +635,23 @@ def _consume(
             s_verdicts.slice(C, 1, 0).store(gl.full([1], s_too_far, gl.int32, ONE))
             mbarrier.arrive(verdict, count=1)
         if s_tokens > LEAF:
-            b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase = _attend_lowest(
+            b_max, b_sum, b_o, at = _attend_lowest(
                 b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                i_stage, s_phase, i_q, s_q_phase, i_side, DV, STAGES, GATED
+                at, i_side, DV, STAGES, GATED
             )  # fmt: skip
         if s_tiles > 0:
             mbarrier.wait(verdict, s_verdict_phase)
             s_verdict_phase ^= 1
             if _verdict(s_verdicts):
-                b_max, b_sum, b_o, _far, i_stage, s_phase, i_q, s_q_phase, s_turn = _attend(
+                b_max, b_sum, b_o, _far, at, s_turn = _attend(
                     p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, i_stage, s_phase, i_q, s_q_phase, s_turn, i_row, s_tokens, s_tiles, i_side,
-                    i_query_head, s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, False, False, False
+                    v_empty, turn, at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads,
+                    out_stride, C, DV, STAGES, TURNS, GATED, False, False, False
                 )  # fmt: skip
                 if s_tokens > LEAF:
-                    b_max, b_sum, b_o, i_stage, s_phase, i_q, s_q_phase = _attend_lowest(
+                    b_max, b_sum, b_o, at = _attend_lowest(
                         b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                        v_empty, i_stage, s_phase, i_q, s_q_phase, i_side, DV, STAGES, GATED
+                        v_empty, at, i_side, DV, STAGES, GATED
                     )  # fmt: skip
         _store(
             b_max, b_sum, b_o, p_out, p_log_sum_exp, i_row, s_tokens, i_side, i_query_head, s_query_heads, out_stride,
@@ -624,7 +692,8 @@ def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
 def dense_forward_kernel(
-    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf; times log2(e)
+    t_q_left,  # descriptor of (N * 64, HQ * D) in tiles of a leaf: queries at its left edge, times log2(e)
+    t_nodes,  # descriptor of (2 N * H * D, D) in tiles of D rows: the matrices that move them
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
     t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a leaf, times log2(e), or None
@@ -655,7 +724,7 @@ def dense_forward_kernel(
 ):
     """All levels of one pair of leaves and one query head, and then of another: whoever is done takes the next."""
     out_stride = token_heads * GROUP * DV
-    s_q = gl.allocate_shared_memory(t_query_rows.dtype, [4, LEAF, D], t_query_rows.layout)
+    s_q = gl.allocate_shared_memory(t_q_left.dtype, [4, LEAF, D], t_q_left.layout)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
     GATED: gl.constexpr = t_gate_key is not None
@@ -680,10 +749,11 @@ def dense_forward_kernel(
             (
                 _produce,
                 (
-                    t_query_rows, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
-                    s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full,
-                    piece_empty, p_next, p_table, table_leaves, table_length, table_queries, table_keys, num_turns,
-                    num_groups, HQ, s_section, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES, GATED
+                    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v,
+                    s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full,
+                    v_empty, verdict, piece_full, piece_empty, p_next, p_table, table_leaves, table_length,
+                    table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels, query_slots, key_slots,
+                    GROUP, D, DV, STAGES, GATED
                 ),
             ),
             (
