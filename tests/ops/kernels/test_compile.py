@@ -76,14 +76,16 @@ EDGE_SPILLS: dict[int, dict[str, int]] = {
         "transport_kernels.key_transport_kernel": 530,
     },
 }
-# Of leaves that write their factors beside their attention.
-KEPT_SPILLS: dict[int, dict[str, int]] = {64: {}, 128: {"leaf_kernels.leaf_forward_kernel": 560}}
+# Of what writes more than its attention: factors of leaves, moved queries.
+KEPT_SPILLS: dict[int, dict[str, int]] = {
+    64: {},
+    128: {"leaf_kernels.leaf_forward_kernel": 560, "hopper.dense_forward.dense_forward_kernel": 410},
+}
 # Of pairs of its pieces on Hopper.
 PAIR_SPILLS: dict[int, dict[str, int]] = {
     64: {},
     128: {
-        # float32 rows that wait under the first tile; with gates by Triton 3.9, for values have a ring of their own.
-        "hopper.pair_kernels.pair_forward_kernel": 203,
+        "hopper.pair_kernels.pair_forward_kernel": 53,  # float32 rows that wait under the first tile
     },
 }
 # On Hopper with gates: their sums take registers that the loops do not have.
@@ -131,6 +133,7 @@ LATER_SPILLS: dict[int, dict[str, int]] = {
     128: {
         "hopper.leaf.leaf_forward_kernel": 415,
         "hopper.leaf_group.leaf_backward_group_kernel": 1255,
+        "hopper.dense_forward.dense_forward_kernel": 190,
         "hopper.dense_backward.dense_backward_kernel": 1100,
         "hopper.pair_kernels.pair_backward_kernel": 572,
     },
@@ -279,7 +282,10 @@ def test_kernels_for_hopper(dim: int) -> None:
     assert {f"hopper.{x}_kernel" for x in ("dense_forward.dense_forward", "dense_backward.dense_backward")} <= names
     leaf_backward = "leaf.leaf_backward" if dim == 64 else "leaf_group.leaf_backward_group"
     assert {f"hopper.{x}_kernel" for x in ("leaf.leaf_forward", leaf_backward)} <= names
-    check(found, SPILLS[dim])
+    attention = [x for x in found if x["kernel"] == "hopper.dense_forward.dense_forward_kernel"]
+    assert len(attention) == 2
+    check([x for x in found if x is not attention[1]], SPILLS[dim])
+    check(attention[1:], SPILLS[dim] | KEPT_SPILLS[dim])
 
 
 @pytest.mark.skipif(VERSION in TRITON_VERSIONS, reason="the tests above have every kernel, and its spills")

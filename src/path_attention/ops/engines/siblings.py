@@ -75,8 +75,9 @@ def hopper_forward(
 
     levels = made.levels
     assert made.queries is not None
+    kept = levels.query_rows if levels.query_rows.numel() else None
     hopper_dense.dense_forward(
-        table, *made.queries, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key, out, log_sum_exp
+        table, *made.queries, levels.key_rows, inputs.v, levels.gate_query, levels.gate_key, out, log_sum_exp, kept
     )
 
 

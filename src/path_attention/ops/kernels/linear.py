@@ -248,16 +248,16 @@ def forward(
     Args:
         row_dtype: what the rows at the levels' edges are rounded to.
         kept: where what :func:`recompute` would return goes, which then need not be called. Leaves by kernels alone.
-        moves_queries: the attention does so by itself, and wants no rows of them but those that are kept.
+        moves_queries: the attention does so by itself, and writes rows of them where they are kept.
         with_spans: of half-precision inputs the spans are wanted too.
     """
     levels, leaves = (None, new_leaves(inputs, table, with_factors=False)) if kept is None else kept
     node_rest = torch.empty_like(leaves.nodes) if with_spans else None
     q_left, k_right, gate_nodes = _leaves(inputs, table, out, log_sum_exp, leaves, node_rest)
-    with_queries = kept is not None or not moves_queries
     levels = _levels(
-        inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype, result=levels, with_queries=with_queries
-    )
+        inputs, table, leaves.nodes, q_left, k_right, gate_nodes, row_dtype, result=levels,
+        with_queries=not moves_queries
+    )  # fmt: skip
     queries = LeafQueries(q_left, leaves.nodes) if moves_queries else None
     return Forward(levels, queries, None if node_rest is None else Spans(k_right, leaves.nodes, node_rest))
 

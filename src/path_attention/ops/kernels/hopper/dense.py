@@ -128,10 +128,11 @@ def dense_forward(
     gate_key: Tensor | None,
     out: Tensor,
     log_sum_exp: Tensor,
+    query_rows: Tensor | None = None,
 ) -> None:
     """As :func:`path_attention.ops.kernels.dense.dense_forward`, but of queries as the leaves have them at their left
-    edges, q_left (N, 64, HQ, D) times log2(e), which the kernel moves by nodes (2 N, H, D, D); gates too are times
-    log2(e).
+    edges, q_left (N, 64, HQ, D) times log2(e), which the kernel moves by nodes (2 N, H, D, D), and keeps in query_rows
+    if there is such a buffer; gates too are times log2(e).
     """
     if table.num_levels == 0:
         return
@@ -147,6 +148,7 @@ def dense_forward(
         t_values=_descriptor(values, PAIR, dim),
         t_gate_query=None if gate_query is None else _number_descriptor(gate_query, LEAF),
         t_gate_key=None if gate_key is None else _number_descriptor(gate_key, PAIR),
+        t_query_rows=None if query_rows is None else _descriptor(query_rows, LEAF, dim),
         p_out=out,
         p_log_sum_exp=log_sum_exp,
         p_next=torch.zeros(1, dtype=torch.int32, device=out.device),

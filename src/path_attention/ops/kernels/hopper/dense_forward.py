@@ -24,11 +24,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from path_attention.ops.kernels.hopper.gluon_names import async_load, reinterpret, thread_barrier
+from path_attention.ops.kernels.hopper.gluon_names import async_load, async_store, reinterpret, thread_barrier
 from path_attention.ops.kernels.tiles import COUNTS
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -157,11 +158,11 @@ def _next_piece(s_piece, piece_full, piece_empty, s_phase):
 
 @gluon.jit
 def _produce(
-    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict,
-    s_piece, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full, piece_empty, p_next, p_table,
-    table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels,
+    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place,
+    s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full, v_empty, verdict, piece_full, piece_empty, p_next,
+    p_table, table_leaves, table_length, table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels,
     query_slots, key_slots, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    GATED: gl.constexpr
+    GATED: gl.constexpr, KEEPS: gl.constexpr
 ):  # fmt: skip
     """Tiles of one piece after another, and once more if a consumer asks for it."""
     at = _beginning(1)
@@ -182,8 +183,9 @@ def _produce(
             s_piece_phase ^= 1
             at = _produce_tiles(
                 t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right, i_query_base,
-                i_key_base, i_query_head, HQ, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES, GATED
+                s_place, q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right,
+                i_query_base, i_key_base, i_query_head, HQ, num_levels, query_slots, key_slots, GROUP, D, DV, STAGES,
+                GATED, KEEPS
             )  # fmt: skip
         # Asked for while the consumers still have tiles.
         i_piece = gl.num_programs(0) + gl.atomic_add(p_next, 1, sem="relaxed")
@@ -192,9 +194,9 @@ def _produce(
             if _verdict(s_verdict.index(s_verdict_phase)):
                 at = _produce_tiles(
                     t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q,
-                    s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right,
-                    i_query_base, i_key_base, i_query_head, HQ, num_levels, query_slots, key_slots, GROUP, D, DV,
-                    STAGES, GATED
+                    s_gate_k, s_place, q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index,
+                    has_right, i_query_base, i_key_base, i_query_head, HQ, num_levels, query_slots, key_slots, GROUP, D,
+                    DV, STAGES, GATED, KEEPS
                 )  # fmt: skip
             s_verdict_phase ^= 1
     _hand_on(s_piece, piece_full, piece_empty, s_piece_phase, 0, 0, 0, 0)
@@ -211,10 +213,10 @@ def _number_of_leaf(i_turn, i_sequence, i_index, p_table, table_leaves):
 
 @gluon.jit
 def _produce_tiles(
-    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right, i_query_base, i_key_base,
+    t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_row, i_leaf, i_index, has_right, i_query_base, i_key_base,
     i_query_head, HQ, num_levels, query_slots, key_slots, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, GATED: gl.constexpr
+    STAGES: gl.constexpr, GATED: gl.constexpr, KEEPS: gl.constexpr
 ):  # fmt: skip
     """The pair's queries as its leaves have them. Then, for every level that it has a left sibling at, level 1 first,
     the matrix by which queries come to that level, in a stage of the keys, and that sibling's keys and values. Level 0
@@ -240,13 +242,15 @@ def _produce_tiles(
     for level in range(1, num_levels):
         if ((i_index >> level) & 1) == 1:
             i_first = ((i_index >> level) - 1) << level
+            i_query_row = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
             mbarrier.wait(k_empty.index(i_stage), s_phase)
+            if KEEPS:
+                s_place.index(i_gates).store(gl.full([1], i_query_row, gl.int32, ONE))
             mbarrier.expect(k_full.index(i_stage), D * D * 2 + GATES)
             s_matrix = _matrix_of(s_k.index(i_stage), D)
             async_load(t_nodes, [(i_node * H + i_head) * D, 0], k_full.index(i_stage), s_matrix)
             i_node = 2 * (i_leaf - i_index) + _node(i_first, level)
             if GATED:
-                i_query_row = (level * query_slots + i_query_base + within(i_index, level)) * LEAF
                 for i_side in gl.static_range(2):
                     async_load(
                         t_gate_query, [i_query_head, i_query_row + i_side * LEAF], k_full.index(i_stage),
@@ -274,6 +278,8 @@ def _produce_tiles(
         i_query_row = (i_query_base + i_index // 2) * LEAF
         i_key_row = (i_key_base + i_index // 2) * LEAF
         mbarrier.wait(q_empty.index(i_q), s_q_phase)
+        if KEEPS:
+            s_place.index(i_gates).store(gl.full([1], i_query_row, gl.int32, ONE))
         mbarrier.expect(q_full.index(i_q), LEAF * D * 2 + GATES // 2)
         async_load(t_q_left, [i_leaf_row + LEAF, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
         mbarrier.wait(k_empty.index(i_stage), s_phase)
@@ -391,10 +397,18 @@ def _next_keys(k_full, k_empty, i_stage, s_phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _keep(t_query_rows, s_q, s_place, i_gates, i_side, i_query_column):
+    """A leaf's queries as they are at a level to where they are kept; rows of a pair are one behind the other."""
+    i_row = _uniform(s_place.index(i_gates).load(ONE)) + i_side * LEAF
+    async_store(t_query_rows, [i_row, i_query_column], s_q)
+
+
+@gluon.jit
 def _attend_left_spans(
-    b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, at,
-    s_turn, s_tiles, has_right, i_side, C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
+    b_max, b_sum, b_own, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, turn, at, s_turn, s_tiles, has_right, i_side, i_query_head, C: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr,
+    BARE: gl.constexpr
 ):  # fmt: skip
     """Leaf i_side goes on from its own output b_own, as it was loaded, over s_tiles > 0 tiles of keys from level 1 on;
     FIXED: beside b_max as it is, or BARE: beside nothing, a maximum of zero. Also returns the next stage, query buffer
@@ -406,6 +420,7 @@ def _attend_left_spans(
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = s_v.dtype
     UNIT: gl.constexpr = LOG2_E if ONE_LEVEL else 1.0  # pair_kernels.py has natural logarithms
+    KEEPS: gl.constexpr = t_query_rows is not None
     BEGUN: gl.constexpr = FIXED and GATED  # products begin with what is beside their logits
     b_zero = gl.full([LEAF, PAIR], 0.0, gl.float32, S)
     # Bit b of the number of tiles is a level that has 2^b of them, lowest first.
@@ -419,6 +434,8 @@ def _attend_left_spans(
     if not ONE_LEVEL:
         if has_right & (i_side == 1):
             _move(s_own_q, _matrix_of(s_k.index(i_stage), DV), DV)
+        if KEEPS:
+            _keep(t_query_rows, s_own_q, s_place, i_gates, i_side, i_query_head * DV)
         i_stage, s_phase = _next_keys(k_full, k_empty, i_stage, s_phase, STAGES)
     b_bias = _bias(s_gate_q.index(2 * i_gates + i_side), S, GATED)
     b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, BEGUN)
@@ -448,9 +465,14 @@ def _attend_left_spans(
             s_left = s_bits - s_next
             s_bits = s_next
             if not ONE_LEVEL:
-                _move(s_own_q, _matrix_of(s_k.index(i_stage), DV), DV)
-                i_stage, s_phase = _next_keys(k_full, k_empty, i_stage, s_phase, STAGES)
                 i_gates ^= 1
+                if KEEPS:  # those of the level before have been read
+                    tma.store_wait(0)
+                    thread_barrier()
+                _move(s_own_q, _matrix_of(s_k.index(i_stage), DV), DV)
+                if KEEPS:
+                    _keep(t_query_rows, s_own_q, s_place, i_gates, i_side, i_query_head * DV)
+                i_stage, s_phase = _next_keys(k_full, k_empty, i_stage, s_phase, STAGES)
         s_left -= 1
         b_bias = _bias(s_gate_q.index(2 * i_gates + i_side), S, GATED)
         b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, BEGUN)
@@ -480,6 +502,8 @@ def _attend_left_spans(
         if not FIXED:
             b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, O))[:, None]
         b_weights = gl.convert_layout(_in_pairs(b_p, dtype), P)
+    if KEEPS:
+        tma.store_wait(0)
     mbarrier.arrive(q_empty.index(i_q), count=1)
     mbarrier.wait(v_full.index(i_v), s_v_phase)
     b_o = warpgroup_mma(b_weights, s_v.index(i_v), b_o)
@@ -491,10 +515,10 @@ def _attend_left_spans(
 
 @gluon.jit
 def _attend(
-    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-    at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads, out_stride, C: gl.constexpr,
-    DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, ONE_LEVEL: gl.constexpr,
-    FIXED: gl.constexpr, BARE: gl.constexpr
+    p_out, p_log_sum_exp, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, turn, at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads, out_stride,
+    C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
+    ONE_LEVEL: gl.constexpr, FIXED: gl.constexpr, BARE: gl.constexpr
 ):  # fmt: skip
     """What leaf i_side of the pair has of itself in memory, joined with s_tiles tiles of keys. Nothing is written. Also
     returns whether numbers are too far out, as only those that are FIXED can be. The maximum is of base 2, but with
@@ -514,8 +538,9 @@ def _attend(
     s_too_far = gl.to_tensor(0)
     if s_tiles > 0:
         b_max, b_sum, b_o, at, s_turn = _attend_left_spans(
-            b_max, b_sum, b_own, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, at, s_turn, s_tiles, s_tokens > LEAF, i_side, C, DV, STAGES, TURNS, GATED, ONE_LEVEL, FIXED, BARE
+            b_max, b_sum, b_own, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty, k_full,
+            k_empty, v_full, v_empty, turn, at, s_turn, s_tiles, s_tokens > LEAF, i_side, i_query_head, C, DV, STAGES,
+            TURNS, GATED, ONE_LEVEL, FIXED, BARE
         )  # fmt: skip
         if FIXED:
             m_good = b_sum < LARGEST
@@ -529,8 +554,8 @@ def _attend(
 
 @gluon.jit
 def _attend_lowest(
-    b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty, at, i_side,
-    DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
+    b_max, b_sum, b_o, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, at, i_side, i_query_head, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     """Level 0, if this is the right leaf. Also returns the next stage and buffers, and their phases."""
     i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates = at
@@ -538,12 +563,16 @@ def _attend_lowest(
     mbarrier.wait(q_full.index(i_q), s_q_phase)
     mbarrier.wait(k_full.index(i_stage), s_phase)
     if i_side == 1:
+        if t_query_rows is not None:
+            _keep(t_query_rows, s_q.index(2 * i_q + 1), s_place, i_gates, 0, i_query_head * DV)
         b_max, b_sum, b_o = _attend_left_leaf(
             b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_v),
             s_gate_q.index(2 * i_gates + 1), s_gate_k.index(i_stage), v_full.index(i_v), s_v_phase, DV, GATED
         )  # fmt: skip
     else:
         mbarrier.wait(v_full.index(i_v), s_v_phase)
+    if t_query_rows is not None:
+        tma.store_wait(0)
     mbarrier.arrive(q_empty.index(i_q), count=1)
     mbarrier.arrive(k_empty.index(i_stage), count=1)
     mbarrier.arrive(v_empty.index(i_v), count=1)
@@ -597,9 +626,9 @@ def attend_one_level(
     memory need not be of its own leaf.
     """
     b_max, b_sum, b_o, _far, _at, _turn = _attend(
-        p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        turn, _beginning(0), gl.to_tensor(0), i_row, s_tokens, s_tiles, C, i_query_head, s_query_heads, out_stride, C,
-        DV, STAGES, TURNS, GATED, True, False, False
+        p_out, p_log_sum_exp, None, s_q, s_k, s_v, s_gate_q, s_gate_k, s_q, q_full, q_empty, k_full, k_empty, v_full,
+        v_empty, turn, _beginning(0), gl.to_tensor(0), i_row, s_tokens, s_tiles, C, i_query_head, s_query_heads,
+        out_stride, C, DV, STAGES, TURNS, GATED, True, False, False
     )  # fmt: skip
     _store(
         b_max, b_sum, b_o, p_out, p_log_sum_exp, i_row, s_tokens, C, i_query_head, s_query_heads, out_stride, DV, True
@@ -608,9 +637,10 @@ def attend_one_level(
 
 @gluon.jit
 def _consume(
-    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, turn, verdict, piece_full, piece_empty, s_query_heads, out_stride, C: gl.constexpr,
-    DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr, BARE: gl.constexpr
+    p_out, p_log_sum_exp, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, s_verdict, s_piece, q_full, q_empty,
+    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, s_query_heads, out_stride,
+    C: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATED: gl.constexpr,
+    BARE: gl.constexpr
 ):  # fmt: skip
     """One leaf of each piece, the left and the right one in turn, for which there is more to do: go on from what is in
     memory over all tiles and, if it is a right one, the left leaf. Once more beside the maximum, if either leaf's
@@ -625,9 +655,9 @@ def _consume(
     while s_tokens > 0:
         s_tiles = i_index // 2
         b_max, b_sum, b_o, s_too_far, at, s_turn = _attend(
-            p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            turn, at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads, out_stride, C, DV, STAGES,
-            TURNS, GATED, False, True, BARE
+            p_out, p_log_sum_exp, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty, k_full,
+            k_empty, v_full, v_empty, turn, at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads,
+            out_stride, C, DV, STAGES, TURNS, GATED, False, True, BARE
         )  # fmt: skip
         # Two pairs of them: the other consumer may still read those of the piece before.
         s_verdicts = s_verdict.index(s_verdict_phase)
@@ -636,22 +666,22 @@ def _consume(
             mbarrier.arrive(verdict, count=1)
         if s_tokens > LEAF:
             b_max, b_sum, b_o, at = _attend_lowest(
-                b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                at, i_side, DV, STAGES, GATED
+                b_max, b_sum, b_o, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, at, i_side, i_query_head, DV, STAGES, GATED
             )  # fmt: skip
         if s_tiles > 0:
             mbarrier.wait(verdict, s_verdict_phase)
             s_verdict_phase ^= 1
             if _verdict(s_verdicts):
                 b_max, b_sum, b_o, _far, at, s_turn = _attend(
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                    v_empty, turn, at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head, s_query_heads,
-                    out_stride, C, DV, STAGES, TURNS, GATED, False, False, False
+                    p_out, p_log_sum_exp, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty,
+                    k_full, k_empty, v_full, v_empty, turn, at, s_turn, i_row, s_tokens, s_tiles, i_side, i_query_head,
+                    s_query_heads, out_stride, C, DV, STAGES, TURNS, GATED, False, False, False
                 )  # fmt: skip
                 if s_tokens > LEAF:
                     b_max, b_sum, b_o, at = _attend_lowest(
-                        b_max, b_sum, b_o, s_q, s_k, s_v, s_gate_q, s_gate_k, q_full, q_empty, k_full, k_empty, v_full,
-                        v_empty, at, i_side, DV, STAGES, GATED
+                        b_max, b_sum, b_o, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty,
+                        k_full, k_empty, v_full, v_empty, at, i_side, i_query_head, DV, STAGES, GATED
                     )  # fmt: skip
         _store(
             b_max, b_sum, b_o, p_out, p_log_sum_exp, i_row, s_tokens, i_side, i_query_head, s_query_heads, out_stride,
@@ -698,6 +728,7 @@ def dense_forward_kernel(
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
     t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a leaf, times log2(e), or None
     t_gate_key,  # descriptor of (HQ, levels * key_slots * 64), likewise in tiles of a pair
+    t_query_rows,  # descriptor of (levels * query_slots * 64, HQ * D) in tiles of a leaf: out, moved rows; or None
     p_out,  # (T, HQ, DV): in, attention within the leaf; out, the whole attention
     p_log_sum_exp,  # (T, HQ) float32, likewise
     p_next,  # (1,) int32, 0: the next piece of the work, less the number of programs
@@ -728,11 +759,13 @@ def dense_forward_kernel(
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
     s_v = gl.allocate_shared_memory(t_values.dtype, [STAGES, PAIR, DV], t_values.layout)
     GATED: gl.constexpr = t_gate_key is not None
+    KEEPS: gl.constexpr = t_query_rows is not None
     s_gate_q = s_q  # stand-ins that nobody reads: a partition takes no variable that is None
     s_gate_k = s_k
     if GATED:
         s_gate_q = gl.allocate_shared_memory(gl.float32, [4, 1, LEAF], t_gate_query.layout)
         s_gate_k = gl.allocate_shared_memory(gl.float32, [STAGES, 1, PAIR], t_gate_key.layout)
+    s_place = gl.allocate_shared_memory(gl.int32, [2, 1], NUMBERS)
     s_verdict = gl.allocate_shared_memory(gl.int32, [2, 2], NUMBERS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     s_piece = gl.allocate_shared_memory(gl.int32, [4], NUMBERS)
@@ -750,26 +783,26 @@ def dense_forward_kernel(
                 _produce,
                 (
                     t_q_left, t_nodes, t_key_rows, t_values, t_gate_query, t_gate_key, s_q, s_k, s_v,
-                    s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full,
+                    s_gate_q, s_gate_k, s_place, s_verdict, s_piece, q_full, q_empty, k_full, k_empty, v_full,
                     v_empty, verdict, piece_full, piece_empty, p_next, p_table, table_leaves, table_length,
                     table_queries, table_keys, num_turns, num_groups, HQ, s_section, num_levels, query_slots, key_slots,
-                    GROUP, D, DV, STAGES, GATED
+                    GROUP, D, DV, STAGES, GATED, KEEPS
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, HQ, out_stride, 0, DV,
-                    STAGES, TURNS, GATED, BARE
+                    p_out, p_log_sum_exp, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, s_verdict, s_piece,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, HQ,
+                    out_stride, 0, DV, STAGES, TURNS, GATED, BARE
                 ),
             ),
             (
                 _consume,
                 (
-                    p_out, p_log_sum_exp, s_q, s_k, s_v, s_gate_q, s_gate_k, s_verdict, s_piece, q_full, q_empty,
-                    k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, HQ, out_stride, 1, DV,
-                    STAGES, TURNS, GATED, BARE
+                    p_out, p_log_sum_exp, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, s_verdict, s_piece,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, verdict, piece_full, piece_empty, HQ,
+                    out_stride, 1, DV, STAGES, TURNS, GATED, BARE
                 ),
             ),
         ],
