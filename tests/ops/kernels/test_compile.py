@@ -45,7 +45,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "dense_kernels.lowest_level_backward_kernel": 55,
         "pair_kernels.pair_backward_keys_kernel": 62,
         "hopper.leaf_group.leaf_backward_group_kernel": 640,  # of one query head
-        # Before the loop over tiles and behind it: rows that are moved are two accumulators more of 64 columns.
+        # Beside the tiles: rows that are moved are two accumulators more of 64 columns.
         "hopper.dense_forward.dense_forward_kernel": 207,
         "hopper.dense_backward.dense_backward_kernel": 425,
     },

@@ -234,27 +234,42 @@ def test_a_part_of_the_heads_is_read_and_written_where_it_is(
 
 
 @pytest.mark.usefixtures("as_for_bfloat16")
-@pytest.mark.parametrize(("group", "dim"), [(1, 64), (2, 64), (1, 128)])
-def test_what_is_kept_is_what_would_be_computed_again(group: int, dim: int, hopper: dict[str, ModuleType]) -> None:
-    """The leaves' kernel writes it beside their attention."""
+@pytest.mark.parametrize(
+    ("group", "dim", "length", "ends", "gated"),
+    [
+        (1, 64, 200, None, True),
+        (2, 64, 200, None, True),
+        (1, 128, 200, None, True),
+        (1, 64, 330, None, False),  # an odd last leaf below two levels
+        (1, 64, 100, None, False),  # level 0 alone
+        (1, 64, 300, [0, 30, 300], True),
+        (1, 128, 270, [0, 270], False),
+    ],
+)
+def test_what_is_kept_is_what_would_be_computed_again(
+    group: int, dim: int, length: int, ends: list[int] | None, gated: bool, hopper: dict[str, ModuleType]
+) -> None:
+    """The leaves' kernel writes it beside their attention, and that between siblings the queries that it moves."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(1, 200, *size, generator=generator).half()
+        return torch.randn(1, length, *size, generator=generator).half()
 
     q, d_out, k, v = normal(group, dim), normal(group, dim), normal(1, dim), normal(1, dim)
     w = torch.nn.functional.normalize(normal(1, 1, dim).float(), dim=-1)
-    inputs, rest = (q, k, v, w, normal(1, 1).sigmoid(), -normal(group).abs()), (None, 0.125)
+    g = -normal(group).abs() if gated else None
+    cu_seqlens = None if ends is None else torch.tensor(ends)
+    inputs, rest = (q, k, v, w, normal(1, 1).sigmoid(), g), (cu_seqlens, 0.125)
     expected = cuda.forward("hopper", *inputs, *rest)
     expected_gradients = cuda.backward("hopper", d_out, *inputs, *expected, *rest)
     assert hopper["leaf"].leaf_forward_kernel.launches == 2
-    size = cuda.kept_bytes("hopper", q, k, v, w, inputs[5], None)
+    size = cuda.kept_bytes("hopper", q, k, v, w, g, cu_seqlens)
     kept = torch.full((size,), 255, dtype=torch.uint8)
     found = cuda.forward("hopper", *inputs, *rest, kept=kept)
     gradients = cuda.backward("hopper", d_out, *inputs, *found, *rest, kept)
     assert hopper["leaf"].leaf_forward_kernel.launches == 3
     for x, y in zip((*expected, *expected_gradients), (*found, *gradients), strict=True):
-        assert torch.equal(x, y)
+        assert (x is None and y is None) or torch.equal(x, y)
 
 
 @pytest.mark.parametrize("name", ["odd number of leaves", "128, grouped"])

@@ -49,8 +49,8 @@ COLUMNS = 16
 # Leaves times key heads of a part, for head dims up to PART_DIM: 0.9 GB of rows and matrices, and still enough programs
 # to fill the largest GPUs several times.
 PART, PART_DIM = 4096, 64
-# Times as many in the forward pass, whose buffers for a leaf are 0.6 times those of the backward pass, beside fewer
-# results: the peak of a training step stays where it is, and a prompt takes half the launches.
+# Times as many in the forward pass, whose buffers for a leaf are at most 0.6 times those of the backward pass, beside
+# fewer results: the peak of a training step stays where it is, and a prompt takes half the launches.
 FORWARD_PARTS = 2
 # Rows of one program of the delta kernel: 64 x 64 tiles keep loads wide and registers few.
 DELTA_ROWS = 64

@@ -1,4 +1,5 @@
-"""The dense attention between sibling spans, in three ways that share their operands: rows at the edges of all levels.
+"""The dense attention between sibling spans, in three ways that share their operands: rows at the edges of all levels;
+forward, ``hopper`` makes those of queries by itself.
 
 ``sdpa``: level by level in torch's fastest attention kernel, partial results joined by our merge kernels.
 ``triton``: one kernel of ours over all levels (kernels/dense.py), which takes gates, packed rows and any length.

@@ -1,7 +1,8 @@
 """Launchers of the linear-cost stages: what each allocates, and in which order they run.
 
 leaves -> tree -> query_transport and key_transport. What they write is all that the dense attention between
-siblings needs; docs/kernels.md lists the buffers with their sizes.
+siblings needs, or without query_transport one that moves the leaves' queries by itself; docs/kernels.md lists the
+buffers with their sizes.
 """
 
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ class _Rows:
 class Levels(_Rows):
     """Rows at the edges of every level."""
 
-    # (levels, query_slots, 64, HQ, D), times scale and unit; (0,) where the attention moves the leaves' own.
+    # (levels, query_slots, 64, HQ, D), times scale and unit; (0,) where the attention moves the leaves' own and none are
+    # kept.
     query_rows: Tensor
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
     gate_query: Tensor | None = None  # (HQ, levels, query_slots, 64) float32, both times unit

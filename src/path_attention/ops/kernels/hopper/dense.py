@@ -1,4 +1,6 @@
-"""Launchers of the attention between sibling spans on Hopper; operands are those of kernels/dense.py."""
+"""Launchers of the attention between sibling spans on Hopper; operands are those of kernels/dense.py, but for the
+queries of the forward pass.
+"""
 
 from dataclasses import dataclass
 from functools import cache

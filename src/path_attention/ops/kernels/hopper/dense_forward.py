@@ -1,10 +1,11 @@
 """Attention between sibling spans on Hopper, forward: all levels in one warp-specialised kernel.
 
 A piece of the work is one pair of leaves, 128 rows, and one query head; a program, one on each multiprocessor, takes
-one after another. A producer warp group has the copy engine (TMA) fetch the pair's queries at each level and tiles of
-128 keys and values; two consumer warp groups, a leaf of 64 rows each, compute. From level 1 on both leaves have the
-same left siblings, complete ones, so no tile needs a mask. Level 0, where the right leaf of the pair meets the left
-one, is a step of its own for the right leaf's group, behind the others.
+one after another. A producer warp group has the copy engine (TMA) fetch the pair's queries, and for each level the
+matrix that brings them there and tiles of 128 keys and values; two consumer warp groups, a leaf of 64 rows each, move
+their queries from level to level and compute. From level 1 on both leaves have the same left siblings, complete ones,
+so no tile needs a mask. Level 0, where the right leaf of the pair meets the left one, is a step of its own for the
+right leaf's group, behind the others, with the queries as they came.
 
 A multiprocessor issues an instruction or feeds its matrix units, hardly both at a time (docs/hopper.md), so the loop
 has as few instructions a logit as may be. Query rows and gates are times log2(e): a weight is exp2 of a logit. Without
@@ -111,7 +112,7 @@ def _advance(i_stage, s_phase, STAGES: gl.constexpr):
 @gluon.jit
 def _beginning(s_phase):
     """Where a partition is in the rings of keys, of values and of queries, each with the phase to be waited for, and
-    which buffer the gates of queries are in.
+    which buffer has a level's gates of queries and the place where its queries are kept.
     """
     i_first = gl.to_tensor(0)
     s_phase = gl.to_tensor(s_phase)
@@ -234,7 +235,7 @@ def _produce_tiles(
         mbarrier.wait(q_empty.index(i_q), s_q_phase)
         mbarrier.expect(q_full.index(i_q), PAIR * D * 2)
         async_load(t_q_left, [i_leaf_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q))
-        # Without a right leaf any numbers: nobody's rows.
+        # Without a right leaf those of the left one: nobody reads what becomes of them.
         i_right_row = i_leaf_row + has_right * LEAF
         async_load(t_q_left, [i_right_row, i_query_column], q_full.index(i_q), s_q.index(2 * i_q + 1))
         i_q, s_q_phase = _advance(i_q, s_q_phase, 2)
@@ -247,7 +248,7 @@ def _produce_tiles(
             if KEEPS:
                 s_place.index(i_gates).store(gl.full([1], i_query_row, gl.int32, ONE))
             mbarrier.expect(k_full.index(i_stage), D * D * 2 + GATES)
-            s_matrix = _matrix_of(s_k.index(i_stage), D)
+            s_matrix = _matrix_of(s_k.index(i_stage))
             async_load(t_nodes, [(i_node * H + i_head) * D, 0], k_full.index(i_stage), s_matrix)
             i_node = 2 * (i_leaf - i_index) + _node(i_first, level)
             if GATED:
@@ -299,14 +300,16 @@ def _produce_tiles(
 
 
 @gluon.jit
-def _matrix_of(s_k, D: gl.constexpr):
+def _matrix_of(s_k):
     """A matrix in the place of a tile of keys, whose columns are as many."""
+    D: gl.constexpr = s_k.shape[1]
     return reinterpret(s_k, s_k.dtype, [D, D], s_k.layout)
 
 
 @gluon.jit
-def _move(s_q, s_matrix, D: gl.constexpr):
-    """A leaf's rows, in place, times a matrix: a warp's rows are its own."""
+def _move(s_q, s_matrix):
+    """A leaf's rows, in place, times the matrix P of a span: a warp's rows are its own."""
+    D: gl.constexpr = s_q.shape[1]
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     b_rows = s_q.load(gl.DotOperandLayout(0, L, 2))
     for i in gl.static_range(D // 64):
@@ -389,7 +392,7 @@ def _addend(b_zero, b_max, b_bias, s_gate_k, S: gl.constexpr, BEGUN: gl.constexp
 
 @gluon.jit
 def _next_keys(k_full, k_empty, i_stage, s_phase, STAGES: gl.constexpr):
-    """Behind a matrix, in the place of keys: stage and phase of the first keys that queries were brought to by it."""
+    """Gives back a matrix's stage and waits for the level's first keys; returns their stage and its phase."""
     mbarrier.arrive(k_empty.index(i_stage), count=1)
     i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
     mbarrier.wait(k_full.index(i_stage), s_phase)
@@ -397,10 +400,12 @@ def _next_keys(k_full, k_empty, i_stage, s_phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _keep(t_query_rows, s_q, s_place, i_gates, i_side, i_query_column):
-    """A leaf's queries as they are at a level to where they are kept; rows of a pair are one behind the other."""
+def _keep(t_query_rows, s_q, s_place, i_gates, i_side, i_query_head):
+    """A leaf's queries as they are at a level to where they are kept: rows of a pair are one behind the other, but at
+    level 0, whose slots right leaves have alone, i_side is 0 for these.
+    """
     i_row = _uniform(s_place.index(i_gates).load(ONE)) + i_side * LEAF
-    async_store(t_query_rows, [i_row, i_query_column], s_q)
+    async_store(t_query_rows, [i_row, i_query_head * s_q.shape[1]], s_q)
 
 
 @gluon.jit
@@ -433,9 +438,9 @@ def _attend_left_spans(
     mbarrier.wait(k_full.index(i_stage), s_phase)
     if not ONE_LEVEL:
         if has_right & (i_side == 1):
-            _move(s_own_q, _matrix_of(s_k.index(i_stage), DV), DV)
+            _move(s_own_q, _matrix_of(s_k.index(i_stage)))
         if KEEPS:
-            _keep(t_query_rows, s_own_q, s_place, i_gates, i_side, i_query_head * DV)
+            _keep(t_query_rows, s_own_q, s_place, i_gates, i_side, i_query_head)
         i_stage, s_phase = _next_keys(k_full, k_empty, i_stage, s_phase, STAGES)
     b_bias = _bias(s_gate_q.index(2 * i_gates + i_side), S, GATED)
     b_first = _addend(b_zero, b_max, b_bias, s_gate_k.index(i_stage), S, BEGUN)
@@ -469,9 +474,9 @@ def _attend_left_spans(
                 if KEEPS:  # those of the level before have been read
                     tma.store_wait(0)
                     thread_barrier()
-                _move(s_own_q, _matrix_of(s_k.index(i_stage), DV), DV)
+                _move(s_own_q, _matrix_of(s_k.index(i_stage)))
                 if KEEPS:
-                    _keep(t_query_rows, s_own_q, s_place, i_gates, i_side, i_query_head * DV)
+                    _keep(t_query_rows, s_own_q, s_place, i_gates, i_side, i_query_head)
                 i_stage, s_phase = _next_keys(k_full, k_empty, i_stage, s_phase, STAGES)
         s_left -= 1
         b_bias = _bias(s_gate_q.index(2 * i_gates + i_side), S, GATED)
@@ -546,7 +551,8 @@ def _attend(
             m_good = b_sum < LARGEST
             if BARE:
                 m_good = m_good & (gl.abs(b_own_max) < LARGEST_LOG)
-            s_too_far = gl.max(gl.where(m_good, 0, 1), 0)  # or no number at all
+            # Or no number at all. Rows that are not there have numbers too, but nobody reads those.
+            s_too_far = gl.max(gl.where(m_good, 0, gl.where(m_row, 1, 0)), 0)
     else:
         b_o = gl.convert_layout(b_own, O).to(gl.float32)
     return b_max, b_sum, b_o, s_too_far, at, s_turn
@@ -564,7 +570,7 @@ def _attend_lowest(
     mbarrier.wait(k_full.index(i_stage), s_phase)
     if i_side == 1:
         if t_query_rows is not None:
-            _keep(t_query_rows, s_q.index(2 * i_q + 1), s_place, i_gates, 0, i_query_head * DV)
+            _keep(t_query_rows, s_q.index(2 * i_q + 1), s_place, i_gates, 0, i_query_head)
         b_max, b_sum, b_o = _attend_left_leaf(
             b_max, b_sum, b_o, s_q.index(2 * i_q + 1), s_k.index(i_stage), s_v.index(i_v),
             s_gate_q.index(2 * i_gates + 1), s_gate_k.index(i_stage), v_full.index(i_v), s_v_phase, DV, GATED
@@ -723,7 +729,7 @@ def barriers_of_queries(STAGES: gl.constexpr, TURNS: gl.constexpr):
 @gluon.jit(do_not_specialize=(*COUNTS, "HQ"))
 def dense_forward_kernel(
     t_q_left,  # descriptor of (N * 64, HQ * D) in tiles of a leaf: queries at its left edge, times log2(e)
-    t_nodes,  # descriptor of (2 N * H * D, D) in tiles of D rows: the matrices that move them
+    t_nodes,  # descriptor of (2 N * H * D, D) in tiles of D rows: P of all spans, by which they move
     t_key_rows,  # descriptor of (levels * key_slots * 64, H * D) in tiles of a pair
     t_values,  # descriptor of (T, H * DV) in tiles of a pair
     t_gate_query,  # descriptor of (HQ, levels * query_slots * 64) float32 in tiles of a leaf, times log2(e), or None
