@@ -163,8 +163,8 @@ class _Rows:
 class Levels(_Rows):
     """Rows at the edges of every level."""
 
-    # (levels, query_slots, 64, HQ, D), times scale and unit; (0,) where the attention moves the leaves' own and none are
-    # kept.
+    # (levels, query_slots, 64, HQ, D), times scale and unit; (0,) where the attention moves the leaves' own and keeps
+    # none.
     query_rows: Tensor
     key_rows: Tensor  # (levels, key_slots, 64, H, D)
     gate_query: Tensor | None = None  # (HQ, levels, query_slots, 64) float32, both times unit
