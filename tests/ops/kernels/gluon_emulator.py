@@ -507,6 +507,10 @@ def _inline_asm_elementwise(
     return args[0]
 
 
+def _static_assert(condition: bool) -> None:
+    assert condition
+
+
 class _Layout:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         pass
@@ -553,6 +557,7 @@ class language:
     load, store, where = staticmethod(_load), staticmethod(_store), staticmethod(_where)
     atomic_add = staticmethod(_atomic_add)
     static_range = range
+    static_assert = staticmethod(_static_assert)
     program_id = staticmethod(lambda axis: _here.program.index[axis])
     num_programs = staticmethod(lambda axis: _here.program.number[axis])
     arange = staticmethod(lambda start, end, layout: _tile(torch.arange(start, end)))

@@ -122,6 +122,7 @@ def query_transport_kernel(
     m_pair = o < s_leaves * ROWS
     m_right = m_pair & (o >= ROWS)
     HAS_ROWS: tl.constexpr = p_query_rows is not None
+    tl.static_assert(HAS_ROWS or (PIECE is None and not ONLY_TOP))
     if HAS_ROWS:
         p_query_rows += i_query_head * D
         p_q_left += i_query_head * D

@@ -416,8 +416,8 @@ def _attend_left_spans(
     BARE: gl.constexpr
 ):  # fmt: skip
     """Leaf i_side goes on from its own output b_own, as it was loaded, over s_tiles > 0 tiles of keys from level 1 on;
-    FIXED: beside b_max as it is, or BARE: beside nothing, a maximum of zero. Also returns the next stage, query buffer
-    and turn, and their phases.
+    FIXED: beside b_max as it is, or BARE: beside nothing, a maximum of zero. Also returns where the next tiles are, and
+    the next turn.
     """
     i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates = at
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR, 16])
@@ -464,8 +464,7 @@ def _attend_left_spans(
     i_stage, s_phase = _advance(i_stage, s_phase, STAGES)
     mbarrier.wait(k_full.index(i_stage), s_phase, pred=s_tiles > 1)
     for i in range(1, s_tiles):
-        is_new = s_left == 0
-        if is_new:
+        if s_left == 0:
             s_next = s_bits & (s_bits - 1)
             s_left = s_bits - s_next
             s_bits = s_next
@@ -563,7 +562,7 @@ def _attend_lowest(
     b_max, b_sum, b_o, t_query_rows, s_q, s_k, s_v, s_gate_q, s_gate_k, s_place, q_full, q_empty, k_full, k_empty,
     v_full, v_empty, at, i_side, i_query_head, DV: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
-    """Level 0, if this is the right leaf. Also returns the next stage and buffers, and their phases."""
+    """Level 0, if this is the right leaf. Also returns where the next tiles are."""
     i_stage, s_phase, i_v, s_v_phase, i_q, s_q_phase, i_gates = at
     # The left leaf waits for all the same: a barrier that is a phase behind would let the next wait pass.
     mbarrier.wait(q_full.index(i_q), s_q_phase)
@@ -760,6 +759,9 @@ def dense_forward_kernel(
     BARE: gl.constexpr,  # weights are beside nothing, if they can be
 ):
     """All levels of one pair of leaves and one query head, and then of another: whoever is done takes the next."""
+    # A level's gates of queries, and the place where these are kept, give way two levels on: nothing but the wait for a
+    # stage keeps the producer from writing there while they are read.
+    gl.static_assert(STAGES == 2)
     out_stride = token_heads * GROUP * DV
     s_q = gl.allocate_shared_memory(t_q_left.dtype, [4, LEAF, D], t_q_left.layout)
     s_k = gl.allocate_shared_memory(t_key_rows.dtype, [STAGES, PAIR, D], t_key_rows.layout)
