@@ -331,6 +331,7 @@ def _tree(
     all_rests: bool,
 ) -> None:
     """All nodes above the leaves, from theirs, and of their rests all or those that a launch begins with."""
+    options = inputs.matrix_options(wide=True)
     for first_level, levels in _tree_launches(inputs, table):
         launch_kernel(
             tree_kernel,
@@ -343,7 +344,7 @@ def _tree(
             LEVELS=levels,
             ALL_RESTS=all_rests,
             **table.arguments,
-            **inputs.matrix_options(wide=True),
+            **options,
         )
 
 
@@ -576,6 +577,7 @@ def levels_backward(
         **table.arguments,
     )
     nodes = nodes or scaled_matrices(inputs, 2 * table.num_leaves, heads)
+    options = inputs.matrix_options()
     for level in reversed(range(tree_levels)):
         launch_kernel(
             tree_backward_kernel,
@@ -590,7 +592,7 @@ def levels_backward(
             query_slots=table.query_slots,
             key_slots=table.key_slots,
             **shared,
-            **inputs.matrix_options(),
+            **options,
             **table.arguments,
         )
     return EdgeGradients(q_left, k_right, nodes)
